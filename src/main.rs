@@ -1,0 +1,200 @@
+//! The command around the library: flags, the article's stream, Ctrl-C. It uses nothing that an embedder cannot.
+
+use brooklet::{Config, Event, Log, Server, parse_duration};
+use std::io::{self, Write};
+use std::process::{self, ExitCode};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+const HELP: &str = "\
+brooklet: a Server-Sent Events server that curl is a complete client of
+
+  brooklet                                            serve 127.0.0.1:3000
+  brooklet --listen 127.0.0.1:8080 --keep-age 10m     elsewhere, and forget sooner
+
+  curl -N localhost:3000/test                         a counter, one event a second
+  curl -N localhost:3000/events/news                  the stream of a topic
+  curl -d 'hello' localhost:3000/events/news          publish an event to it
+  tail -f app.log | curl -T - localhost:3000/events/log     publish every line
+
+flags, with their defaults (times: 500ms 15s 10m 24h; sizes: 900 64KiB 1MiB)
+  --listen ADDR          127.0.0.1:3000   --open   allow it beyond loopback
+  --subscribers N        10000            streams at once
+  --connections N        1000             connections beside them
+  --head-bytes SIZE      16KiB            a request's head
+  --body-bytes SIZE      64KiB            the body of a POST
+  --line-bytes SIZE      64KiB            a line of a PUT
+  --head-time TIME       10s              to send a whole head
+  --body-time TIME       30s              to send a whole body, or a PUT's line
+  --idle-time TIME       15s              between a connection's requests
+  --heartbeat TIME       15s              longest silence on a stream
+  --lifetime TIME        10m              of a topic's stream, 80 to 100 % of it
+  --stall-time TIME      10s              in which a slow reader takes something
+  --retry TIME           3s               when pages reconnect
+  --keep-events N        1000             kept of each topic
+  --keep-bytes SIZE      64MiB            kept of all topics together
+  --keep-age TIME        24h              how long they are kept
+  --topics N             10000            topic names in use at once
+  --lanes N              one a core       threads that write to subscribers
+  --log off|info|debug   info             to stderr
+  --help  --version
+";
+
+fn main() -> ExitCode {
+    let mut command = match Command::parse(std::env::args().skip(1)) {
+        Ok(Some(command)) => command,
+        Ok(None) => return ExitCode::SUCCESS,
+        Err(reason) => return fail(2, &reason),
+    };
+    match command.run() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => fail(1, &error.to_string()),
+    }
+}
+
+fn fail(code: u8, reason: &str) -> ExitCode {
+    let _ = writeln!(io::stderr(), "brooklet: {reason}");
+    ExitCode::from(code)
+}
+
+fn say(text: &str) {
+    let _ = io::stdout().write_all(text.as_bytes()); // a closed stdout is no reason to stop serving
+}
+
+struct Command {
+    listen: String,
+    config: Config,
+}
+
+impl Command {
+    /// Reads the flags, or prints what `--help` and `--version` ask for.
+    fn parse(mut args: impl Iterator<Item = String>) -> Result<Option<Command>, String> {
+        let mut command =
+            Command { listen: "127.0.0.1:3000".into(), config: Config { log: Log::Info, ..Config::default() } };
+        while let Some(arg) = args.next() {
+            let (flag, mut value) = match arg.split_once('=') {
+                Some((flag, value)) => (flag, Some(value.to_string())),
+                None => (arg.as_str(), None),
+            };
+            match flag {
+                "--help" | "-h" => say(HELP),
+                "--version" | "-V" => say(concat!("brooklet ", env!("CARGO_PKG_VERSION"), "\n")),
+                "--open" => command.config.open = true,
+                _ => {
+                    let mut next = || value.take().or_else(|| args.next()).ok_or("a value is missing".to_string());
+                    command.set(flag, &mut next).map_err(|reason| format!("{flag}: {reason} (see brooklet --help)"))?;
+                    continue;
+                }
+            }
+            if value.is_some() {
+                return Err(format!("{flag}: no value is taken (see brooklet --help)"));
+            } else if flag != "--open" {
+                return Ok(None);
+            }
+        }
+        Ok(Some(command))
+    }
+
+    fn set(&mut self, flag: &str, value: &mut dyn FnMut() -> Result<String, String>) -> Result<(), String> {
+        let config = &mut self.config;
+        match flag {
+            "--listen" => self.listen = value()?,
+            "--subscribers" => config.subscribers = count(&value()?)?,
+            "--connections" => config.connections = count(&value()?)?,
+            "--head-bytes" => config.head_bytes = size(&value()?)?,
+            "--body-bytes" => config.body_bytes = size(&value()?)?,
+            "--line-bytes" => config.line_bytes = size(&value()?)?,
+            "--head-time" => config.head_time = time(&value()?)?,
+            "--body-time" => config.body_time = time(&value()?)?,
+            "--idle-time" => config.idle_time = time(&value()?)?,
+            "--heartbeat" => config.heartbeat = time(&value()?)?,
+            "--lifetime" => config.lifetime = time(&value()?)?,
+            "--stall-time" => config.stall_time = time(&value()?)?,
+            "--retry" => config.retry = time(&value()?)?,
+            "--keep-events" => config.keep_events = count(&value()?)?,
+            "--keep-bytes" => config.keep_bytes = size(&value()?)?,
+            "--keep-age" => config.keep_age = time(&value()?)?,
+            "--topics" => config.topics = count(&value()?)?,
+            "--lanes" => config.lanes = count(&value()?)?,
+            "--log" => {
+                config.log = match value()?.as_str() {
+                    "off" => Log::Off,
+                    "info" => Log::Info,
+                    "debug" => Log::Debug,
+                    other => return Err(format!("{other:?} is none of off, info and debug")),
+                }
+            }
+            _ => return Err("there is no such flag".into()),
+        }
+        Ok(())
+    }
+
+    fn run(&mut self) -> io::Result<()> {
+        let server = Server::bind(&self.listen, self.config.clone())
+            .map_err(|error| io::Error::new(error.kind(), format!("cannot listen on {}: {error}", self.listen)))?;
+        server.page("/", "text/html; charset=utf-8", include_str!("page.html"))?;
+        server.stream("/test", |stream| {
+            let opened = Instant::now();
+            for count in 0.. {
+                let due = opened + Duration::from_secs(count + 1); // a sleep ends some ms late: they must not add up
+                stream.sleep(due.saturating_duration_since(Instant::now()))?;
+                let name = if count == 5 { "pause" } else { "test" }; // pausing is the page's decision: the counter goes on
+                let id = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_millis());
+                let event = Event::new(count.to_string()).name(name).id(id.to_string());
+                stream.send(&event.retry(Duration::from_secs(10)))?;
+            }
+            Ok(())
+        })?;
+        let (stop, stopped) = crossbeam_channel::bounded(1);
+        stop_on_signals(stop.clone())?;
+        let server = server.spawn()?;
+        let url = format!("http://{}", server.addr()?);
+        say(&format!("brooklet listens on {url} (open it in a browser; Ctrl-C stops it)\n  curl -N {url}/test\n"));
+        let _ = stopped.recv();
+        drop(stopped); // from here on a second signal finds nobody to tell
+        server.stop();
+        Ok(())
+    }
+}
+
+/// The first Ctrl-C or SIGTERM stops the server in order, the second at once.
+fn stop_on_signals(stop: crossbeam_channel::Sender<()>) -> io::Result<()> {
+    if hangup_is_ignored() {
+        // Under nohup the server outlives its terminal. ctrlc would take the hang-up for a request to stop, so its handler
+        // stays out, and SIGTERM ends the process without farewell.
+        return Ok(());
+    }
+    let handler = move || {
+        if stop.try_send(()).is_err() {
+            process::exit(130);
+        }
+    };
+    ctrlc::set_handler(handler).map_err(io::Error::other)
+}
+
+/// Whether this process was started with SIGHUP (signal 1) ignored, as Linux tells it.
+fn hangup_is_ignored() -> bool {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let mask = status.lines().find_map(|line| u64::from_str_radix(line.strip_prefix("SigIgn:")?.trim(), 16).ok());
+    mask.is_some_and(|mask| mask & 1 == 1)
+}
+
+fn count(text: &str) -> Result<usize, String> {
+    text.parse().map_err(|_| format!("{text:?} is no count: write a whole number such as 1000"))
+}
+
+fn time(text: &str) -> Result<Duration, String> {
+    parse_duration(text).map_err(|error| error.to_string())
+}
+
+fn size(text: &str) -> Result<usize, String> {
+    let digits = text.trim_end_matches(|c: char| !c.is_ascii_digit());
+    let unit: usize = match &text[digits.len()..] {
+        "" => 1,
+        "KiB" => 1 << 10,
+        "MiB" => 1 << 20,
+        "GiB" => 1 << 30,
+        _ => 0,
+    };
+    let bytes = digits.parse().ok().and_then(|number: usize| number.checked_mul(unit)).filter(|_| unit > 0);
+    bytes.ok_or_else(|| format!("{text:?} is no size: write 900, 64KiB or 1MiB"))
+}
