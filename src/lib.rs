@@ -40,7 +40,7 @@
 //! | `Hub::order` | from numbering an event to the last lane's queue | that ids, kept events and queues have one order |
 //! | `Hub::kept` | shortly, never during I/O | the kept events and the table of topics |
 //! | `Connection::state` | during one non-blocking write | whose the socket is, and the cursor |
-//! | `Shared::guests` | shortly, under no other lock | which connections are open |
+//! | `Shared::guests`, `Shared::routes` | shortly, under no other lock | which connections are open; what is at a path |
 //!
 //! No lock is held while waiting for a peer. A panic under a lock does not take the others along: they enter the poisoned
 //! lock, since every update here leaves its data whole.
@@ -76,7 +76,7 @@ const QUEUE_SLOTS: usize = 4096;
 /// How often a lane looks at its subscribers for closed sockets and due heartbeats. Measured: 0.6 µs a socket.
 const SWEEP: Duration = Duration::from_secs(1);
 /// A subscriber has nothing to say after its request; one that sends more than this is closed.
-const STRAY_BYTES: usize = 64 * 1024;
+const STRAY_BYTES: usize = 4 * 1024;
 /// Address space of a connection's thread; only pages that are touched take memory. Handlers run on it.
 const STACK_BYTES: usize = 128 * 1024;
 /// Threads that only accept and hand over: `std` listens with a backlog of 128, and a herd must not outrun it.
@@ -84,6 +84,7 @@ const ACCEPTORS: usize = 2;
 const TOPIC_NAME_BYTES: usize = 64;
 const TOPICS_PER_STREAM: usize = 16;
 const KEY_BYTES: usize = 128;
+const EVENT_NAME_BYTES: usize = 256;
 const HEADER_LINES: usize = 100;
 const CHUNK_LINE_BYTES: usize = 256;
 /// How long `?poll` waits for its first event, and how soon the next poll comes.
@@ -97,6 +98,9 @@ const STOP_GRACE: Duration = Duration::from_millis(700);
 const STOP_TIME: Duration = Duration::from_millis(950);
 /// What a kept event costs beside its bytes: its place in the queue, its counted pointer, its part of the indexes.
 const EVENT_OVERHEAD: usize = 128;
+const MOST_LANES: usize = 256;
+/// Ten years: no time is longer, so that none overflows a clock.
+const LONGEST: Duration = Duration::from_secs(10 * 365 * 24 * 3600);
 
 /// Every limit of a [`Server`]; each is a flag of the command, too. [`Config::default`] has the defaults named here.
 ///
@@ -124,12 +128,12 @@ pub struct Config {
     pub body_time: Duration,
     /// Between the requests of a connection that is kept alive (15 s).
     pub idle_time: Duration,
-    /// Longest silence on a stream (15 s): proxies cut silent streams, many after 60 s, some after 30.
+    /// Longest silence on a stream of topics (15 s, at least 2 s): proxies cut silent streams, many after 60 s, some after 30.
     /// <https://html.spec.whatwg.org/multipage/server-sent-events.html#authoring-notes>
     pub heartbeat: Duration,
     /// Of a topic's stream (10 min), each drawn from 80 to 100 % of it: ghosts behind a proxy cannot stay.
     pub lifetime: Duration,
-    /// In which a subscriber that is behind must take something (10 s).
+    /// In which a subscriber that is behind must take something (10 s; what its system had buffered may double it).
     pub stall_time: Duration,
     /// Reconnection time that streams are told (3 s); spread over 50 to 150 % where many are sent away at once.
     pub retry: Duration,
@@ -175,14 +179,27 @@ impl Default for Config {
 }
 
 impl Config {
-    fn check(self) -> io::Result<Config> {
-        let Config { head_time, body_time, idle_time, heartbeat, lifetime, stall_time, .. } = self;
-        if [head_time, body_time, idle_time, heartbeat, lifetime, stall_time].iter().any(|time| time.as_millis() == 0) {
+    fn check(&self) -> io::Result<()> {
+        let Config { head_time, body_time, idle_time, heartbeat, lifetime, stall_time, retry, .. } = *self;
+        let times = [head_time, body_time, idle_time, heartbeat, lifetime, stall_time];
+        if times.iter().any(|time| time.as_millis() == 0) {
             return invalid("a time limit of 0 leaves no time for anything: give at least 1ms".into());
+        } else if times.iter().chain([&retry]).any(|time| *time > LONGEST) {
+            return invalid("a time limit of more than ten years is none: give at most 87600h".into());
+        } else if heartbeat < 2 * SWEEP {
+            return invalid(format!(
+                "silence is looked for once a second: give a heartbeat of at least {:?}",
+                2 * SWEEP
+            ));
         } else if self.connections == 0 {
             return invalid("without any connections nobody could ask for a stream: give at least 1".into());
+        } else if self.lanes > MOST_LANES {
+            return invalid(format!(
+                "{} lanes are more than any machine has cores: give at most {MOST_LANES}",
+                self.lanes
+            ));
         }
-        Ok(self)
+        Ok(())
     }
 }
 
@@ -217,7 +234,7 @@ pub fn parse_duration(text: &str) -> io::Result<Duration> {
         _ => 0,
     };
     match text[..digits].parse::<u64>().ok().and_then(|n| n.checked_mul(unit_ms)) {
-        Some(ms) if unit_ms > 0 && ms <= 315_360_000_000 => Ok(Duration::from_millis(ms)),
+        Some(ms) if unit_ms > 0 && ms <= LONGEST.as_millis() as u64 => Ok(Duration::from_millis(ms)),
         _ => invalid(format!("{} is no length of time: write 500ms, 15s, 10m or 24h", shown(text))),
     }
 }
@@ -339,6 +356,12 @@ impl Event {
     }
 
     fn check(&self) -> io::Result<()> {
+        if let Some(name) = self.name.as_deref().filter(|name| name.len() > EVENT_NAME_BYTES) {
+            return invalid(format!(
+                "an event name of {} bytes, where at most {EVENT_NAME_BYTES} are taken",
+                name.len()
+            ));
+        }
         for (field, text) in [("event name", &self.name), ("id", &self.id)] {
             if let Some(text) = text.as_deref().filter(|t| t.contains(['\r', '\n', '\0'])) {
                 return invalid(format!("the {field} {} holds CR, LF or NUL: leave them out", shown(text)));
@@ -602,6 +625,10 @@ impl Kept {
         self.topics(names).map(|topic| topic.let_go).max().unwrap_or(self.forgotten)
     }
 
+    fn told(&self, names: &[Arc<str>]) -> Vec<Id> {
+        self.topics(names).map(|topic| topic.let_go).collect()
+    }
+
     fn oldest_after(&self, names: &[Arc<str>], cursor: Id) -> Option<Id> {
         self.topics(names).filter_map(|topic| topic.after(cursor).next()).map(|event| event.id).min()
     }
@@ -636,10 +663,10 @@ impl Kept {
         (gap.as_ref().map_or(self.newest, |gap| gap.id), gap)
     }
 
-    /// What comes after `cursor` in all of these topics, in one order, up to one batch. Of what was let go up to `told` the
-    /// subscriber knows.
-    fn next(&self, names: &[Arc<str>], cursor: Id, told: Id, run: &mut Run) -> Next {
-        if self.let_go(names) > cursor.max(told) {
+    /// What comes after `cursor` in all of these topics, in one order, up to one batch. The subscriber knows of what each
+    /// topic has let go up to `told`: one number for all would hide what one topic lets go behind another's back.
+    fn next(&self, names: &[Arc<str>], cursor: Id, told: &[Id], run: &mut Run) -> Next {
+        if self.topics(names).zip(told).any(|(topic, told)| topic.let_go > cursor.max(*told)) {
             return Next::Gap(self.gap(names, Some(cursor), cursor));
         }
         let mut heads: Vec<_> = self.topics(names).map(|topic| topic.after(cursor).peekable()).collect();
@@ -713,7 +740,8 @@ impl Hub {
     /// ```
     /// # fn main() -> std::io::Result<()> {
     /// # use brooklet::{Config, Event, Server};
-    /// let hub = Server::bind("127.0.0.1:0", Config::default())?.hub();
+    /// let server = Server::bind("127.0.0.1:0", Config::default())?;
+    /// let hub = server.hub();
     /// let first = hub.publish("orders", Event::new("{\"id\":7}").name("created").key("7"))?;
     /// let again = hub.publish("orders", Event::new("{\"id\":7}").name("created").key("7"))?;
     /// assert_eq!(first, again); // published once
@@ -771,10 +799,6 @@ impl Core {
             _ => Ok(()),
         }
     }
-
-    fn lane_of(&self, c: &Connection) -> &Sender<ToLane> {
-        &self.lanes[c.serial as usize % self.lanes.len()]
-    }
 }
 
 fn check_topic(name: &str) -> io::Result<()> {
@@ -823,7 +847,8 @@ impl Lane {
                     ToLane::Leave(serial, names) => self.leave(serial, &names),
                     ToLane::Stop => return,
                 }
-                next = if run.bytes.len() < BATCH_BYTES { queue.try_recv().ok() } else { None };
+                let go_on = run.bytes.len() < BATCH_BYTES && Instant::now() < sweep_at;
+                next = if go_on { queue.try_recv().ok() } else { None };
             }
             self.write(topic.as_deref(), &mut run);
             if Instant::now() >= sweep_at {
@@ -880,7 +905,7 @@ impl Lane {
             }
             match c.look(&mut state.stray) {
                 Some(reason) => state.phase = Phase::Closed(reason),
-                None if now.duration_since(state.wrote) >= self.heartbeat => c.beat(&mut state, now),
+                None if now.duration_since(state.wrote) + SWEEP > self.heartbeat => c.beat(&mut state, now),
                 None => continue,
             }
             self.wake_if_not_live(c, &state);
@@ -904,6 +929,9 @@ impl Lane {
 
 /// The line that keeps a silent stream open. No blank line after it: some clients take every blank line for an event.
 const HEARTBEAT: &[u8] = b":\n";
+
+/// Why something about a connection ended, for the log and for a handler.
+type Reason = &'static str;
 
 struct Connection {
     serial: u64,
@@ -929,7 +957,7 @@ struct State {
 enum Phase {
     Behind,
     Live,
-    Closed(&'static str),
+    Closed(Reason),
 }
 
 /// An event that did not fit into the socket. It must be finished before anything else is written.
@@ -938,16 +966,22 @@ struct Unfinished {
     offset: usize,
 }
 
+impl State {
+    fn fall_behind(&mut self, event: Encoded, offset: usize) {
+        self.phase = Phase::Behind;
+        self.unfinished = Some(Unfinished { event, offset });
+    }
+}
+
 impl Connection {
     fn new(serial: u64, peer: SocketAddr, socket: TcpStream) -> Connection {
-        let (phase, cursor) = (Phase::Behind, Id::default());
-        let state =
-            State { phase, cursor, unfinished: None, one_shot: false, wrote: Instant::now(), sent: 0, stray: 0 };
+        let (phase, cursor, wrote) = (Phase::Behind, Id::default(), Instant::now());
+        let state = State { phase, cursor, unfinished: None, one_shot: false, wrote, sent: 0, stray: 0 };
         Connection { serial, peer, socket, state: Mutex::new(state), wake: Condvar::new() }
     }
 
     /// One non-blocking write of what in `run` is newer than the cursor. Returns how many events went out whole; where not
-    /// all did, the subscriber is behind.
+    /// all did, the subscriber is behind, and the first of the others unfinished.
     fn deliver(&self, state: &mut State, run: &Run, now: Instant) -> u64 {
         let first = run.events.partition_point(|(event, _)| event.id <= state.cursor);
         let start = run.end_of(first);
@@ -964,10 +998,8 @@ impl Connection {
             state.sent += (whole - first) as u64;
             state.wrote = now;
         }
-        if reached < run.bytes.len() {
-            state.phase = Phase::Behind;
-            let offset = reached - run.end_of(whole);
-            state.unfinished = (offset > 0).then(|| Unfinished { event: run.events[whole].0.clone(), offset });
+        if let Some((event, _)) = run.events.get(whole) {
+            state.fall_behind(event.clone(), reached - run.end_of(whole));
         }
         (whole - first) as u64
     }
@@ -975,19 +1007,16 @@ impl Connection {
     fn beat(&self, state: &mut State, now: Instant) {
         state.wrote = now;
         match write_now(&self.socket, HEARTBEAT) {
-            Ok(offset) if offset < HEARTBEAT.len() => {
-                let event = Encoded { id: state.cursor, bytes: HEARTBEAT.into() };
-                state.unfinished = Some(Unfinished { event, offset });
-                state.phase = Phase::Behind;
-            }
-            Ok(_) => {}
+            Ok(written) if written == HEARTBEAT.len() => {}
+            Ok(offset) => state.fall_behind(Encoded { id: state.cursor, bytes: HEARTBEAT.into() }, offset),
             Err(error) => state.phase = Phase::Closed(reason_of(&error)),
         }
     }
 
-    /// One read that does not wait: says why the connection is closed, if it is, and throws stray bytes away.
-    fn look(&self, stray: &mut usize) -> Option<&'static str> {
-        match (&self.socket).read(&mut [0; 512]) {
+    /// One read, which says why the connection is closed, if it is. A subscriber has nothing to say, so stray bytes are
+    /// thrown away.
+    fn look(&self, stray: &mut usize) -> Option<Reason> {
+        match (&self.socket).read(&mut [0; 1024]) {
             Ok(0) => Some("the peer closed the connection"),
             Ok(got) => {
                 *stray += got;
@@ -999,35 +1028,35 @@ impl Connection {
     }
 
     /// Finishes what stands unfinished with blocking writes: the one place where a subscriber is waited for.
-    fn finish(&self, deadline: Instant) -> Result<(), &'static str> {
-        let Some(Unfinished { event, offset }) = enter(&self.state).unfinished.take() else {
-            return Ok(());
-        };
-        let result = self.write_waiting(&event.bytes[offset..], Some(deadline));
+    fn finish(&self, deadline: Instant) -> Result<(), Reason> {
+        let Some(Unfinished { event, offset }) = enter(&self.state).unfinished.take() else { return Ok(()) };
+        self.write_waiting(&event.bytes[offset..], deadline)?;
         let mut state = enter(&self.state);
-        if result.is_ok() && event.id > state.cursor {
+        if event.id > state.cursor {
             state.cursor = event.id;
             state.sent += 1;
         }
         state.wrote = Instant::now();
-        result
+        Ok(())
     }
 
-    fn write_waiting(&self, bytes: &[u8], deadline: Option<Instant>) -> Result<(), &'static str> {
-        let done = self.socket.set_nonblocking(false).map_err(|e| reason_of(&e));
-        let done = done.and_then(|()| self.write_whole(bytes, deadline));
-        self.socket.set_nonblocking(true).map_err(|e| reason_of(&e)).and(done)
+    /// Writes all of `bytes` to a socket that is in non-blocking mode before and after.
+    fn write_waiting(&self, bytes: &[u8], deadline: Instant) -> Result<(), Reason> {
+        self.socket.set_nonblocking(false).map_err(|error| reason_of(&error))?;
+        self.write_whole(bytes, deadline)?;
+        self.socket.set_nonblocking(true).map_err(|error| reason_of(&error))
     }
 
-    /// Writes all of `bytes` to the socket in blocking mode, as long as the peer takes something in each stall time.
-    fn write_whole(&self, mut bytes: &[u8], deadline: Option<Instant>) -> Result<(), &'static str> {
+    /// Writes all of `bytes` to a socket in blocking mode, as long as the peer takes something in each stall time.
+    fn write_whole(&self, mut bytes: &[u8], deadline: Instant) -> Result<(), Reason> {
         while !bytes.is_empty() {
             let mut written = (&self.socket).write(bytes);
             if written.as_ref().is_err_and(would_block) {
                 // The kernel wakes a blocked writer only once a third of its buffer is free, so less may have been taken.
-                self.socket.set_nonblocking(true).map_err(|e| reason_of(&e))?;
+                let again = |mode| self.socket.set_nonblocking(mode).map_err(|error| reason_of(&error));
+                again(true)?;
                 written = (&self.socket).write(bytes);
-                self.socket.set_nonblocking(false).map_err(|e| reason_of(&e))?;
+                again(false)?;
             }
             match written {
                 Ok(written) => bytes = &bytes[written..],
@@ -1035,16 +1064,17 @@ impl Connection {
                 Err(error) if would_block(&error) => return Err("the peer took nothing in the stall time"),
                 Err(error) => return Err(reason_of(&error)),
             }
-            if !bytes.is_empty() && deadline.is_some_and(|deadline| Instant::now() >= deadline) {
-                return Err("the lifetime is over, in the middle of an event");
+            if !bytes.is_empty() && Instant::now() >= deadline {
+                return Err("the time is over, in the middle of a write");
             }
         }
         Ok(())
     }
 
     /// The end of a stream that the server decides on. The peer reads why, and when to come back.
-    fn end(&self, why: &'static str, retry: Duration) -> &'static str {
-        let _ = self.write_waiting(format!(": {why}\nretry: {}\n\n", retry.as_millis()).as_bytes(), None);
+    fn end(&self, why: Reason, retry: Duration) -> Reason {
+        let bytes = format!(": {why}\nretry: {}\n\n", retry.as_millis());
+        let _ = self.write_waiting(bytes.as_bytes(), Instant::now() + LINGER);
         why
     }
 
@@ -1074,7 +1104,7 @@ fn would_block(error: &io::Error) -> bool {
     matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut)
 }
 
-fn reason_of(error: &io::Error) -> &'static str {
+fn reason_of(error: &io::Error) -> Reason {
     match error.kind() {
         ErrorKind::ConnectionReset | ErrorKind::BrokenPipe | ErrorKind::ConnectionAborted => {
             "the peer reset the connection"
@@ -1088,9 +1118,11 @@ fn reason_of(error: &io::Error) -> &'static str {
 struct Subscription<'a> {
     core: &'a Core,
     c: &'a Connection,
+    lane: &'a Sender<ToLane>,
     names: Arc<[Arc<str>]>,
-    /// Of what was let go up to here the subscriber knows.
-    told: Id,
+    /// What each topic had let go when the subscriber was last told of a gap.
+    told: Vec<Id>,
+    one_shot: bool,
     deadline: Instant,
     stopping: &'a AtomicBool,
 }
@@ -1098,25 +1130,25 @@ struct Subscription<'a> {
 impl Subscription<'_> {
     /// Replays, turns live, sleeps until the lane gives the socket back, and begins again, until the stream ends. Returns
     /// why it ended.
-    fn follow(mut self, one_shot: bool) -> &'static str {
-        let (core, c, config) = (self.core, self.c, &self.core.config);
-        let mut run = Run::default();
-        let mut answered = enter(&c.state).sent > 0;
+    fn follow(mut self) -> Reason {
+        let (core, c, retry) = (self.core, self.c, self.core.config.retry);
+        let mut passes = 0; // a poll looks once at least, however short it is
         loop {
             if let Err(reason) = c.finish(self.deadline) {
                 return reason;
             } else if self.stopping.load(SeqCst) {
-                return c.end("the server is stopping", spread(config.retry, 50, 150));
-            } else if Instant::now() >= self.deadline {
-                match one_shot {
-                    true => return c.end("the poll is over", POLL_RETRY),
-                    false => return c.end("the lifetime is over", config.retry),
-                }
+                return c.end("the server is stopping", spread(retry, 50, 150));
+            } else if Instant::now() >= self.deadline && !self.one_shot {
+                return c.end("the lifetime is over", retry);
+            } else if Instant::now() >= self.deadline && passes > 0 {
+                return c.end("the poll is over", POLL_RETRY);
             }
-            let cursor = enter(&c.state).cursor;
+            passes += 1;
+            let mut run = Run::default(); // gone again before this thread waits for anything
+            let (cursor, sent) = enter(&c.state).progress();
             let kept = core.kept();
-            match kept.next(&self.names, cursor, self.told, &mut run) {
-                Next::Nothing if one_shot && answered => {
+            match kept.next(&self.names, cursor, &self.told, &mut run) {
+                Next::Nothing if self.one_shot && sent > 0 => {
                     drop(kept);
                     return c.end("the poll is answered", POLL_RETRY);
                 }
@@ -1124,24 +1156,20 @@ impl Subscription<'_> {
                     let mut state = enter(&c.state);
                     state.phase = Phase::Live;
                     drop(kept);
-                    run = Run::default(); // a live subscriber holds no buffer
                     if let Some(reason) = self.sleep(state) {
                         return reason;
                     }
                 }
                 Next::Gap(gap) => {
-                    self.told = kept.let_go(&self.names);
+                    self.told = kept.told(&self.names);
                     drop(kept);
                     core.counters.gaps.fetch_add(1, Relaxed);
-                    answered = true;
-                    enter(&c.state).unfinished = Some(Unfinished { event: gap.encode(), offset: 0 });
+                    enter(&c.state).fall_behind(gap.encode(), 0);
                 }
                 Next::Events => {
                     drop(kept);
-                    answered = true;
                     let mut state = enter(&c.state);
                     core.counters.delivered.fetch_add(c.deliver(&mut state, &run, Instant::now()), Relaxed);
-                    run.clear();
                     if let Phase::Closed(reason) = state.phase {
                         return reason;
                     }
@@ -1151,7 +1179,7 @@ impl Subscription<'_> {
     }
 
     /// Sleeps while the subscriber is live. Returns why the connection closed, if it did.
-    fn sleep(&self, mut state: MutexGuard<'_, State>) -> Option<&'static str> {
+    fn sleep(&self, mut state: MutexGuard<'_, State>) -> Option<Reason> {
         while state.phase == Phase::Live {
             let left = self.deadline.saturating_duration_since(Instant::now());
             if left.is_zero() || self.stopping.load(SeqCst) {
@@ -1167,6 +1195,19 @@ impl Subscription<'_> {
     }
 }
 
+impl State {
+    fn progress(&self) -> (Id, u64) {
+        (self.cursor, self.sent)
+    }
+}
+
+impl Drop for Subscription<'_> {
+    fn drop(&mut self) {
+        let _ = self.lane.send(ToLane::Leave(self.c.serial, self.names.clone()));
+        self.core.kept().unsubscribe(&self.names);
+    }
+}
+
 /// A random part of `time`, between these percentages of it, so that what was sent away at once does not return at once.
 fn spread(time: Duration, from: u64, to: u64) -> Duration {
     // The standard library's one source of chance: every `RandomState` has keys of its own.
@@ -1178,7 +1219,7 @@ fn spread(time: Duration, from: u64, to: u64) -> Duration {
 pub struct Stream<'a> {
     c: &'a Connection,
     stopping: &'a AtomicBool,
-    query: Vec<(String, String)>,
+    query: Query,
     last_event_id: Option<String>,
     stray: usize,
 }
@@ -1187,25 +1228,26 @@ impl Stream<'_> {
     /// Writes one event at once.
     ///
     /// # Errors
-    /// [`ErrorKind::InvalidInput`] for an event that may not be; otherwise the stream is closed, and the error says why: return
-    /// it from the handler.
+    /// [`ErrorKind::InvalidInput`] for an event that may not be; otherwise the stream is closed or the server is stopping, and
+    /// the error says so: return it from the handler.
     pub fn send(&mut self, event: &Event) -> io::Result<()> {
         event.check()?;
         let id = event.id.as_ref().map(|id| id as &dyn fmt::Display);
         self.write(event.encode(id).as_bytes(), 1)
     }
 
-    /// Writes a comment, which pages do not see; each line of the text becomes one. As a heartbeat, an empty one.
+    /// Writes a comment, which pages do not see; each line of the text becomes one. An empty one is a heartbeat.
     ///
     /// # Errors
-    /// The stream is closed.
+    /// The stream is closed, or the server is stopping.
     pub fn comment(&mut self, text: &str) -> io::Result<()> {
         let lines: String = text.split(['\n', '\r']).map(|line| format!(":{line}\n")).collect();
         self.write(lines.as_bytes(), 0)
     }
 
     fn write(&mut self, bytes: &[u8], events: u64) -> io::Result<()> {
-        let result = self.c.write_whole(bytes, None);
+        self.check_open()?;
+        let result = self.c.write_whole(bytes, Instant::now() + LONGEST);
         let mut state = enter(&self.c.state);
         match result {
             Ok(()) => state.sent += events,
@@ -1219,25 +1261,32 @@ impl Stream<'_> {
     /// # Errors
     /// The peer closed the connection, or the server is stopping: return the error from the handler.
     pub fn sleep(&mut self, time: Duration) -> io::Result<()> {
-        let until = Instant::now() + time;
+        let until = Instant::now() + time.min(LONGEST);
         loop {
+            self.check_open()?;
             let left = until.saturating_duration_since(Instant::now());
             if left.is_zero() {
                 return Ok(());
             }
             self.c.socket.set_read_timeout(Some(left))?;
-            let closed = self.c.look(&mut self.stray);
-            if self.stopping.load(SeqCst) {
-                return Err(io::Error::other("the server is stopping"));
-            } else if let Some(reason) = closed {
-                return Err(io::Error::other(reason));
+            if let Some(reason) = self.c.look(&mut self.stray) {
+                self.check_open()?; // stopping ends the reading side, too
+                enter(&self.c.state).phase = Phase::Closed(reason);
             }
+        }
+    }
+
+    fn check_open(&self) -> io::Result<()> {
+        match enter(&self.c.state).phase {
+            Phase::Closed(reason) => Err(io::Error::other(reason)),
+            _ if self.stopping.load(SeqCst) => Err(io::Error::other("the server is stopping")),
+            _ => Ok(()),
         }
     }
 
     /// What the request's query says of `name`, percent-decoded.
     pub fn query(&self, name: &str) -> Option<&str> {
-        self.query.iter().find(|(n, _)| n == name).map(|(_, value)| value.as_str())
+        self.query.get(name)
     }
 
     /// The id after which a page that reconnects wants to go on.
@@ -1258,7 +1307,7 @@ impl Stream<'_> {
 
 /// What came on a connection and is not used yet. Pipelined requests wait here for their turn.
 struct Reader<'a> {
-    socket: &'a TcpStream,
+    c: &'a Connection,
     buffer: Vec<u8>,
     start: usize,
     deadline: Option<Instant>,
@@ -1269,6 +1318,10 @@ impl Reader<'_> {
         &self.buffer[self.start..]
     }
 
+    fn wait_at_most(&mut self, time: Duration) {
+        self.deadline = Some(Instant::now() + time);
+    }
+
     /// One read, until the deadline. `Ok(0)` at the end.
     fn fill(&mut self) -> io::Result<usize> {
         const CHUNK: usize = 4096;
@@ -1276,13 +1329,13 @@ impl Reader<'_> {
         if left.is_some_and(|left| left.is_zero()) {
             return Err(ErrorKind::TimedOut.into());
         }
-        self.socket.set_read_timeout(left)?;
+        self.c.socket.set_read_timeout(left)?;
         self.buffer.drain(..self.start);
         self.start = 0;
         let old = self.buffer.len();
         self.buffer.resize(old + CHUNK, 0);
         let read = loop {
-            match self.socket.read(&mut self.buffer[old..]) {
+            match (&self.c.socket).read(&mut self.buffer[old..]) {
                 Err(error) if error.kind() == ErrorKind::Interrupted => {}
                 read => break read,
             }
@@ -1293,87 +1346,94 @@ impl Reader<'_> {
 
     fn fill_body(&mut self) -> Result<(), Answer> {
         match self.fill() {
-            Ok(0) => Err(Answer::refuse(400, "the connection ended before the body did")),
+            Ok(0) => refuse(400, "the connection ended before the body did"),
             Ok(_) => Ok(()),
-            Err(error) if would_block(&error) => Err(Answer::refuse(408, "the body took too long")),
-            Err(error) => Err(Answer::refuse(400, format!("the body could not be read: {error}"))),
+            Err(error) if would_block(&error) => refuse(408, "the body took too long"),
+            Err(error) => refuse(400, format!("the body could not be read: {error}")),
         }
     }
 
-    /// A line of the chunked coding, which ends with CRLF. It is left out of the result.
+    /// A line of the chunked coding, without the CRLF that ends it.
     fn chunk_line(&mut self) -> Result<String, Answer> {
         let mut seen = 0;
         loop {
             if let Some(lf) = self.unread()[seen..].iter().position(|b| *b == b'\n') {
-                let line = &self.unread()[..seen + lf];
-                let text = line.strip_suffix(b"\r").and_then(|line| str::from_utf8(line).ok()).map(String::from);
+                let line = self.unread()[..seen + lf].strip_suffix(b"\r").and_then(|line| str::from_utf8(line).ok());
+                let line = line.filter(|line| !line.contains(|c: char| c.is_control() && c != '\t')).map(String::from);
                 self.start += seen + lf + 1;
-                let text = text.filter(|text| !text.contains(|c: char| c.is_control() && c != '\t'));
-                return text.ok_or_else(|| Answer::refuse(400, "a line of the chunked coding does not end with CRLF"));
+                return line.map_or_else(|| refuse(400, "a line of the chunked coding does not end with CRLF"), Ok);
             }
             seen = self.unread().len();
             if seen > CHUNK_LINE_BYTES {
-                return Err(Answer::refuse(400, format!("a chunk's line is longer than {CHUNK_LINE_BYTES} bytes")));
+                return refuse(400, format!("a chunk's line is longer than {CHUNK_LINE_BYTES} bytes"));
             }
             self.fill_body()?;
         }
     }
+
+    /// Reads on for a while after the last answer, so that it arrives before the reset that closing would cause.
+    fn linger(&mut self) {
+        let _ = self.c.socket.shutdown(Shutdown::Write);
+        self.wait_at_most(LINGER);
+        while self.fill().is_ok_and(|got| got > 0) {
+            self.start = self.buffer.len();
+        }
+    }
 }
 
-/// How the rest of a body is told from what follows it ([RFC 9112 §6](https://www.rfc-editor.org/rfc/rfc9112#section-6)).
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-enum Framing {
-    Length(u64),
-    ChunkSize,
-    Chunk(u64),
-    Trailer,
+/// What is still to come of a body ([RFC 9112 §6](https://www.rfc-editor.org/rfc/rfc9112#section-6)).
+struct Body {
+    /// Bytes of the body, or of the chunk that is being read.
+    left: u64,
+    chunked: bool,
+    in_chunks: bool,
 }
 
-const NO_BODY: Framing = Framing::Length(0);
+impl Body {
+    fn of_length(left: u64) -> Body {
+        Body { left, chunked: false, in_chunks: false }
+    }
 
-impl Framing {
+    fn is_over(&self) -> bool {
+        self.left == 0 && !self.chunked
+    }
+
     /// Appends what has come of the body to `out`, waiting until there is some. False at the body's end.
     fn read(&mut self, reader: &mut Reader, out: &mut Vec<u8>) -> Result<bool, Answer> {
+        if self.left == 0 && self.chunked {
+            self.next_chunk(reader)?;
+        }
+        if self.left == 0 {
+            return Ok(false);
+        }
+        if reader.unread().is_empty() {
+            reader.fill_body()?;
+        }
+        let taken = usize::try_from(self.left).unwrap_or(usize::MAX).min(reader.unread().len());
+        out.extend_from_slice(&reader.unread()[..taken]);
+        reader.start += taken;
+        self.left -= taken as u64;
+        Ok(true)
+    }
+
+    fn next_chunk(&mut self, reader: &mut Reader) -> Result<(), Answer> {
+        if self.in_chunks && !reader.chunk_line()?.is_empty() {
+            return refuse(400, "a chunk is longer than its size says");
+        }
+        self.in_chunks = true;
+        let line = reader.chunk_line()?;
+        let Some(size) = chunk_size(&line) else { return refuse(400, format!("{} is no chunk size", shown(&line))) };
+        self.left = size;
         let mut trailers = 0;
-        loop {
-            match *self {
-                NO_BODY => return Ok(false),
-                Framing::Length(left) | Framing::Chunk(left) if left > 0 => {
-                    if reader.unread().is_empty() {
-                        reader.fill_body()?;
-                    }
-                    let taken = usize::try_from(left).unwrap_or(usize::MAX).min(reader.unread().len());
-                    out.extend_from_slice(&reader.unread()[..taken]);
-                    reader.start += taken;
-                    match self {
-                        Framing::Length(left) | Framing::Chunk(left) => *left -= taken as u64,
-                        _ => {}
-                    }
-                    return Ok(true);
-                }
-                Framing::ChunkSize => {
-                    let line = reader.chunk_line()?;
-                    *self = match chunk_size(&line) {
-                        Some(0) => Framing::Trailer,
-                        Some(size) => Framing::Chunk(size),
-                        None => return Err(Answer::refuse(400, format!("{} is no chunk size", shown(&line)))),
-                    };
-                }
-                Framing::Trailer => {
-                    let line = reader.chunk_line()?;
-                    trailers += 1;
-                    if line.is_empty() {
-                        *self = NO_BODY;
-                    } else if trailers > HEADER_LINES || !line.contains(':') {
-                        return Err(Answer::refuse(400, format!("{} is no trailer field", shown(&line))));
-                    }
-                }
-                _ => match reader.chunk_line()?.is_empty() {
-                    true => *self = Framing::ChunkSize,
-                    false => return Err(Answer::refuse(400, "a chunk is longer than its size says")),
-                },
+        while size == 0 && self.chunked {
+            let line = reader.chunk_line()?;
+            trailers += 1;
+            self.chunked = !line.is_empty();
+            if self.chunked && (trailers > HEADER_LINES || !line.contains(':')) {
+                return refuse(400, format!("{} is no trailer field", shown(&line)));
             }
         }
+        Ok(())
     }
 }
 
@@ -1388,116 +1448,114 @@ fn chunk_size(line: &str) -> Option<u64> {
 struct Request {
     method: String,
     path: String,
-    query: Vec<(String, String)>,
-    body: Framing,
+    query: Query,
+    body: Body,
     close: bool,
     expects_continue: bool,
     last_event_id: Option<String>,
 }
 
+/// The parts of a query, percent-decoded once.
+struct Query(Vec<(String, String)>);
+
+impl Query {
+    fn get(&self, name: &str) -> Option<&str> {
+        self.0.iter().find(|(n, _)| n == name).map(|(_, value)| value.as_str())
+    }
+}
+
 impl Request {
     /// Reads one head. `None` where the peer has nothing more to ask.
     fn read(reader: &mut Reader, config: &Config) -> Result<Option<Request>, Answer> {
-        let mut seen = 0;
-        let end = loop {
-            // An empty line before a request is skipped (RFC 9112 §2.2).
-            while seen == 0 && reader.unread().starts_with(b"\r\n") {
-                reader.start += 2;
+        let (mut seen, mut begun) = (0, false);
+        loop {
+            if !begun && !reader.unread().is_empty() {
+                begun = true;
+                reader.wait_at_most(config.head_time);
             }
-            if let Some(end) = head_end(reader.unread(), &mut seen)? {
-                break end;
-            } else if reader.unread().len() > config.head_bytes {
-                break usize::MAX;
+            while reader.unread().starts_with(b"\r\n") {
+                (reader.start, seen) = (reader.start + 2, 0); // empty lines before a request are skipped (RFC 9112 §2.2)
             }
-            if seen == 0 && reader.unread().is_empty() {
-                match reader.fill() {
-                    Ok(got) if got > 0 => reader.deadline = Some(Instant::now() + config.head_time),
-                    _ => return Ok(None),
+            let end = head_end(reader.unread(), &mut seen)?;
+            if end.unwrap_or(reader.unread().len()) > config.head_bytes {
+                let in_first_line = !reader.unread()[..config.head_bytes].contains(&b'\n');
+                let (status, what) = if in_first_line { (414, "request line") } else { (431, "head") };
+                return refuse(status, format!("the {what} is longer than the {} bytes of a head", config.head_bytes));
+            }
+            if let Some(end) = end {
+                let request = Request::parse(&reader.unread()[..end])?;
+                reader.start += end;
+                return Ok(Some(request));
+            }
+            match reader.fill() {
+                Ok(got) if got > 0 => {}
+                Err(error) if would_block(&error) && !reader.unread().is_empty() => {
+                    return refuse(408, format!("the request's head did not come whole within {:?}", config.head_time));
                 }
-            } else {
-                match reader.fill() {
-                    Ok(0) => return Ok(None),
-                    Ok(_) => {}
-                    Err(error) if would_block(&error) => {
-                        let reason = format!("the request's head did not come whole within {:?}", config.head_time);
-                        return Err(Answer::refuse(408, reason));
-                    }
-                    Err(_) => return Ok(None),
-                }
+                _ => return Ok(None),
             }
-        };
-        if end > config.head_bytes {
-            let (status, what) = match reader.unread().contains(&b'\n') {
-                true => (431, "head"),
-                false => (414, "request line"),
-            };
-            let reason = format!("the {what} is longer than the {} bytes that a head may have", config.head_bytes);
-            return Err(Answer::refuse(status, reason));
         }
-        let request = Request::parse(&reader.unread()[..end])?;
-        reader.start += end;
-        Ok(Some(request))
     }
 
     fn parse(head: &[u8]) -> Result<Request, Answer> {
-        let bad = |reason: &str| Answer::refuse(400, reason);
         let mut fields = vec![httparse::EMPTY_HEADER; HEADER_LINES];
         let mut parsed = httparse::Request::new(&mut fields);
         match parsed.parse(head) {
             Ok(httparse::Status::Complete(_)) => {}
-            Ok(httparse::Status::Partial) => return Err(bad("the request's head is not whole")),
+            Ok(httparse::Status::Partial) => return refuse(400, "the request's head is not whole"),
             Err(httparse::Error::TooManyHeaders) => {
-                return Err(Answer::refuse(431, format!("more than {HEADER_LINES} header lines")));
+                return refuse(431, format!("more than {HEADER_LINES} header lines"));
             }
-            Err(httparse::Error::Version) => return Err(Answer::refuse(505, "only HTTP/1.0 and HTTP/1.1 are spoken")),
-            Err(error) => return Err(Answer::refuse(400, format!("the request's head cannot be read: {error}"))),
+            Err(httparse::Error::Version) => return refuse(505, "only HTTP/1.0 and HTTP/1.1 are spoken"),
+            Err(error) => return refuse(400, format!("the request's head cannot be read: {error}")),
         }
         let http10 = parsed.version == Some(0);
-        let (mut host, mut length, mut coding, mut last_event_id) = (None, None, None, None);
-        let (mut close, mut expect) = (http10, None);
+        let (mut host, mut length, mut coding, mut expect) = (None, None, None, None);
+        let (mut close, mut last_event_id) = (http10, None);
         for field in parsed.headers.iter() {
-            let value = String::from_utf8_lossy(field.value);
-            let slot = match field.name.to_ascii_lowercase().as_str() {
+            // Optional white space is space and tab (RFC 9110 §5.6.3); `trim` alone would take more.
+            let value = String::from_utf8_lossy(field.value).trim_matches([' ', '\t']).to_string();
+            let known = match field.name.to_ascii_lowercase().as_str() {
                 "host" => &mut host,
                 "content-length" => &mut length,
                 "transfer-encoding" => &mut coding,
                 "expect" => &mut expect,
-                "last-event-id" => &mut last_event_id,
+                "last-event-id" => {
+                    // Twice, it is no cursor of ours, and gets a gap: a refusal would strand the browser.
+                    last_event_id =
+                        Some(last_event_id.take().map_or(value.clone(), |first| format!("{first}, {value}")));
+                    continue;
+                }
                 "connection" => {
-                    close |= value.split(',').any(|option| option.trim().eq_ignore_ascii_case("close"));
+                    close |= value.split([',', ' ', '\t']).any(|option| option.eq_ignore_ascii_case("close"));
                     continue;
                 }
                 _ => continue,
             };
-            if slot.replace(value.trim().to_string()).is_some() {
-                return Err(Answer::refuse(400, format!("the field {} stands twice", field.name)));
+            if known.replace(value).is_some() {
+                return refuse(400, format!("the field {} stands twice", field.name));
             }
         }
         if host.is_none() && !http10 {
-            return Err(bad("the field Host is missing"));
+            return refuse(400, "the field Host is missing");
         }
         let body = match (length, coding) {
-            (None, None) => NO_BODY,
-            (Some(_), Some(_)) => return Err(bad("Content-Length and Transfer-Encoding together say two things")),
+            (None, None) => Body::of_length(0),
+            (Some(_), Some(_)) => return refuse(400, "Content-Length and Transfer-Encoding together say two things"),
             (Some(length), None) => match length.parse() {
-                Ok(count) if length.bytes().all(|b| b.is_ascii_digit()) => Framing::Length(count),
-                _ => return Err(Answer::refuse(400, format!("{} is no Content-Length", shown(&length)))),
+                Ok(count) if length.bytes().all(|b| b.is_ascii_digit()) => Body::of_length(count),
+                _ => return refuse(400, format!("{} is no Content-Length", shown(&length))),
             },
-            (None, Some(_)) if http10 => return Err(bad("HTTP/1.0 has no Transfer-Encoding")),
-            (None, Some(coding)) if coding.eq_ignore_ascii_case("chunked") => Framing::ChunkSize,
-            (None, Some(coding)) => {
-                return Err(Answer::refuse(
-                    501,
-                    format!("the transfer coding {} is not known: use chunked", shown(&coding)),
-                ));
+            (None, Some(_)) if http10 => return refuse(400, "HTTP/1.0 has no Transfer-Encoding"),
+            (None, Some(coding)) if coding.eq_ignore_ascii_case("chunked") => {
+                Body { left: 0, chunked: true, in_chunks: false }
             }
+            (None, Some(coding)) => return refuse(501, format!("the transfer coding {} is not known", shown(&coding))),
         };
         let expects_continue = match expect.filter(|_| !http10) {
             None => false,
             Some(what) if what.eq_ignore_ascii_case("100-continue") => true,
-            Some(what) => {
-                return Err(Answer::refuse(417, format!("{} is not expected: 100-continue is", shown(&what))));
-            }
+            Some(what) => return refuse(417, format!("{} is not expected: 100-continue is", shown(&what))),
         };
         let method = parsed.method.unwrap_or_default().to_string();
         let (path, query) = parse_target(&method, parsed.path.unwrap_or_default())?;
@@ -1505,39 +1563,30 @@ impl Request {
         Ok(Request { method, path, query, body, close, expects_continue, last_event_id })
     }
 
-    fn is_head(&self) -> bool {
-        self.method == "HEAD"
-    }
-
-    fn query(&self, name: &str) -> Option<&str> {
-        self.query.iter().find(|(n, _)| n == name).map(|(_, value)| value.as_str())
-    }
-
     /// Tells a client that waits for it to send its body.
-    fn invite_body(&mut self, c: &Connection) -> Result<(), Answer> {
-        if std::mem::take(&mut self.expects_continue) && self.body != NO_BODY {
-            c.write_whole(b"HTTP/1.1 100 Continue\r\n\r\n", None).map_err(|why| Answer::refuse(400, why))?;
+    fn invite_body(&mut self, reader: &Reader) -> Result<(), Answer> {
+        if std::mem::take(&mut self.expects_continue) && !self.body.is_over() {
+            let invited = reader.c.write_whole(b"HTTP/1.1 100 Continue\r\n\r\n", Instant::now() + LINGER);
+            return invited.or_else(|reason| refuse(400, reason));
         }
         Ok(())
     }
 
-    fn read_body(&mut self, c: &Connection, reader: &mut Reader, config: &Config) -> Result<Vec<u8>, Answer> {
-        let too_large = || {
-            let reason = format!("the body is longer than {} bytes: send less, or lines by PUT", config.body_bytes);
-            Answer::refuse(413, reason)
-        };
-        if matches!(self.body, Framing::Length(length) if length > config.body_bytes as u64) {
-            return Err(too_large());
-        }
-        self.invite_body(c)?;
-        reader.deadline = Some(Instant::now() + config.body_time);
+    fn read_body(&mut self, reader: &mut Reader, config: &Config) -> Result<Vec<u8>, Answer> {
+        let limit = config.body_bytes;
         let mut body = Vec::new();
-        while self.body.read(reader, &mut body)? {
-            if body.len() > config.body_bytes {
-                return Err(too_large());
-            }
+        let mut more = self.body.left <= limit as u64;
+        if more {
+            self.invite_body(reader)?;
+            reader.wait_at_most(config.body_time);
         }
-        Ok(body)
+        while more && body.len() <= limit {
+            more = self.body.read(reader, &mut body)?;
+        }
+        match self.body.is_over() && body.len() <= limit {
+            true => Ok(body),
+            false => refuse(413, format!("the body is longer than {limit} bytes: send less, or lines by PUT")),
+        }
     }
 }
 
@@ -1547,7 +1596,7 @@ fn head_end(bytes: &[u8], seen: &mut usize) -> Result<Option<usize>, Answer> {
         let lf = *seen + found;
         *seen = lf + 1;
         if lf == 0 || bytes[lf - 1] != b'\r' {
-            return Err(Answer::refuse(400, "a line of the head ends with LF alone: end it with CRLF"));
+            return refuse(400, "a line of the head ends with LF alone: end it with CRLF");
         } else if lf >= 3 && bytes[lf - 2] == b'\n' {
             return Ok(Some(lf + 1));
         }
@@ -1556,40 +1605,39 @@ fn head_end(bytes: &[u8], seen: &mut usize) -> Result<Option<usize>, Answer> {
     Ok(None)
 }
 
-/// The path and the query of a request's target, percent-decoded once.
-fn parse_target(method: &str, target: &str) -> Result<(String, Vec<(String, String)>), Answer> {
-    let bad = || Answer::refuse(400, format!("{} is no target: it begins with a slash", shown(target)));
-    let origin_form = match target.strip_prefix("http://").or_else(|| target.strip_prefix("https://")) {
-        Some(absolute) => absolute.find(['/', '?']).map_or("/", |slash| &absolute[slash..]),
-        None => target,
-    };
+/// The path and the query of a request's target.
+fn parse_target(method: &str, target: &str) -> Result<(String, Query), Answer> {
+    let absolute = target.strip_prefix("http://").or_else(|| target.strip_prefix("https://"));
+    let origin_form = absolute.map_or(target, |rest| rest.find(['/', '?']).map_or("/", |slash| &rest[slash..]));
+    let begins_well = origin_form.starts_with('/') || (origin_form.starts_with('?') && absolute.is_some());
     if target == "*" && method == "OPTIONS" {
-        return Ok(("*".into(), Vec::new()));
-    } else if !origin_form.starts_with(['/', '?']) || (target.starts_with('?')) || target.contains('#') {
-        return Err(bad());
+        return Ok(("*".into(), Query(Vec::new())));
+    } else if !begins_well || target.contains('#') {
+        return refuse(400, format!("{} is no target: it begins with a slash", shown(target)));
     }
     let (path, query) = origin_form.split_once('?').unwrap_or((origin_form, ""));
-    let path = if path.is_empty() { "/" } else { path };
-    let pair = |pair: &str| -> Result<(String, String), Answer> {
-        let (name, value) = pair.split_once('=').unwrap_or((pair, ""));
-        Ok((percent_decode(name)?, percent_decode(value)?))
-    };
-    let query = query.split('&').filter(|text| !text.is_empty()).map(pair).collect::<Result<_, _>>()?;
-    Ok((percent_decode(path)?, query))
+    let mut parts = Vec::new();
+    for part in query.split('&').filter(|part| !part.is_empty()) {
+        let (name, value) = part.split_once('=').unwrap_or((part, ""));
+        let name = percent_decode(name)?;
+        // A cursor that cannot be decoded is none of ours, and gets a gap: a refusal would strand the browser.
+        let is_cursor = CURSOR_PARAMETERS.contains(&name.as_str());
+        let value = percent_decode(value).or_else(|refusal| if is_cursor { Ok(value.into()) } else { Err(refusal) })?;
+        parts.push((name, value));
+    }
+    Ok((percent_decode(if path.is_empty() { "/" } else { path })?, Query(parts)))
 }
 
 fn percent_decode(text: &str) -> Result<String, Answer> {
-    let bad = || Answer::refuse(400, format!("{} is not percent-encoded UTF-8", shown(text)));
+    let bad = || Answer::refusal(400, format!("{} is not percent-encoded UTF-8", shown(text)));
     let mut bytes = Vec::with_capacity(text.len());
     let mut rest = text.bytes();
-    while let Some(byte) = rest.next() {
-        bytes.push(match byte {
-            b'%' => {
-                let mut digit = || rest.next().and_then(|b| char::from(b).to_digit(16)).ok_or_else(bad);
-                (digit()? * 16 + digit()?) as u8
-            }
-            other => other,
-        });
+    while let Some(mut byte) = rest.next() {
+        if byte == b'%' {
+            let mut digit = || rest.next().and_then(|b| char::from(b).to_digit(16)).ok_or_else(bad);
+            byte = (digit()? * 16 + digit()?) as u8;
+        }
+        bytes.push(byte);
     }
     String::from_utf8(bytes).map_err(|_| bad())
 }
@@ -1600,8 +1648,13 @@ struct Answer {
     content_type: Arc<str>,
     headers: String,
     body: Arc<[u8]>,
-    /// What comes after this request on the connection cannot be told apart from it.
+    /// Where this request ends on the connection cannot be told.
     close: bool,
+}
+
+/// One line that says what was wrong and what would be right, and the end of the connection.
+fn refuse<T>(status: u16, reason: impl fmt::Display) -> Result<T, Answer> {
+    Err(Answer::refusal(status, reason))
 }
 
 impl Answer {
@@ -1613,8 +1666,7 @@ impl Answer {
         Answer::new(status, "text/plain; charset=utf-8", format!("{line}\n").into_bytes())
     }
 
-    /// One line that says what was wrong and what would be right.
-    fn refuse(status: u16, reason: impl fmt::Display) -> Answer {
+    fn refusal(status: u16, reason: impl fmt::Display) -> Answer {
         Answer { close: true, ..Answer::text(status, reason) }
     }
 
@@ -1655,7 +1707,7 @@ fn status_line(status: u16) -> String {
         505 => "HTTP Version Not Supported",
         _ => "",
     };
-    format!("HTTP/1.1 {status} {reason}\r\nDate: {}\r\n", Civil::now().http_date())
+    format!("HTTP/1.1 {status} {reason}\r\nDate: {}\r\n", http_date(now_ms() / 1000))
 }
 
 /// The head of every stream. It is ended by closing, never chunked; nginx holds such a stream back to its end unless told.
@@ -1665,44 +1717,20 @@ fn stream_head() -> String {
            Connection: close\r\n\r\n"
 }
 
-/// A moment in UTC, as people write it.
-struct Civil {
-    year: u64,
-    month: usize,
-    day: u64,
-    weekday: usize,
-    second: u64, // of the day
-}
-
-impl Civil {
-    /// Years are counted from March, so that the leap day comes last, in eras of 400 years (146,097 days).
-    fn now() -> Civil {
-        let seconds = now_ms() / 1000;
-        let days = seconds / 86_400 + 719_468; // since 0000-03-01
-        let (era, of_era) = (days / 146_097, days % 146_097);
-        let year_of_era = (of_era - of_era / 1_460 + of_era / 36_524 - of_era / 146_096) / 365;
-        let of_year = of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
-        let march_month = (5 * of_year + 2) / 153;
-        let month = if march_month < 10 { march_month + 3 } else { march_month - 9 };
-        Civil {
-            year: era * 400 + year_of_era + u64::from(month <= 2),
-            month: month as usize,
-            day: of_year - (153 * march_month + 2) / 5 + 1,
-            weekday: ((days + 3) % 7) as usize,
-            second: seconds % 86_400,
-        }
-    }
-
-    fn clock(&self) -> String {
-        format!("{:02}:{:02}:{:02}", self.second / 3600, self.second / 60 % 60, self.second % 60)
-    }
-
-    /// As RFC 9110 §5.6.7 has it: `Sun, 06 Nov 1994 08:49:37 GMT`.
-    fn http_date(&self) -> String {
-        let weekday = &"SunMonTueWedThuFriSat"[self.weekday * 3..][..3];
-        let month = &"JanFebMarAprMayJunJulAugSepOctNovDec"[(self.month - 1) * 3..][..3];
-        format!("{weekday}, {:02} {month} {:04} {} GMT", self.day, self.year, self.clock())
-    }
+/// Unix seconds as RFC 9110 §5.6.7 writes a moment: `Sun, 06 Nov 1994 08:49:37 GMT`. Years are counted from March, so that
+/// the leap day comes last, in eras of 400 years (146,097 days).
+fn http_date(seconds: u64) -> String {
+    let days = seconds / 86_400 + 719_468; // since 0000-03-01
+    let of_era = days % 146_097;
+    let year_of_era = (of_era - of_era / 1_460 + of_era / 36_524 - of_era / 146_096) / 365;
+    let of_year = of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
+    let from_march = (5 * of_year + 2) / 153;
+    let day = of_year - (153 * from_march + 2) / 5 + 1;
+    let year = days / 146_097 * 400 + year_of_era + u64::from(from_march >= 10);
+    let month = &"MarAprMayJunJulAugSepOctNovDecJanFeb"[from_march as usize * 3..][..3];
+    let weekday = &"ThuFriSatSunMonTueWed"[(days + 6) as usize % 7 * 3..][..3];
+    let (hour, minute, second) = (seconds / 3600 % 24, seconds / 60 % 60, seconds % 60);
+    format!("{weekday}, {day:02} {month} {year:04} {hour:02}:{minute:02}:{second:02} GMT")
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -1710,6 +1738,10 @@ impl Civil {
 // stream that there is no room for gets 200, a reconnection time, and its end. Only what will not mend by itself (a path
 // that does not exist, a query that cannot be read) is refused for good.
 
+/// The parameters that say where a page was; a widely used polyfill has its own.
+const CURSOR_PARAMETERS: [&str; 2] = ["last_event_id", "lastEventId"];
+
+#[derive(Clone)]
 enum Route {
     Page(Arc<str>, Arc<[u8]>),
     Stream(Arc<Handler>),
@@ -1717,58 +1749,49 @@ enum Route {
 
 type Handler = dyn Fn(&mut Stream) -> io::Result<()> + Send + Sync;
 
-enum Reply {
-    Answer(Answer),
-    Open(Opening),
-}
-
 /// A stream that a request has asked for. From here on the request and its buffers are not needed any more.
 enum Opening {
-    Topics { names: Vec<String>, from: Start, poll: Option<Duration> },
-    Handler { handler: Arc<Handler>, query: Vec<(String, String)>, last_event_id: Option<String> },
+    Topics { names: Vec<String>, start: Start, poll: Option<Duration> },
+    Handler { handler: Arc<Handler>, query: Query, last_event_id: Option<String> },
 }
 
 impl Shared {
-    fn reply(&self, c: &Connection, reader: &mut Reader, request: &mut Request) -> Result<Reply, Answer> {
+    /// A stream, or else an answer.
+    fn reply(&self, reader: &mut Reader, request: &mut Request) -> Result<Opening, Answer> {
         let path = std::mem::take(&mut request.path);
         let Some(allow) = self.methods_of(&path) else {
-            let reason = format!("there is nothing at {}: topics are at /events/NAME", shown(&path));
-            return Err(Answer::text(404, reason));
+            return Err(Answer::text(404, format!("there is nothing at {}: topics are at /events/NAME", shown(&path))));
         };
-        match request.method.as_str() {
-            "OPTIONS" => return Err(Answer::text(204, "").header("Allow", allow)),
-            "GET" | "HEAD" => {}
-            method @ ("POST" | "PUT") if allow.contains(method) => {
-                let topic = &path["/events/".len()..];
-                return match method {
-                    "POST" => self.publish(c, reader, request, topic),
-                    _ => self.publish_lines(c, reader, request, topic),
-                }
-                .map(Reply::Answer);
-            }
-            method @ ("POST" | "PUT" | "DELETE" | "PATCH" | "CONNECT" | "TRACE") => {
+        let topic = path.strip_prefix("/events/");
+        match (request.method.as_str(), topic) {
+            ("OPTIONS", _) => return Err(Answer::text(204, "").header("Allow", allow)),
+            ("POST", Some(topic)) => return Err(self.publish(reader, request, topic)?),
+            ("PUT", Some(topic)) => return Err(self.publish_lines(reader, request, topic)?),
+            ("GET" | "HEAD", _) => {}
+            (method @ ("POST" | "PUT" | "DELETE" | "PATCH" | "CONNECT" | "TRACE"), _) => {
                 let reason = format!("{method} is not for {}: use one of {allow}", shown(&path));
                 return Err(Answer::text(405, reason).header("Allow", allow));
             }
-            method => return Err(Answer::text(501, format!("the method {} is not known", shown(method)))),
+            (method, _) => return Err(Answer::text(501, format!("the method {} is not known", shown(method)))),
         }
-        request.read_body(c, reader, self.config())?;
-        if let Some(names) = path.strip_prefix("/events/") {
-            return self.open_topics(request, names).map(Reply::Open);
+        request.read_body(reader, self.config())?;
+        if let Some(names) = topic {
+            return open_topics(request, names);
         }
         let route = enter(&self.routes).get(&path).cloned();
-        Ok(match route {
-            Some(Route::Page(content_type, body)) => Reply::Answer(Answer::new(200, content_type, body)),
+        match route {
             Some(Route::Stream(handler)) => {
-                let (query, last_event_id) = (std::mem::take(&mut request.query), request.last_event_id.take());
-                Reply::Open(Opening::Handler { handler, query, last_event_id })
+                let (query, last_event_id) =
+                    (std::mem::replace(&mut request.query, Query(Vec::new())), request.last_event_id.take());
+                Ok(Opening::Handler { handler, query, last_event_id })
             }
+            Some(Route::Page(content_type, body)) => Err(Answer::new(200, content_type, body)),
             None if path == "/metrics" => {
-                Reply::Answer(Answer::new(200, "text/plain; version=0.0.4", self.metrics().as_bytes()))
+                Err(Answer::new(200, "text/plain; version=0.0.4", self.metrics().into_bytes()))
             }
-            None if self.stopping() => return Err(self.unavailable("the server is stopping")),
-            None => Reply::Answer(Answer::text(200, "ok")),
-        })
+            None if self.stopping() => Err(self.unavailable("the server is stopping")),
+            None => Err(Answer::text(200, "ok")),
+        }
     }
 
     /// The methods that a path takes, or none where there is nothing.
@@ -1780,169 +1803,90 @@ impl Shared {
         }
     }
 
-    fn publish(
-        &self,
-        c: &Connection,
-        reader: &mut Reader,
-        request: &mut Request,
-        topic: &str,
-    ) -> Result<Answer, Answer> {
-        let mut event = self.described_event(request, topic, &["event", "retry", "key"])?;
-        let body = request.read_body(c, reader, self.config())?;
+    fn publish(&self, reader: &mut Reader, request: &mut Request, topic: &str) -> Result<Answer, Answer> {
+        let mut event = self.describe(request, topic, &["event", "retry", "key"])?;
+        let body = request.read_body(reader, self.config()).map_err(|refusal| self.blame(refusal, ""))?;
         event.data = String::from_utf8(body).map_err(|error| {
             Answer::text(400, format!("the body is not UTF-8 from byte {} on", error.utf8_error().valid_up_to()))
         })?;
-        self.hub.publish(topic, event).map(|id| Answer::text(200, id)).map_err(|error| self.publishing_failed(&error))
+        self.hub.publish(topic, event).map(|id| Answer::text(200, id)).map_err(|error| self.not_published(&error))
+    }
+
+    /// Publishes every line as soon as it is there. Silence between lines is fine; a line once begun must end in time.
+    fn publish_lines(&self, reader: &mut Reader, request: &mut Request, topic: &str) -> Result<Answer, Answer> {
+        let event = self.describe(request, topic, &["event", "retry"])?;
+        request.invite_body(reader)?;
+        reader.deadline = None;
+        let mut lines = Lines { reader, body: &mut request.body, config: self.config(), text: Vec::new(), start: 0 };
+        let (mut count, mut last) = (0, None);
+        let result = loop {
+            let line = match lines.next() {
+                Ok(Some(line)) => line,
+                Ok(None) => break Ok(()),
+                Err(refusal) => break Err(refusal),
+            };
+            let Ok(data) = String::from_utf8(line) else {
+                break refuse(400, format!("line {} is not UTF-8", count + 1));
+            };
+            match self.hub.publish(topic, Event { data, ..event.clone() }) {
+                Ok(id) => (count, last) = (count + 1, Some(id)),
+                Err(error) => break Err(Answer { close: true, ..self.not_published(&error) }),
+            }
+        };
+        let last = last.map_or(String::new(), |id| format!(", the last with id {id}"));
+        let summary = format!("{count} events were published{last}");
+        result.map_err(|refusal| self.blame(refusal, &format!("; {summary}"))).map(|()| Answer::text(200, summary))
     }
 
     /// The event that a request describes beside its body. Whatever is wrong there is said before the body is read.
-    fn described_event(&self, request: &Request, topic: &str, known: &[&str]) -> Result<Event, Answer> {
-        if let Some((name, _)) = request.query.iter().find(|(name, _)| !known.contains(&name.as_str())) {
+    fn describe(&self, request: &Request, topic: &str, known: &[&str]) -> Result<Event, Answer> {
+        if let Some((name, _)) = request.query.0.iter().find(|(name, _)| !known.contains(&name.as_str())) {
             let reason = format!("the parameter {} is not known: {} are", shown(name), known.join(", "));
             return Err(Answer::text(400, reason));
         }
         let mut event = Event::new("");
-        event.name = request.query("event").map(String::from);
-        event.key = request.query("key").map(String::from);
-        if let Some(retry) = request.query("retry") {
+        event.name = request.query.get("event").map(String::from);
+        event.key = request.query.get("key").map(String::from);
+        if let Some(retry) = request.query.get("retry") {
             let number = retry.parse::<u32>().ok().filter(|_| retry.bytes().all(|b| b.is_ascii_digit()));
             let reason = || Answer::text(400, format!("the retry {} is no number of milliseconds", shown(retry)));
             event.retry = Some(Duration::from_millis(number.ok_or_else(reason)?.into()));
         }
         let checked = check_topic(topic).and_then(|()| self.hub.core.check(&event));
-        checked.map_err(|error| self.publishing_failed(&error)).map(|()| event)
+        checked.map_err(|error| self.not_published(&error)).map(|()| event)
     }
 
-    fn publishing_failed(&self, error: &io::Error) -> Answer {
+    fn not_published(&self, error: &io::Error) -> Answer {
         match error.kind() {
             ErrorKind::InvalidInput => Answer::text(400, error),
             _ => self.unavailable(error),
         }
     }
 
-    fn publish_lines(
-        &self,
-        c: &Connection,
-        reader: &mut Reader,
-        request: &mut Request,
-        topic: &str,
-    ) -> Result<Answer, Answer> {
-        let event = self.described_event(request, topic, &["event", "retry"])?;
-        request.invite_body(c)?;
-        let (mut count, mut last) = (0, None);
-        let mut publish = |line: &[u8]| {
-            let line = line.strip_suffix(b"\r").unwrap_or(line);
-            let text =
-                str::from_utf8(line).map_err(|_| Answer::refuse(400, format!("line {} is not UTF-8", count + 1)))?;
-            let event = Event { data: text.into(), ..event.clone() };
-            last = Some(self.hub.publish(topic, event).map_err(|error| self.publishing_failed(&error))?);
-            count += 1;
-            Ok(())
-        };
-        let result = self.each_line(reader, &mut request.body, &mut publish);
-        let summary = match last {
-            None => "0 events were published".into(),
-            Some(id) => format!("{count} events were published, the last with id {id}"),
-        };
-        match result {
-            Ok(()) => Ok(Answer::text(200, summary)),
-            Err(refusal) => {
-                let reason = String::from_utf8_lossy(&refusal.body).trim_end().to_string();
-                Err(Answer { body: format!("{reason}; {summary}\n").into_bytes().into(), ..refusal })
-            }
+    /// Adds to a refusal how far it came. A body that stopping has cut off is not its sender's fault.
+    fn blame(&self, refusal: Answer, so_far: &str) -> Answer {
+        if self.stopping() {
+            return Answer { close: true, ..self.unavailable(format!("the server is stopping{so_far}")) };
         }
+        let reason = String::from_utf8_lossy(&refusal.body);
+        Answer { body: format!("{}{so_far}\n", reason.trim_end()).into_bytes().into(), ..refusal }
     }
 
-    /// Calls `publish` for every line of a body as soon as it is there. Silence between lines is fine; a line once begun
-    /// must end in time.
-    fn each_line(
-        &self,
-        reader: &mut Reader,
-        body: &mut Framing,
-        publish: &mut dyn FnMut(&[u8]) -> Result<(), Answer>,
-    ) -> Result<(), Answer> {
-        let config = self.config();
-        let mut text = Vec::new();
-        reader.deadline = None;
-        loop {
-            let more = body.read(reader, &mut text)?;
-            let mut begin = 0;
-            while let Some(length) = text[begin..].iter().position(|b| *b == b'\n') {
-                self.check_line(length)?;
-                publish(&text[begin..begin + length])?;
-                begin += length + 1;
-            }
-            text.drain(..begin);
-            self.check_line(text.len())?;
-            if !more {
-                return if text.is_empty() { Ok(()) } else { publish(&text) };
-            } else if text.is_empty() {
-                reader.deadline = None;
-            } else if begin > 0 || reader.deadline.is_none() {
-                reader.deadline = Some(Instant::now() + config.body_time);
-            }
-        }
-    }
-
-    fn check_line(&self, length: usize) -> Result<(), Answer> {
-        match self.config().line_bytes {
-            limit if length > limit => Err(Answer::refuse(413, format!("a line is longer than {limit} bytes"))),
-            _ => Ok(()),
-        }
-    }
-
-    fn open_topics(&self, request: &Request, list: &str) -> Result<Opening, Answer> {
-        let refuse = |error: io::Error| Answer::text(400, error);
-        let mut names: Vec<String> = Vec::new();
-        for name in list.split(',') {
-            check_topic(name).map_err(refuse)?;
-            if !names.iter().any(|known| known == name) {
-                names.push(name.into());
-            }
-        }
-        if names.len() > TOPICS_PER_STREAM {
-            let reason = format!("{} topics, where a stream takes up to {TOPICS_PER_STREAM}", names.len());
-            return Err(Answer::text(400, reason));
-        }
-        let poll = match request.query("poll") {
-            None => None,
-            Some("") => Some(POLL),
-            Some(time) => Some(parse_duration(time).map_err(refuse)?),
-        };
-        let since = match request.query("since") {
-            None => Start::Now,
-            Some("earliest") => Start::Earliest,
-            Some(text) => match (parse_duration(text), text.parse()) {
-                (Ok(time), _) => Start::Ago(time),
-                (_, Ok(id)) => Start::Cursor(id),
-                _ => {
-                    return Err(Answer::text(
-                        400,
-                        format!("since is earliest, a time such as 10m, or an id; not {}", shown(text)),
-                    ));
-                }
-            },
-        };
-        // A page opened anew says `since`; one that comes back says where it was, and that wins.
-        let cursors = [request.last_event_id.as_deref(), request.query("last_event_id"), request.query("lastEventId")];
-        let from = match cursors.into_iter().flatten().find(|cursor| !cursor.is_empty()) {
-            Some(cursor) => cursor.parse().map_or(Start::Malformed, Start::Cursor),
-            None => since,
-        };
-        Ok(Opening::Topics { names, from, poll })
+    fn unavailable(&self, reason: impl fmt::Display) -> Answer {
+        Answer::text(503, reason).header("Retry-After", self.config().retry.as_millis().div_ceil(1000))
     }
 
     /// Runs a stream to its end, and returns why it ended.
     fn stream(&self, c: &Arc<Connection>, opening: Opening) -> Cow<'static, str> {
-        if self.stopping() {
-            return self.send_away(c, "the server is stopping").into();
-        } else if !self.move_to_streams(c.serial) {
-            return self.send_away(c, "no room for another stream").into();
-        }
+        let lane = match self.move_to_streams(c.serial) {
+            _ if self.stopping() => return self.send_away(c, "the server is stopping").into(),
+            None => return self.send_away(c, "no room for another stream").into(),
+            Some(number) => &self.hub.core.lanes[number % self.hub.core.lanes.len()],
+        };
         match opening {
-            Opening::Topics { names, from, poll } => self.stream_topics(c, &names, from, poll).into(),
+            Opening::Topics { names, start, poll } => self.stream_topics(c, lane, &names, start, poll).into(),
             Opening::Handler { handler, query, last_event_id } => {
-                if let Err(reason) = c.write_whole(stream_head().as_bytes(), None) {
+                if let Err(reason) = c.write_whole(stream_head().as_bytes(), Instant::now() + LONGEST) {
                     return reason.into();
                 }
                 let result = handler(&mut Stream { c, stopping: &self.stopping, query, last_event_id, stray: 0 });
@@ -1957,57 +1901,130 @@ impl Shared {
     fn stream_topics(
         &self,
         c: &Arc<Connection>,
+        lane: &Sender<ToLane>,
         names: &[String],
-        from: Start,
+        start: Start,
         poll: Option<Duration>,
-    ) -> &'static str {
-        let (core, config) = (&*self.hub.core, self.config());
+    ) -> Reason {
+        let (core, config, one_shot) = (&*self.hub.core, self.config(), poll.is_some());
         let mut kept = core.kept();
         let Ok(names) = kept.subscribe(names, config.topics) else {
             drop(kept);
             return self.send_away(c, "all topic names are in use");
         };
-        let (cursor, gap) = kept.start(&names, from);
-        let told = kept.let_go(&names);
+        let (cursor, gap) = kept.start(&names, start);
+        let told = kept.told(&names);
         drop(kept);
-        let deadline = Instant::now() + poll.unwrap_or_else(|| spread(config.lifetime, 80, 100));
-        let subscription = Subscription { core, c, names, told, deadline, stopping: &self.stopping };
+        let lifetime = spread(config.lifetime, 80, 100);
+        let deadline = Instant::now() + poll.map_or(lifetime, |time| time.min(lifetime));
+        let subscription = Subscription { core, c, lane, names, told, one_shot, deadline, stopping: &self.stopping };
 
         // A block without data dispatches nothing, but a browser cut off before its first event resumes from this id.
-        let retry = if poll.is_some() { POLL_RETRY } else { config.retry };
+        let retry = if one_shot { POLL_RETRY } else { config.retry };
         let mut head = format!("{}retry: {}\nid: {cursor}\n\n", stream_head(), retry.as_millis()).into_bytes();
         if let Some(gap) = &gap {
             head.extend_from_slice(&gap.encode().bytes);
             core.counters.gaps.fetch_add(1, Relaxed);
         }
         let mut state = enter(&c.state);
-        (state.cursor, state.sent, state.one_shot) = (cursor, gap.is_some().into(), poll.is_some());
+        (state.cursor, state.sent, state.one_shot) = (cursor, gap.is_some().into(), one_shot);
         drop(state);
-        if let Err(reason) = c.write_waiting(&head, None) {
+        if let Err(reason) = c.write_waiting(&head, deadline) {
             return reason;
         }
         drop(head);
-        let _ = core.lane_of(c).send(ToLane::Join(c.clone(), subscription.names.clone()));
-        subscription.follow(poll.is_some())
+        let _ = lane.send(ToLane::Join(c.clone(), subscription.names.clone()));
+        subscription.follow()
     }
 
-    fn send_away(&self, c: &Connection, why: &'static str) -> &'static str {
+    fn send_away(&self, c: &Connection, why: Reason) -> Reason {
         self.hub.core.counters.sent_away.fetch_add(1, Relaxed);
-        let _ = c.write_whole(stream_head().as_bytes(), None);
+        let _ = c.write_whole(stream_head().as_bytes(), Instant::now() + LINGER);
         c.end(why, spread(self.config().retry, 50, 150))
-    }
-
-    fn unavailable(&self, reason: impl fmt::Display) -> Answer {
-        let seconds = self.config().retry.as_millis().div_ceil(1000);
-        Answer::text(503, reason).header("Retry-After", seconds)
     }
 }
 
-impl Drop for Subscription<'_> {
-    fn drop(&mut self) {
-        let _ = self.core.lane_of(self.c).send(ToLane::Leave(self.c.serial, self.names.clone()));
-        self.core.kept().unsubscribe(&self.names);
+/// The lines of a body that is still arriving.
+struct Lines<'a, 'b> {
+    reader: &'a mut Reader<'b>,
+    body: &'a mut Body,
+    config: &'a Config,
+    text: Vec<u8>,
+    /// Where the line that is looked for begins in `text`.
+    start: usize,
+}
+
+impl Lines<'_, '_> {
+    /// Waits for the next line. The last one may lack its LF, if the body ends whole.
+    fn next(&mut self) -> Result<Option<Vec<u8>>, Answer> {
+        let mut seen = self.start;
+        loop {
+            let lf = self.text[seen..].iter().position(|b| *b == b'\n');
+            let end = lf.map_or(self.text.len(), |lf| seen + lf);
+            if end - self.start > self.config.line_bytes {
+                return refuse(413, format!("a line is longer than {} bytes", self.config.line_bytes));
+            }
+            if lf.is_some() {
+                let line = &self.text[self.start..end];
+                let line = line.strip_suffix(b"\r").unwrap_or(line).to_vec();
+                self.start = end + 1;
+                return Ok(Some(line));
+            }
+            if self.start > 0 {
+                self.text.drain(..self.start);
+                (self.start, self.reader.deadline) = (0, None);
+            }
+            seen = self.text.len();
+            if self.text.is_empty() {
+                self.reader.deadline = None;
+            } else if self.reader.deadline.is_none() {
+                self.reader.wait_at_most(self.config.body_time);
+            }
+            if !self.body.read(self.reader, &mut self.text)? {
+                return Ok(Some(std::mem::take(&mut self.text)).filter(|line| !line.is_empty()));
+            }
+        }
     }
+}
+
+fn open_topics(request: &Request, list: &str) -> Result<Opening, Answer> {
+    let bad = |error: io::Error| Answer::text(400, error);
+    let mut names: Vec<String> = Vec::new();
+    for name in list.split(',') {
+        check_topic(name).map_err(bad)?;
+        if !names.iter().any(|known| known == name) {
+            names.push(name.into());
+        }
+    }
+    if names.len() > TOPICS_PER_STREAM {
+        let reason = format!("{} topics, where a stream takes up to {TOPICS_PER_STREAM}", names.len());
+        return Err(Answer::text(400, reason));
+    }
+    let poll = match request.query.get("poll") {
+        None => None,
+        Some("") => Some(POLL),
+        Some(time) => Some(parse_duration(time).map_err(bad)?),
+    };
+    let since = match request.query.get("since") {
+        None => Start::Now,
+        Some("earliest") => Start::Earliest,
+        Some(text) => match (parse_duration(text), text.parse()) {
+            (Ok(time), _) => Start::Ago(time),
+            (_, Ok(id)) => Start::Cursor(id),
+            _ => {
+                return Err(Answer::text(
+                    400,
+                    format!("since is earliest, a time such as 10m, or an id; not {}", shown(text)),
+                ));
+            }
+        },
+    };
+    // A page opened anew says `since`; one that comes back says where it was, and that wins.
+    let parameters = CURSOR_PARAMETERS.map(|name| request.query.get(name));
+    let cursor =
+        [request.last_event_id.as_deref()].into_iter().chain(parameters).flatten().find(|text| !text.is_empty());
+    let start = cursor.map_or(since, |text| text.parse().map_or(Start::Malformed, Start::Cursor));
+    Ok(Opening::Topics { names, start, poll })
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -2039,34 +2056,30 @@ struct Shared {
     someone_left: Condvar,
     stopping: AtomicBool,
     lanes: Mutex<Vec<JoinHandle<()>>>,
-    warned_at: AtomicU64,
+    log: Logger,
 }
 
+/// Where the connections are, by their serial numbers, so that the first of each is the oldest.
 #[derive(Default)]
 struct Guests {
     next_serial: u64,
     threads: usize,
-    waiting: BTreeMap<u64, Arc<Connection>>,
-    busy: BTreeMap<u64, Arc<Connection>>,
-    streams: BTreeMap<u64, Arc<Connection>>,
+    streams_opened: usize,
+    waiting: Place,
+    busy: Place,
+    streams: Place,
 }
 
-impl Clone for Route {
-    fn clone(&self) -> Route {
-        match self {
-            Route::Page(content_type, body) => Route::Page(content_type.clone(), body.clone()),
-            Route::Stream(handler) => Route::Stream(handler.clone()),
-        }
-    }
-}
+type Place = BTreeMap<u64, Arc<Connection>>;
 
 impl Server {
     /// Binds the address and starts the hub, so that publishing works from here on. Port 0 takes any free one.
     ///
     /// # Errors
     /// The address cannot be bound; it is beyond loopback and [`Config::open`] is not set
-    /// ([`ErrorKind::PermissionDenied`]); or no thread can be started.
+    /// ([`ErrorKind::PermissionDenied`]); a limit makes no sense ([`ErrorKind::InvalidInput`]); or no thread can be started.
     pub fn bind(address: impl ToSocketAddrs, config: Config) -> io::Result<Server> {
+        config.check()?;
         let listener = TcpListener::bind(address)?;
         let address = listener.local_addr()?;
         if !config.open && !address.ip().is_loopback() {
@@ -2074,26 +2087,25 @@ impl Server {
                 format!("{address} is beyond loopback, so whoever reaches it could publish: say so with --open");
             return Err(io::Error::new(ErrorKind::PermissionDenied, reason));
         }
-        let config = fit_to_system(config.check()?);
+        let doorbell = TcpStream::from(std::os::fd::OwnedFd::from(listener.try_clone()?));
+        let log = Logger::start(config.log)?;
+        let config = fit_to_system(config, &log);
         let cores = thread::available_parallelism().map_or(1, |cores| cores.get());
-        let lanes = if config.lanes == 0 { cores } else { config.lanes };
-        let counters = Arc::new(Counters::default());
-        let base = Id { ms: now_ms(), seq: 0 };
-        let (mut queues, mut threads) = (Vec::new(), Vec::new());
-        for n in 0..lanes {
+        let (mut lanes, mut threads, counters) = (Vec::new(), Vec::new(), Arc::new(Counters::default()));
+        for n in 0..if config.lanes == 0 { cores } else { config.lanes } {
             let (sender, queue) = crossbeam_channel::bounded(QUEUE_SLOTS);
             let (topics, everyone) = Default::default();
             let lane = Lane { topics, everyone, heartbeat: config.heartbeat, counters: counters.clone() };
-            queues.push(sender);
+            lanes.push(sender);
             threads.push(thread::Builder::new().name(format!("lane {n}")).spawn(move || lane.run(&queue))?);
         }
+        let base = Id { ms: now_ms(), seq: 0 };
         let (order, kept) = (Mutex::new(Order { newest: base, stopped: false }), Mutex::new(Kept::new(base)));
-        let hub = Hub { core: Arc::new(Core { config, order, kept, lanes: queues, counters }) };
-        let (routes, guests, someone_left, stopping, warned_at) = Default::default();
-        let shared =
-            Arc::new(Shared { hub, routes, guests, someone_left, stopping, lanes: Mutex::new(threads), warned_at });
-        let doorbell = TcpStream::from(std::os::fd::OwnedFd::from(listener.try_clone()?));
-        Ok(Server { handle: Handle { shared, listener: Arc::new(listener), doorbell, acceptors: Vec::new() } })
+        let hub = Hub { core: Arc::new(Core { config, order, kept, lanes, counters }) };
+        let (routes, guests, someone_left, stopping) = Default::default();
+        let shared = Shared { hub, routes, guests, someone_left, stopping, lanes: Mutex::new(threads), log };
+        let (shared, listener) = (Arc::new(shared), Arc::new(listener));
+        Ok(Server { handle: Handle { shared, listener, doorbell, acceptors: Vec::new() } })
     }
 
     /// Answers `GET path` with these bytes: a page, a script, a small answer of one's own.
@@ -2105,7 +2117,8 @@ impl Server {
     }
 
     /// Answers `GET path` with a stream that `handler` writes, on the connection's own thread, until it returns or the
-    /// socket closes. The head goes out before the handler is called.
+    /// socket closes. The head goes out before the handler is called. The thread's stack has 128 KiB: what is large
+    /// belongs on the heap.
     ///
     /// # Errors
     /// [`ErrorKind::InvalidInput`] for a path that does not begin with a slash, or that is the server's own.
@@ -2142,14 +2155,6 @@ impl Server {
     /// The hub, to publish with.
     pub fn hub(&self) -> Hub {
         self.handle.hub()
-    }
-
-    /// The address that is bound.
-    ///
-    /// # Errors
-    /// What the system says when asked for it.
-    pub fn addr(&self) -> io::Result<SocketAddr> {
-        self.handle.addr()
     }
 
     /// Serves until the process ends.
@@ -2227,6 +2232,7 @@ impl Handle {
         for lane in enter(&shared.lanes).drain(..) {
             let _ = lane.join();
         }
+        shared.log.finish();
         left
     }
 }
@@ -2251,12 +2257,13 @@ impl Shared {
             match listener.accept() {
                 Ok((socket, peer)) => self.admit(socket, peer),
                 Err(_) if self.stopping() => return,
-                Err(error) if error.kind() == ErrorKind::Interrupted => {}
                 Err(error) => {
-                    // Without descriptors this repeats until one is given back, so it must not spin.
-                    self.warn(format_args!("accepting failed: {error}"));
-                    enter(&self.guests).close_longest_waiting();
-                    thread::sleep(Duration::from_millis(20));
+                    self.log.warn(format_args!("accepting failed: {error}"));
+                    if matches!(error.raw_os_error(), Some(23 | 24)) {
+                        // Without descriptors (ENFILE, EMFILE) this repeats until one is given back: it must not spin.
+                        enter(&self.guests).close_longest_waiting();
+                        thread::sleep(Duration::from_millis(20));
+                    }
                 }
             }
         }
@@ -2272,7 +2279,9 @@ impl Shared {
         if self.stopping() || !room {
             drop(guests);
             self.hub.core.counters.sent_away.fetch_add(1, Relaxed);
-            return self.warn(format_args!("no room for {peer}: all {} connections are in use", config.connections));
+            return self
+                .log
+                .warn(format_args!("no room for {peer}: all {} connections are in use", config.connections));
         }
         let serial = guests.next_serial;
         let c = Arc::new(Connection::new(serial, peer, socket));
@@ -2283,64 +2292,50 @@ impl Shared {
         let guest = Guest { shared: self.clone(), c, path: None, reason: "".into(), opened: Instant::now() };
         let thread = thread::Builder::new().name(format!("conn {serial}")).stack_size(STACK_BYTES);
         if let Err(error) = thread.spawn(move || guest.converse()) {
-            self.warn(format_args!("no thread for {peer}: {error}")); // its `Guest` was dropped, and has left
+            self.log.warn(format_args!("no thread for {peer}: {error}")); // its `Guest` was dropped, and has left
         }
     }
 
-    /// A request has come whole: the connection is busy from here on, unless it had to make room just now.
-    fn begin_request(&self, serial: u64) -> bool {
+    /// Finds a stream its place, and numbers it; `None` where there is no room.
+    fn move_to_streams(&self, serial: u64) -> Option<usize> {
         let mut guests = enter(&self.guests);
-        let c = guests.waiting.remove(&serial);
-        let present = c.is_some();
-        guests.busy.extend(c.map(|c| (serial, c)));
-        present
-    }
-
-    fn end_request(&self, serial: u64) {
-        let mut guests = enter(&self.guests);
+        if guests.streams.len() >= self.config().subscribers {
+            return None;
+        }
         let c = guests.busy.remove(&serial);
-        guests.waiting.extend(c.map(|c| (serial, c)));
-    }
-
-    fn move_to_streams(&self, serial: u64) -> bool {
-        let mut guests = enter(&self.guests);
-        let room = guests.streams.len() < self.config().subscribers;
-        let c = if room { guests.busy.remove(&serial) } else { None };
         guests.streams.extend(c.map(|c| (serial, c)));
-        room
+        guests.streams_opened += 1;
+        Some(guests.streams_opened)
     }
 
-    /// Ends every connection: streams with their reconnection time, publishers with their answer. Returns how many did not
-    /// end in time.
+    /// Ends every connection: streams with their reconnection time, publishers with their answer; who waits for a request may
+    /// still ask for the server's health meanwhile. Returns how many did not end in time.
     fn say_goodbye(&self) -> usize {
         let started = Instant::now();
-        let everyone = enter(&self.guests).everyone();
-        for c in &everyone {
+        let guests = enter(&self.guests);
+        let at_work: Vec<_> = guests.busy.values().chain(guests.streams.values()).cloned().collect();
+        drop(guests);
+        for c in at_work {
             c.take_back();
-            let _ = c.socket.shutdown(Shutdown::Read); // wakes who waits for a request, a body or a handler's timer
+            let _ = c.socket.shutdown(Shutdown::Read); // wakes who waits for a body or a handler's timer
         }
-        self.wait_until_empty(started + STOP_GRACE);
+        self.wait_while(started + STOP_GRACE, |guests| guests.busy.len() + guests.streams.len() > 0);
         for c in enter(&self.guests).everyone() {
-            let _ = c.socket.shutdown(Shutdown::Both); // wakes who waits for a slow peer
+            let _ = c.socket.shutdown(Shutdown::Both); // wakes who waits for a request, or a slow peer
         }
-        let left = self.wait_until_empty(started + STOP_TIME);
+        self.wait_while(started + STOP_TIME, |guests| guests.threads > 0);
+        let guests = enter(&self.guests);
+        let left = guests.threads;
         if left > 0 {
-            let peers: Vec<String> =
-                enter(&self.guests).everyone().iter().take(10).map(|c| c.peer.to_string()).collect();
-            self.log(Log::Info, format_args!("{left} connections did not end: {}", peers.join(" ")));
+            let peers: Vec<String> = guests.everyone().take(10).map(|c| c.peer.to_string()).collect();
+            self.log.line(Log::Info, format_args!("{left} connections did not end: {}", peers.join(" ")));
         }
         left
     }
 
-    fn wait_until_empty(&self, deadline: Instant) -> usize {
-        let mut guests = enter(&self.guests);
-        loop {
-            let left = deadline.saturating_duration_since(Instant::now());
-            if guests.threads == 0 || left.is_zero() {
-                return guests.threads;
-            }
-            guests = self.someone_left.wait_timeout(guests, left).unwrap_or_else(PoisonError::into_inner).0;
-        }
+    fn wait_while(&self, deadline: Instant, mut condition: impl FnMut(&mut Guests) -> bool) {
+        let (left, guests) = (deadline.saturating_duration_since(Instant::now()), enter(&self.guests));
+        drop(self.someone_left.wait_timeout_while(guests, left, &mut condition));
     }
 }
 
@@ -2350,12 +2345,25 @@ impl Guests {
         longest.inspect(|(_, c)| drop(c.socket.shutdown(Shutdown::Both))).is_some()
     }
 
-    fn everyone(&self) -> Vec<Arc<Connection>> {
-        [&self.waiting, &self.busy, &self.streams].into_iter().flat_map(BTreeMap::values).cloned().collect()
+    fn everyone(&self) -> impl Iterator<Item = &Arc<Connection>> {
+        [&self.waiting, &self.busy, &self.streams].into_iter().flat_map(BTreeMap::values)
+    }
+
+    /// A request has come whole: the connection is busy from here on, unless it had to make room just now.
+    fn begin_request(&mut self, serial: u64) -> bool {
+        let c = self.waiting.remove(&serial);
+        let present = c.is_some();
+        self.busy.extend(c.map(|c| (serial, c)));
+        present
+    }
+
+    fn end_request(&mut self, serial: u64) {
+        let c = self.busy.remove(&serial);
+        self.waiting.extend(c.map(|c| (serial, c)));
     }
 }
 
-/// A connection on its thread. Dropping it, also by a panic, takes it from the list and closes the socket.
+/// A connection on its thread. Dropping it, also by a panic, closes the socket and takes it from the list.
 struct Guest {
     shared: Arc<Shared>,
     c: Arc<Connection>,
@@ -2366,12 +2374,12 @@ struct Guest {
 
 impl Guest {
     fn converse(mut self) {
-        let config = self.shared.config();
-        let prepared = self.c.socket.set_nonblocking(false).and(self.c.socket.set_nodelay(true));
-        if prepared.and(self.c.socket.set_write_timeout(Some(config.stall_time))).is_err() {
+        let (c, config) = (&self.c, self.shared.config());
+        let prepared = c.socket.set_nonblocking(false).and(c.socket.set_nodelay(true));
+        if prepared.and(c.socket.set_write_timeout(Some(config.stall_time))).is_err() {
             return; // it has gone already
         }
-        if let Some((path, opening)) = self.shared.requests(&self.c) {
+        if let Some((path, opening)) = self.shared.requests(c) {
             self.path = Some(path);
             self.reason = "the handler panicked".into(); // unless it gets past the next line
             self.reason = self.shared.stream(&self.c, opening);
@@ -2383,48 +2391,41 @@ impl Shared {
     /// Answers requests until the connection ends, or asks for a stream.
     fn requests(&self, c: &Connection) -> Option<(String, Opening)> {
         let config = self.config();
-        let deadline = Some(Instant::now() + config.head_time);
-        let mut reader = Reader { socket: &c.socket, buffer: Vec::new(), start: 0, deadline };
+        let mut reader = Reader { c, buffer: Vec::new(), start: 0, deadline: None };
+        reader.wait_at_most(config.head_time);
         loop {
             let (answer, head_only, close) = match Request::read(&mut reader, config) {
                 Ok(None) => return None,
                 Err(refusal) => (refusal, false, true),
                 Ok(Some(mut request)) => {
-                    if !self.begin_request(c.serial) {
+                    if !enter(&self.guests).begin_request(c.serial) {
                         return None;
                     }
-                    let path = request.path.clone();
-                    let answer = match self.reply(c, &mut reader, &mut request) {
-                        Ok(Reply::Open(_)) if request.is_head() => {
-                            let _ = c.write_whole(stream_head().as_bytes(), None);
+                    let (path, is_head) = (request.path.clone(), request.method == "HEAD");
+                    let answer = match self.reply(&mut reader, &mut request) {
+                        Ok(_) if is_head => {
+                            let _ = c.write_whole(stream_head().as_bytes(), Instant::now() + LINGER);
                             return None;
                         }
-                        Ok(Reply::Open(opening)) => return Some((path, opening)),
-                        Ok(Reply::Answer(answer)) | Err(answer) => answer,
+                        Ok(opening) => return Some((path, opening)),
+                        Err(answer) => answer,
                     };
-                    self.log(Log::Debug, format_args!("{} {} {path:?} {}", c.peer, request.method, answer.status));
-                    let close = request.close || answer.close || request.body != NO_BODY || self.stopping();
-                    (answer, request.is_head(), close)
+                    let (peer, method, status) = (c.peer, &request.method, answer.status);
+                    self.log.line(Log::Debug, format_args!("{peer} {method} {path:?} {status}"));
+                    let close = request.close || answer.close || !request.body.is_over() || self.stopping();
+                    (answer, is_head, close)
                 }
             };
-            if c.write_whole(&answer.encode(head_only, close), None).is_err() {
+            let deadline = Instant::now() + config.body_time;
+            if c.write_whole(&answer.encode(head_only, close), deadline).is_err() {
                 return None;
             } else if close {
-                linger(&mut reader);
+                reader.linger();
                 return None;
             }
-            reader.deadline = Some(Instant::now() + config.idle_time);
-            self.end_request(c.serial);
+            reader.wait_at_most(config.idle_time);
+            enter(&self.guests).end_request(c.serial);
         }
-    }
-}
-
-/// Reads on for a while after the last answer, so that it arrives before the reset that closing would cause.
-fn linger(reader: &mut Reader) {
-    let _ = reader.socket.shutdown(Shutdown::Write);
-    reader.deadline = Some(Instant::now() + LINGER);
-    while reader.fill().is_ok_and(|got| got > 0) {
-        reader.start = reader.buffer.len();
     }
 }
 
@@ -2437,12 +2438,12 @@ impl Drop for Guest {
             let (peer, reason) = (c.peer, &self.reason);
             let line =
                 format_args!("closed peer={peer} path={path:?} reason={reason:?} seconds={seconds:.1} events={sent}");
-            shared.log(Log::Info, line);
+            shared.log.line(Log::Info, line);
         }
         let mut guests = enter(&shared.guests);
-        let serial = c.serial;
-        let _ = guests.streams.remove(&serial).or(guests.busy.remove(&serial)).or(guests.waiting.remove(&serial));
         guests.threads -= 1;
+        let Guests { waiting, busy, streams, .. } = &mut *guests;
+        [waiting, busy, streams].into_iter().for_each(|place| drop(place.remove(&c.serial)));
         shared.someone_left.notify_all();
     }
 }
@@ -2488,47 +2489,73 @@ impl Shared {
         }
         text
     }
+}
 
-    fn log(&self, level: Log, line: fmt::Arguments) {
-        write_log(self.config().log, level, line);
+/// Lines for stderr, written by a thread of their own: a pipe that takes nothing must hold up neither streams nor stopping.
+/// What does not fit into its queue is left out.
+struct Logger {
+    wanted: Log,
+    queue: Sender<Option<String>>,
+    finished: Receiver<()>,
+    warned_at: AtomicU64,
+}
+
+impl Logger {
+    fn start(wanted: Log) -> io::Result<Logger> {
+        let (queue, lines) = crossbeam_channel::bounded(1024);
+        let (running, finished) = crossbeam_channel::bounded(0);
+        if wanted > Log::Off {
+            let write_all = move || {
+                let _running = running; // dropped when the last line is written
+                while let Ok(Some(line)) = lines.recv() {
+                    let _ = writeln!(io::stderr(), "{line}");
+                }
+            };
+            thread::Builder::new().name("log".into()).spawn(write_all)?;
+        }
+        Ok(Logger { wanted, queue, finished, warned_at: AtomicU64::new(0) })
+    }
+
+    fn line(&self, level: Log, line: fmt::Arguments) {
+        if level <= self.wanted {
+            let _ = self.queue.try_send(Some(format!("{} {line}", http_date(now_ms() / 1000))));
+        }
     }
 
     /// For what repeats as fast as a flood: one line a second at most.
     fn warn(&self, line: fmt::Arguments) {
-        let now = now_ms() / 1000;
-        if self.warned_at.swap(now, Relaxed) != now {
-            self.log(Log::Info, line);
+        let second = now_ms() / 1000;
+        if self.warned_at.swap(second, Relaxed) != second {
+            self.line(Log::Info, line);
         }
     }
-}
 
-fn write_log(wanted: Log, level: Log, line: fmt::Arguments) {
-    if level <= wanted {
-        let now = Civil::now();
-        let _ = writeln!(io::stderr(), "{:04}-{:02}-{:02}T{}Z {line}", now.year, now.month, now.day, now.clock());
+    fn finish(&self) {
+        let _ = self.queue.try_send(None);
+        let _ = self.finished.recv_timeout(Duration::from_millis(30));
     }
 }
 
 /// Lowers the limits on connections to what the system gives this process: a thread that cannot map its stack's guard
 /// aborts the process from inside its start-up, where no error can be caught, so it must not come to that.
-fn fit_to_system(mut config: Config) -> Config {
+fn fit_to_system(mut config: Config, log: &Logger) -> Config {
     let read = |path: &str| std::fs::read_to_string(path).unwrap_or_default(); // elsewhere than on Linux: no lowering
-    let entries = |path: &str| std::fs::read_dir(path).map_or(0, Iterator::count);
     let limits = read("/proc/self/limits");
-    let descriptors =
+    let files =
         limits.lines().find_map(|line| line.strip_prefix("Max open files")?.split_whitespace().next()?.parse().ok());
-    let descriptors = descriptors.unwrap_or(usize::MAX).saturating_sub(entries("/proc/self/fd") + 16);
+    let open = std::fs::read_dir("/proc/self/fd").map_or(0, Iterator::count);
+    let files = files.unwrap_or(usize::MAX).saturating_sub(open + 16);
     let mappings = read("/proc/sys/vm/max_map_count").trim().parse().unwrap_or(usize::MAX);
     let threads = mappings.saturating_sub(read("/proc/self/maps").lines().count() + 1024) / 4;
-    let room = descriptors.min(threads).max(2);
+    let room = files.min(threads).max(2);
     if config.subscribers.saturating_add(config.connections) > room {
         config.connections = config.connections.min(room / 8 + 1);
         config.subscribers = config.subscribers.min(room - config.connections);
         let (subscribers, connections) = (config.subscribers, config.connections);
-        let what = if descriptors < threads { "open files (ulimit -n)" } else { "memory mappings (vm.max_map_count)" };
+        let what = if files < threads { "open files (ulimit -n)" } else { "memory mappings (vm.max_map_count)" };
         let line =
             format_args!("room for {subscribers} streams and {connections} connections only: the limit is on {what}");
-        write_log(config.log, Log::Info, line);
+        log.line(Log::Info, line);
     }
     config
 }
