@@ -1,0 +1,447 @@
+//! Many subscribers, slow ones, and the hand-over between a connection's thread and its lane, by force.
+
+mod common;
+
+use brooklet::{Config, Event, Hub, Id, Server};
+use common::*;
+use socket2::{Domain, Socket, Type};
+use std::collections::HashMap;
+use std::io::{ErrorKind, Read};
+use std::net::{SocketAddr, TcpStream};
+use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
+use std::thread;
+use std::time::{Duration, Instant};
+
+/// Numbers that look random and are the same in every run.
+struct Random(u64);
+
+impl Random {
+    fn below(&mut self, limit: usize) -> usize {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        (self.0 % limit as u64) as usize
+    }
+}
+
+/// Many subscribers read by one thread. Each must see the events numbered from 0 on, once and in order.
+struct Crowd {
+    members: Vec<(TcpStream, Vec<u8>, u64)>, // with what has come of the next event, and how many came before
+}
+
+impl Crowd {
+    fn subscribe(addr: SocketAddr, target: &str, count: usize) -> Crowd {
+        let subscribe = |_| {
+            let (wire, _) = Wire::subscribe(addr, target, "");
+            wire.socket.set_nonblocking(true).unwrap();
+            (wire.socket, wire.buffer, 0)
+        };
+        Crowd { members: (0..count).map(subscribe).collect() }
+    }
+
+    fn read_until(&mut self, expected: u64) {
+        wait_for(&format!("{expected} events everywhere"), || {
+            self.members.iter_mut().for_each(Crowd::read);
+            self.members.iter().all(|(_, _, seen)| *seen >= expected).then_some(())
+        });
+        assert!(self.members.iter().all(|(_, _, seen)| *seen == expected));
+    }
+
+    fn read((socket, buffer, seen): &mut (TcpStream, Vec<u8>, u64)) {
+        let mut chunk = [0; 64 * 1024];
+        loop {
+            match socket.read(&mut chunk) {
+                Ok(0) => panic!("a stream ended after {seen} events"),
+                Ok(got) => buffer.extend_from_slice(&chunk[..got]),
+                Err(error) if error.kind() == ErrorKind::WouldBlock => break,
+                Err(error) => panic!("after {seen} events: {error}"),
+            }
+        }
+        let text = str::from_utf8(buffer).unwrap();
+        let whole = text.rfind("\n\n").map_or(0, |end| end + 2);
+        for line in text[..whole].lines().filter(|line| !line.is_empty()) {
+            match line.split_once(": ") {
+                Some(("data", data)) => {
+                    assert_eq!(data.split(' ').next().unwrap(), seen.to_string());
+                    *seen += 1;
+                }
+                Some(("id", _)) => {}
+                _ => assert_eq!(line, ":", "only events, ids and heartbeats are expected"),
+            }
+        }
+        buffer.drain(..whole);
+    }
+}
+
+fn numbered(n: u64, bytes: usize) -> Event {
+    Event::new(format!("{n} {}", "x".repeat(bytes)))
+}
+
+/// A client whose receive buffer is small, or whose segments are a real link's, so that it is soon behind.
+fn narrow(addr: SocketAddr, receive_buffer: usize, segment: Option<u32>) -> Wire {
+    let socket = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
+    socket.set_recv_buffer_size(receive_buffer).unwrap();
+    if let Some(segment) = segment {
+        socket.set_tcp_mss(segment).unwrap();
+    }
+    socket.connect(&addr.into()).unwrap();
+    Wire::on(socket.into())
+}
+
+fn open(wire: &mut Wire, target: &str) {
+    wire.send(format!("GET {target} HTTP/1.1\r\nHost: localhost\r\n\r\n").as_bytes());
+    assert!(wire.head().starts_with("HTTP/1.1 200"));
+}
+
+#[test]
+fn a_thousand_subscribers_see_every_event_once_and_in_order() {
+    let server = serve_default();
+    let mut crowd = Crowd::subscribe(server.addr().unwrap(), "/events/a", 1_000);
+    let hub = server.hub();
+    let publisher = thread::spawn(move || {
+        for n in 0..200 {
+            hub.publish("a", numbered(n, 100)).unwrap();
+            thread::sleep(Duration::from_millis(if n % 20 == 0 { 20 } else { 0 }));
+        }
+    });
+    crowd.read_until(200);
+    publisher.join().unwrap();
+}
+
+#[test]
+fn a_subscriber_that_is_cut_off_200_times_sees_every_event_once_and_in_order() {
+    let server = serve(Config { keep_events: 2_000, ..Config::default() });
+    let addr = server.addr().unwrap();
+    let (_, mut cursor) = Wire::subscribe(addr, "/events/a", "");
+    let (mut random, mut seen, mut cuts) = (Random(7), 0, 0);
+    let hub = server.hub();
+    let publisher = thread::spawn(move || {
+        for n in 0..2_000 {
+            hub.publish("a", numbered(n, 50)).unwrap();
+            thread::sleep(Duration::from_micros(200));
+        }
+    });
+    while seen < 2_000 {
+        let (mut wire, _) = Wire::subscribe(addr, "/events/a", &format!("Last-Event-ID: {cursor}\r\n"));
+        let quota = random.below(18);
+        for _ in 0..quota.min(2_000 - seen) {
+            let event = wire.event().unwrap();
+            assert_eq!(event.data().split(' ').next().unwrap(), seen.to_string());
+            (cursor, seen) = (event.id(), seen + 1);
+        }
+        drop(wire); // with unread bytes: a reset
+        cuts += 1;
+    }
+    assert!(cuts >= 200, "{cuts}");
+    publisher.join().unwrap();
+}
+
+#[test]
+fn turning_live_while_others_publish_neither_loses_nor_repeats() {
+    let server = serve(Config { keep_events: 100_000, lanes: 3, ..Config::default() });
+    let addr = server.addr().unwrap();
+    let (_, base) = Wire::subscribe(addr, "/events/a", "");
+    let stop = AtomicBool::new(false);
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            let hub = server.hub();
+            let mut n = 0;
+            while !stop.load(SeqCst) {
+                hub.publish("a", numbered(n, 0)).unwrap();
+                n += 1;
+                thread::sleep(Duration::from_micros(if n % 64 == 0 { 500 } else { 0 }));
+            }
+        });
+        let readers: Vec<_> = (0..4)
+            .map(|_| {
+                scope.spawn(|| {
+                    let mut cursor = base;
+                    let mut next: u64 = 0;
+                    for _ in 0..150 {
+                        let fields = format!("Last-Event-ID: {cursor}\r\n");
+                        let (mut wire, _) = Wire::subscribe(addr, "/events/a", &fields);
+                        for _ in 0..40 {
+                            let event = wire.event().unwrap();
+                            assert_eq!(event.data().trim_end(), next.to_string());
+                            (cursor, next) = (event.id(), next + 1);
+                        }
+                    }
+                })
+            })
+            .collect();
+        let results: Vec<_> = readers.into_iter().map(thread::ScopedJoinHandle::join).collect();
+        stop.store(true, SeqCst);
+        assert!(results.iter().all(Result::is_ok));
+    });
+}
+
+/// Publishes to sixteen topics in bursts of one topic and in alternation, each event saying its topic and number.
+fn publish_to_sixteen(hub: &Hub, total: usize, sizes: [usize; 3]) -> HashMap<String, Vec<Id>> {
+    let mut random = Random(11);
+    let mut published: HashMap<String, Vec<Id>> = HashMap::new();
+    let mut n = 0;
+    while n < total {
+        let topic = format!("t{}", random.below(16));
+        for _ in 0..[1, 1, 2, 40][random.below(4)] {
+            let bytes = sizes[random.below(3)];
+            let id = hub.publish(&topic, Event::new(format!("{topic} {}", "x".repeat(bytes))).name("e")).unwrap();
+            published.entry(topic.clone()).or_default().push(id);
+            n += 1;
+        }
+        thread::sleep(Duration::from_micros(300));
+    }
+    hub.publish("t0", Event::new("end").name("end")).unwrap();
+    published
+}
+
+/// Follows sixteen topics through a narrow socket, now fast and now slow, cut off now and then. Returns what it got: the
+/// topic and id of each event, and `None` for each gap.
+fn follow_sixteen(addr: SocketAddr, first: Id, cuts: bool) -> Vec<Option<(String, Id)>> {
+    let target = format!("/events/{}", (0..16).map(|n| format!("t{n}")).collect::<Vec<_>>().join(","));
+    let (mut random, mut got, mut cursor) = (Random(13), Vec::new(), first);
+    loop {
+        let mut wire = narrow(addr, 4_096, None);
+        open(&mut wire, &format!("{target}?last_event_id={cursor}"));
+        let quota = if cuts { 50 + random.below(400) } else { usize::MAX };
+        for _ in 0..quota {
+            let seen = wire.event().unwrap();
+            cursor = seen.id();
+            match seen.event.as_deref() {
+                Some("gap") => got.push(None),
+                Some("end") => return got,
+                _ => got.push(Some((seen.data().split(' ').next().unwrap().to_string(), cursor))),
+            }
+            if random.below(60) == 0 {
+                thread::sleep(Duration::from_millis(20)); // in which the buffers fill, and it falls behind
+            }
+        }
+    }
+}
+
+#[test]
+fn a_stream_of_sixteen_topics_loses_nothing_while_it_is_pushed_behind_again_and_again() {
+    let server = serve(Config { keep_events: 100_000, ..Config::default() });
+    let addr = server.addr().unwrap();
+    let (_, first) = Wire::subscribe(addr, "/events/a", "");
+    let hub = server.hub();
+    let publisher = thread::spawn(move || publish_to_sixteen(&hub, 4_000, [10, 500, 3_000]));
+    let got = follow_sixteen(addr, first, true);
+    let mut expected: Vec<(String, Id)> = Vec::new();
+    for (topic, ids) in publisher.join().unwrap() {
+        expected.extend(ids.into_iter().map(|id| (topic.clone(), id)));
+    }
+    expected.sort_by_key(|(_, id)| *id);
+    let got: Vec<(String, Id)> = got.into_iter().map(|event| event.expect("no gap: everything is kept")).collect();
+    assert_eq!(got.len(), expected.len());
+    assert!(got == expected);
+    assert!(metric(addr, "woken_total") >= 5, "it was never behind: the test shows nothing");
+}
+
+/// For every event that did not come, a gap must have been told after the last event of its topic before it, and before
+/// anything newer than it.
+#[test]
+fn events_that_are_let_go_under_a_stream_of_sixteen_topics_are_never_a_silent_hole() {
+    for cuts in [false, true] {
+        let server = serve(Config { keep_events: 20, ..Config::default() });
+        let addr = server.addr().unwrap();
+        let (_, first) = Wire::subscribe(addr, "/events/a", "");
+        let hub = server.hub();
+        let publisher = thread::spawn(move || publish_to_sixteen(&hub, 4_000, [10, 5_000, 20_000]));
+        let got = follow_sixteen(addr, first, cuts);
+        let published = publisher.join().unwrap();
+        let ids: Vec<Id> = got.iter().flatten().map(|(_, id)| *id).collect();
+        assert!(ids.windows(2).all(|pair| pair[0] < pair[1]), "once, and in order");
+        let places: HashMap<Id, usize> =
+            got.iter().enumerate().filter_map(|(place, event)| Some((event.as_ref()?.1, place))).collect();
+        let gaps: Vec<usize> = (0..got.len()).filter(|place| got[*place].is_none()).collect();
+        let mut missing = 0;
+        for ids in published.values() {
+            let mut after = 0; // the place after the last event of this topic that came
+            for id in ids {
+                if let Some(place) = places.get(id) {
+                    after = place + 1;
+                    continue;
+                }
+                missing += 1;
+                let newer = got.iter().position(|event| event.as_ref().is_some_and(|(_, other)| other > id));
+                let before = newer.unwrap_or(got.len());
+                let told = gaps.iter().any(|gap| (after..before).contains(gap));
+                assert!(told, "{id} is missing between {after} and {before}; gaps at {gaps:?}");
+            }
+        }
+        assert!(missing > 0 && gaps.len() > 1, "nothing was let go: the test shows nothing");
+    }
+}
+
+#[test]
+fn what_one_topic_lets_go_is_not_hidden_by_what_another_had_let_go() {
+    let server = serve(Config { keep_events: 100, ..Config::default() });
+    let addr = server.addr().unwrap();
+    let big = |n: usize| Event::new(format!("{n} {}", "x".repeat(60_000)));
+    let hub = server.hub();
+    let early: Vec<Id> = (0..100).map(|n| hub.publish("b", big(n)).unwrap()).collect();
+    (0..200).for_each(|n| drop(hub.publish("a", big(n)).unwrap()));
+    let mut wire = narrow(addr, 4_096, None);
+    open(&mut wire, "/events/a,b?since=earliest");
+    assert_eq!(wire.event().unwrap().id(), early[0]);
+    (100..200).for_each(|n| drop(hub.publish("b", big(n)).unwrap())); // b lets go what this reader has not had yet
+    let mut gaps = 0;
+    let mut of_b = Vec::new();
+    while of_b.last() != Some(&199) {
+        let seen = wire.event().unwrap();
+        gaps += usize::from(seen.is_gap());
+        of_b.extend(seen.data().split(' ').next().and_then(|n| n.parse::<usize>().ok()));
+    }
+    assert_eq!(gaps, 1, "the hole is told, once");
+}
+
+#[test]
+fn a_reader_that_takes_nothing_is_closed_after_the_stall_time_and_costs_no_processor_until_then() {
+    let process = Process::start(&["--stall-time", "1s", "--log", "info"]);
+    let mut stalled: Vec<Wire> = (0..12).map(|_| narrow(process.addr, 4_096, Some(1_448))).collect();
+    stalled.iter_mut().for_each(|wire| open(wire, "/events/a"));
+    wait_for_metric(process.addr, "subscribers", 12);
+    let mut put = Wire::connect(process.addr);
+    put.send(b"PUT /events/a HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n");
+    let line = "x".repeat(30);
+    let lines = format!("{line}\n").repeat(100);
+    wait_for("all to be closed", || {
+        put.send(format!("{:x}\r\n{lines}\r\n", lines.len()).as_bytes());
+        (metric(process.addr, "subscribers") == 0).then_some(())
+    });
+    assert!(process.log().contains("the peer took nothing in the stall time"), "{}", process.log());
+}
+
+#[test]
+fn a_hundred_readers_that_stall_change_nothing_for_the_others() {
+    let budget_kb = 16 * 1024;
+    let process = Process::start(&["--keep-bytes", "16MiB", "--keep-events", "5000", "--stall-time", "4s"]);
+    let addr = process.addr;
+    let mut others = Crowd::subscribe(addr, "/events/a", 20);
+    let before = process.status("VmRSS");
+    let mut stalled: Vec<Wire> = (0..100).map(|n| narrow(addr, 4_096, (n % 2 == 0).then_some(1_448))).collect();
+    stalled.iter_mut().for_each(|wire| open(wire, "/events/a"));
+    wait_for_metric(addr, "subscribers", 120);
+    let feeder = thread::spawn(move || {
+        let mut put = Wire::connect(addr);
+        put.send(b"PUT /events/a HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n");
+        for n in 0..20_000 {
+            let line = format!("{n} {}\n", "x".repeat(1_000));
+            put.send(format!("{:x}\r\n{line}\r\n", line.len()).as_bytes());
+        }
+        put.send(b"0\r\n\r\n");
+        assert!(put.answer().body.starts_with("20000 events were published"));
+    });
+    // Two of them read again at once: everything kept after where they were follows, behind a gap where more was let go.
+    let woken = [stalled.pop().unwrap(), stalled.pop().unwrap()].map(|mut wire| {
+        thread::spawn(move || {
+            let (mut next, mut gaps) = (0, 0);
+            while next != 20_000 {
+                let seen = wire.event().expect("a reader that takes something is not closed");
+                if seen.is_gap() {
+                    gaps += 1;
+                    next = u64::MAX;
+                    continue;
+                }
+                let n: u64 = seen.data().split(' ').next().unwrap().parse().unwrap();
+                assert!(n == next || next == u64::MAX, "{n} instead of {next} without a gap");
+                next = n + 1;
+                if n < 100 {
+                    thread::sleep(Duration::from_millis(5));
+                }
+            }
+            gaps
+        })
+    });
+    others.read_until(20_000);
+    feeder.join().unwrap();
+    let grown = process.status("VmRSS").saturating_sub(before);
+    assert!(grown < budget_kb + 16 * 1024, "{grown} kB for a budget of {budget_kb} kB");
+    woken.into_iter().for_each(|thread| drop(thread.join().unwrap()));
+    // The rest is closed for taking nothing, and gets what is missing by reconnecting.
+    wait_for_metric(addr, "subscribers", 20);
+    let mut wire = stalled.pop().unwrap();
+    let (mut last, mut next, mut gaps) = (None, 0, 0);
+    while next != 20_000 {
+        let Some(seen) = wire.block() else {
+            wire = Wire::stream(addr, "/events/a", &format!("Last-Event-ID: {}\r\n", last.take().unwrap()));
+            continue;
+        };
+        last = seen.id.clone().or(last);
+        if seen.is_gap() {
+            (next, gaps) = (u64::MAX, gaps + 1);
+        } else if seen.data.is_some() {
+            let n: u64 = seen.data().split(' ').next().unwrap().parse().unwrap();
+            assert!(n == next || next == u64::MAX, "{n} instead of {next} without a gap");
+            next = n + 1;
+        }
+    }
+    assert!(gaps >= 1, "more was let go than sockets hold");
+}
+
+#[test]
+fn subscribers_behind_a_real_links_segments_stay_live() {
+    let server = serve_default();
+    let addr = server.addr().unwrap();
+    let mut wires: Vec<Wire> = (0..50).map(|_| narrow(addr, 65_536, Some(1_448))).collect();
+    wires.iter_mut().for_each(|wire| open(wire, "/events/a"));
+    let readers: Vec<_> = wires
+        .into_iter()
+        .map(|mut wire| {
+            thread::spawn(move || {
+                (0..100).for_each(|n| assert!(wire.event().unwrap().data().starts_with(&format!("{n} "))))
+            })
+        })
+        .collect();
+    wait_for_metric(addr, "subscribers", 50);
+    for n in 0..100 {
+        server.hub().publish("a", numbered(n, 1_000)).unwrap();
+        thread::sleep(Duration::from_millis(20)); // 50 a second
+    }
+    readers.into_iter().for_each(|reader| reader.join().unwrap());
+    assert_eq!(metric(addr, "woken_total"), 0, "no thread is woken for a delivery");
+}
+
+#[test]
+fn a_closed_subscriber_is_noticed_without_an_event() {
+    let server = Server::bind("127.0.0.1:0", Config::default()).unwrap();
+    server.stream("/slow", |stream| stream.sleep(Duration::from_secs(3_600))).unwrap();
+    let server = server.spawn().unwrap();
+    let addr = server.addr().unwrap();
+    for target in ["/events/a", "/slow"] {
+        let wire = Wire::stream(addr, target, "");
+        wait_for_metric(addr, "subscribers", 1);
+        wire.close();
+        wait_for_metric(addr, "subscribers", 0);
+    }
+}
+
+#[test]
+fn five_thousand_opened_and_closed_leave_no_thread_and_no_descriptor() {
+    let process = Process::start(&["--log", "off"]);
+    let quiet = || (process.status("Threads"), process.descriptors());
+    let health = || get(process.addr, "/health");
+    assert_eq!(health().status, 200);
+    wait_for_metric(process.addr, "connections", 1);
+    let mut before = quiet();
+    while before != quiet() {
+        before = quiet();
+    }
+    for wave in 0..25 {
+        let streams: Vec<_> = (0..200)
+            .map(|n| Wire::stream(process.addr, ["/events/a", "/test", "/events/a,b,c", "/events/a?poll"][n % 4], ""))
+            .collect();
+        if wave % 2 == 0 {
+            assert_eq!(post(process.addr, "/events/a", "x").status, 200);
+        }
+        drop(streams);
+    }
+    let mut after = quiet();
+    let deadline = Instant::now() + PATIENCE;
+    while after > before && Instant::now() < deadline {
+        thread::sleep(Duration::from_millis(10));
+        after = quiet();
+    }
+    assert!(after.0 <= before.0 && after.1 <= before.1, "threads and descriptors: {before:?} before, {after:?} after");
+    assert_eq!(health().status, 200);
+}
