@@ -8,13 +8,13 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 const HELP: &str = "\
 brooklet: a Server-Sent Events server that curl is a complete client of
 
-  brooklet                                            serve 127.0.0.1:3000
-  brooklet --listen 127.0.0.1:8080 --keep-age 10m     elsewhere, and forget sooner
+  brooklet                                       serve 127.0.0.1:3000
+  brooklet --listen 127.0.0.1:8080 --retry=1s    elsewhere, and reconnect sooner
 
-  curl -N localhost:3000/test                         a counter, one event a second
-  curl -N localhost:3000/events/news                  the stream of a topic
-  curl -d 'hello' localhost:3000/events/news          publish an event to it
-  tail -f app.log | curl -T - localhost:3000/events/log     publish every line
+  curl -N localhost:3000/test                    a counter, one event a second
+  curl -N localhost:3000/events/news             the stream of a topic
+  curl -d 'hello' localhost:3000/events/news     publish an event to it
+  tail -f app.log | curl -T - localhost:3000/events/log    publish each line
 
 flags, with their defaults (times: 500ms 15s 10m 24h; sizes: 900 64KiB 1MiB)
   --listen ADDR          127.0.0.1:3000   --open   allow it beyond loopback

@@ -16,6 +16,11 @@ pub fn serve(config: Config) -> Handle {
     Server::bind("127.0.0.1:0", config).unwrap().spawn().unwrap()
 }
 
+/// Runs a line of shell, which has `kill` where a small system has no such program.
+pub fn shell(line: &str) -> bool {
+    Command::new("sh").args(["-c", line]).status().unwrap().success()
+}
+
 pub fn serve_default() -> Handle {
     serve(Config::default())
 }
@@ -268,8 +273,7 @@ impl Process {
     }
 
     pub fn signal(&self, name: &str) {
-        let status = Command::new("kill").args([&format!("-{name}"), &self.child.id().to_string()]).status().unwrap();
-        assert!(status.success());
+        assert!(shell(&format!("kill -{name} {}", self.child.id())));
     }
 
     /// The number that /proc gives for this field of the process's status, such as `Threads` or `VmRSS` (kB).

@@ -1,0 +1,234 @@
+//! The command as a person runs it: the article's stream, flags, limits of the system, stopping.
+
+mod common;
+
+use common::*;
+use std::process::{Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+fn run(flags: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_brooklet")).args(flags).stdin(Stdio::null()).output().unwrap()
+}
+
+#[test]
+fn the_articles_stream_has_exactly_these_bytes_and_its_counter_goes_on_after_the_pause() {
+    let process = Process::start(&[]);
+    let before = now_ms();
+    let mut stream = Wire::stream(process.addr, "/test", "");
+    let mut last_id = 0;
+    for count in 0..7 {
+        let frame = String::from_utf8(stream.take_until(b"\n\n").unwrap()).unwrap();
+        let id: u64 = frame.split("id: ").nth(1).and_then(|rest| rest.lines().next()?.parse().ok()).unwrap();
+        let name = if count == 5 { "pause" } else { "test" };
+        assert_eq!(frame, format!("event: {name}\nid: {id}\ndata: {count}\nretry: 10000\n\n"));
+        assert!(id > before && id > last_id && id <= now_ms());
+        assert!(count == 0 || id >= last_id + 900, "once a second, not faster");
+        last_id = id;
+    }
+    stream.close();
+    let line =
+        wait_for("the log line", || process.log().lines().find(|line| line.contains("closed")).map(String::from));
+    for part in
+        ["peer=127.0.0.1:", "path=\"/test\"", "reason=\"the peer closed the connection\"", "seconds=7.", "events=7"]
+    {
+        assert!(line.contains(part), "{line}");
+    }
+}
+
+fn now_ms() -> u64 {
+    std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_millis() as u64
+}
+
+#[test]
+fn a_handlers_stream_gets_its_head_at_once_and_nothing_its_handler_did_not_write() {
+    let process = Process::start(&["--heartbeat", "2s"]);
+    let mut stream = Wire::stream(process.addr, "/test", "");
+    assert!(stream.buffer.is_empty(), "the head came alone");
+    let frames = [stream.take_until(b"\n\n").unwrap(), stream.take_until(b"\n\n").unwrap()];
+    assert!(frames.iter().all(|frame| frame.starts_with(b"event: test\nid: ")));
+    process.signal("TERM");
+    let end = String::from_utf8(stream.rest()).unwrap();
+    let end = end.split("\n\n").last().map_or(end.as_str(), |_| end.trim_start_matches(|c| c != ':'));
+    assert!(end.contains("\nretry: "), "{end:?}");
+}
+
+#[test]
+fn each_stream_has_its_own_timer() {
+    let process = Process::start(&[]);
+    let mut first = Wire::stream(process.addr, "/test", "");
+    assert_eq!(first.event().unwrap().data(), "0");
+    let mut second = Wire::stream(process.addr, "/test", "");
+    assert_eq!(second.event().unwrap().data(), "0");
+    first.close();
+    assert_eq!(second.event().unwrap().data(), "1");
+}
+
+#[test]
+fn ctrl_c_ends_a_thousand_streams_with_a_retry_and_the_process_with_success() {
+    for (signal, count) in [("INT", 1_000), ("TERM", 50_usize)] {
+        let mut process = Process::start(&["--log", "off"]);
+        let target = |n| ["/events/a", "/events/a,b", "/test", "/events/c?poll"][n % 4];
+        let mut streams: Vec<Wire> = (0..count).map(|n| Wire::stream(process.addr, target(n), "")).collect();
+        let mut publisher = Wire::connect(process.addr);
+        publisher.send(b"PUT /events/a HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n2\r\na\n\r\n");
+        wait_for_metric(process.addr, "published_total", 1);
+        wait_for_metric(process.addr, "subscribers", count as u64);
+        let started = Instant::now();
+        process.signal(signal);
+        let status = process.child.wait().unwrap();
+        assert!(status.success(), "{status}");
+        assert!(started.elapsed() < Duration::from_secs(5), "{:?}", started.elapsed());
+        let mut retries: Vec<u64> = Vec::new();
+        for wire in &mut streams {
+            let mut last = None;
+            while let Some(block) = wire.block() {
+                last = Some(block);
+            }
+            let last = last.expect("a last block");
+            assert!(last.data.is_none() && last.comments == ["the server is stopping"], "{last:?}");
+            retries.push(last.retry.expect("a retry"));
+        }
+        assert!(retries.iter().all(|retry| (1_500..=4_500).contains(retry)), "{retries:?}");
+        let answer = publisher.answer();
+        assert_eq!((answer.status, answer.header("retry-after")), (503, Some("3")));
+        assert!(
+            answer.body.starts_with("the server is stopping; 1 events were published, the last"),
+            "{}",
+            answer.body
+        );
+    }
+}
+
+#[test]
+fn while_it_stops_a_connection_already_open_is_told_that_the_server_is_not_well() {
+    let mut process = Process::start(&["--keep-events", "100000"]);
+    let mut health = Wire::connect(process.addr);
+    health.send(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n");
+    assert_eq!(health.answer().status, 200);
+    // A reader that takes nothing holds the server for its grace.
+    let stalled = Wire::stream(process.addr, "/events/a", "");
+    let body = "x".repeat(60_000);
+    wait_for("the reader to fall behind", || {
+        assert_eq!(post(process.addr, "/events/a", &body).status, 200);
+        (metric(process.addr, "woken_total") > 0).then_some(())
+    });
+    process.signal("TERM");
+    wait_for("the answer to change", || {
+        health.send(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n");
+        Some(health.answer()).filter(|answer| answer.status == 503)
+    });
+    assert!(process.child.wait().unwrap().success());
+    drop(stalled);
+}
+
+#[test]
+fn under_nohup_it_survives_the_end_of_its_terminal() {
+    let mut nohup = Command::new("nohup");
+    let process = Process::from(nohup.args([env!("CARGO_BIN_EXE_brooklet"), "--listen", "127.0.0.1:0"]));
+    process.signal("HUP");
+    for _ in 0..20 {
+        assert_eq!(get(process.addr, "/health").status, 200);
+    }
+}
+
+#[test]
+fn help_fits_one_screen_and_names_every_flag() {
+    let output = run(&["--help"]);
+    assert!(output.status.success());
+    let help = String::from_utf8(output.stdout).unwrap();
+    assert!(help.lines().count() <= 40 && help.lines().all(|line| line.chars().count() <= 80), "{help}");
+    let flags = "listen open subscribers connections head-bytes body-bytes line-bytes head-time body-time idle-time heartbeat \
+                 lifetime stall-time retry keep-events keep-bytes keep-age topics lanes log help version";
+    for flag in flags.split_whitespace() {
+        assert!(help.contains(&format!("--{flag}")), "{flag}");
+    }
+}
+
+#[test]
+fn a_bad_flag_is_told_what_was_expected() {
+    for (flags, said) in [
+        (&["--nonsense"][..], "--nonsense: there is no such flag"),
+        (&["listen"], "listen: there is no such flag"),
+        (&["--retry"], "--retry: a value is missing"),
+        (&["--retry", "5"], "--retry: \"5\" is no length of time: write 500ms, 15s, 10m or 24h"),
+        (&["--retry=5 s"], "is no length of time"),
+        (&["--heartbeat=99999999999999999999h"], "is no length of time"),
+        (&["--topics=many"], "--topics: \"many\" is no count"),
+        (&["--topics", "-1"], "\"-1\" is no count"),
+        (&["--keep-bytes", "64KB"], "\"64KB\" is no size: write 900, 64KiB or 1MiB"),
+        (&["--keep-bytes=99999999999999GiB"], "is no size"),
+        (&["--log=loud"], "\"loud\" is none of off, info and debug"),
+        (&["--open=yes"], "--open: no value is taken"),
+    ] {
+        let output = run(flags);
+        let error = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(2), "{flags:?}");
+        assert!(error.contains(said) && error.contains("see brooklet --help"), "{flags:?}: {error}");
+    }
+    for (flags, said) in [
+        (&["--head-time=0s"][..], "a time limit of 0"),
+        (&["--heartbeat=1s"], "a heartbeat of at least 2s"),
+        (&["--connections=0"], "give at least 1"),
+        (&["--lanes=1000"], "1000 lanes"),
+        (&["--listen", "127.0.0.1"], "cannot listen on 127.0.0.1:"),
+        (&["--listen", "0.0.0.0:0"], "is beyond loopback, so whoever reaches it could publish"),
+    ] {
+        let output = run(flags);
+        let error = String::from_utf8(output.stderr).unwrap();
+        assert_eq!((output.status.code(), error.contains(said)), (Some(1), true), "{flags:?}: {error}");
+    }
+}
+
+#[test]
+fn an_address_in_use_is_named() {
+    let process = Process::start(&[]);
+    let error = String::from_utf8(run(&["--listen", &process.addr.to_string()]).stderr).unwrap();
+    assert!(error.contains(&format!("cannot listen on {}", process.addr)) && error.contains("in use"), "{error}");
+}
+
+#[test]
+fn both_ways_to_write_a_flag_work() {
+    let process = Process::start(&["--retry=1234ms", "--lifetime", "1h", "--open", "--log=debug"]);
+    assert_eq!(Wire::stream(process.addr, "/events/a", "").block().unwrap().retry, Some(1234));
+    get(process.addr, "/health");
+    wait_for("the debug line", || process.log().contains("GET \"/health\" 200").then_some(()));
+}
+
+#[test]
+fn limits_that_the_system_does_not_allow_are_lowered_with_a_warning() {
+    let binary = env!("CARGO_BIN_EXE_brooklet");
+    let script = format!("ulimit -n 256; exec {binary} --listen 127.0.0.1:0");
+    let process = Process::from(Command::new("sh").args(["-c", &script]));
+    let line = wait_for("the warning", || process.log().lines().next().map(String::from));
+    assert!(line.contains("the limit is on open files (ulimit -n)"), "{line}");
+    let mut streams = Vec::new();
+    let mut sent_away = 0;
+    for _ in 0..300 {
+        let mut wire = Wire::stream(process.addr, "/events/a", "");
+        match wire.block().unwrap().id {
+            Some(_) => streams.push(wire),
+            None => sent_away += 1,
+        }
+        assert_eq!(get(process.addr, "/health").status, 200);
+    }
+    assert!(streams.len() > 150 && sent_away > 50, "{} and {sent_away}", streams.len());
+    assert_eq!(post(process.addr, "/events/a", "to all").status, 200);
+    assert!(streams.iter_mut().all(|wire| wire.event().unwrap().data() == "to all"));
+}
+
+#[test]
+fn a_blocked_stderr_holds_up_nothing() {
+    let binary = env!("CARGO_BIN_EXE_brooklet");
+    let mut command = Command::new(binary);
+    command.args(["--listen", "127.0.0.1:0", "--log", "debug"]).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut child = command.spawn().unwrap(); // nobody reads its stderr
+    let mut first = String::new();
+    std::io::BufRead::read_line(&mut std::io::BufReader::new(child.stdout.take().unwrap()), &mut first).unwrap();
+    let addr = first.split("http://").nth(1).and_then(|rest| rest.split(' ').next()?.parse().ok()).unwrap();
+    let long = "x".repeat(8_000);
+    for _ in 0..2_000 {
+        assert_eq!(get(addr, &format!("/{long}")).status, 404);
+    }
+    assert!(shell(&format!("kill {}", child.id())));
+    assert!(child.wait().unwrap().success());
+}
