@@ -1,5 +1,5 @@
 # brooklet: `make run` and `make test` are all a newcomer needs.
-.PHONY: run test smoke build fmt clean need-cargo
+.PHONY: run test smoke bench build fmt clean need-cargo
 
 # Builds, then serves on http://127.0.0.1:3000 until Ctrl-C.
 run: need-cargo
@@ -15,6 +15,10 @@ test: need-cargo
 # Every command of the README, word for word, against a server on a free port.
 smoke: build
 	sh tests/smoke.sh
+
+# What a delivery costs beside what the kernel charges for it: a table and a plot, in two minutes.
+bench: need-cargo
+	ulimit -n $$(ulimit -Hn); cargo bench --bench bench
 
 # The release build, in target/release/brooklet.
 build: need-cargo

@@ -89,6 +89,7 @@ const HEADER_LINES: usize = 100;
 const CHUNK_LINE_BYTES: usize = 256;
 /// How long `?poll` waits for its first event, and how soon the next poll comes.
 const POLL: Duration = Duration::from_secs(25);
+const POLL_IS_OVER: Reason = "the poll is over";
 const POLL_RETRY: Duration = Duration::from_millis(100);
 /// After a refusal the rest of a request is read for this long, or the reset would overtake the answer
 /// ([RFC 9112 §9.6](https://www.rfc-editor.org/rfc/rfc9112#section-9.6)).
@@ -442,6 +443,7 @@ impl Run {
 // the base, so whatever an earlier process had is a gap too.
 
 struct Topic {
+    name: Arc<str>,
     events: VecDeque<(Encoded, Option<Arc<str>>)>, // with their keys
     keys: HashMap<Arc<str>, Id>,
     let_go: Id,
@@ -461,7 +463,6 @@ struct Kept {
     /// The oldest event of each topic that keeps any: the next to go is the first.
     oldest: BTreeMap<Id, Arc<str>>,
     bytes: usize,
-    count: usize,
     /// The newest id that subscribers may have seen, over all topics.
     newest: Id,
     forgotten: Id,
@@ -496,27 +497,25 @@ impl Gap {
 /// What a subscriber that is behind gets next.
 enum Next {
     Gap(Gap),
-    Events,
+    Events(Run),
     Nothing,
 }
 
 impl Kept {
     fn new(base: Id) -> Kept {
-        let (topics, oldest) = Default::default();
-        Kept { topics, oldest, bytes: 0, count: 0, newest: base, forgotten: base }
+        Kept { topics: HashMap::new(), oldest: BTreeMap::new(), bytes: 0, newest: base, forgotten: base }
     }
 
-    /// Puts the topic in the table. The caller uses it at once, by an event or a subscriber: an unused one would stay.
+    /// The topic's place in the table. The caller uses it at once, by an event or a subscriber: an unused one would stay.
     fn topic(&mut self, name: &str, limit: usize) -> io::Result<&mut Topic> {
-        if !self.topics.contains_key(name) {
-            if self.topics.len() >= limit {
-                let reason = format!("all {limit} topic names are in use: use one of them, or try again later");
-                return Err(io::Error::new(ErrorKind::QuotaExceeded, reason));
-            }
-            let (events, keys) = Default::default();
-            self.topics.insert(name.into(), Topic { events, keys, let_go: self.forgotten, subscribers: 0 });
+        if self.topics.len() >= limit && !self.topics.contains_key(name) {
+            let reason = format!("all {limit} topic names are in use: use one of them, or try again later");
+            return Err(io::Error::new(ErrorKind::QuotaExceeded, reason));
         }
-        self.topics.get_mut(name).ok_or_else(|| ErrorKind::NotFound.into())
+        let name: Arc<str> = name.into();
+        let (events, keys) = (VecDeque::new(), HashMap::new());
+        let new = Topic { name: name.clone(), events, keys, let_go: self.forgotten, subscribers: 0 };
+        Ok(self.topics.entry(name).or_insert(new))
     }
 
     fn insert(&mut self, name: &str, event: Encoded, key: Option<Arc<str>>, config: &Config) -> io::Result<Arc<str>> {
@@ -525,9 +524,8 @@ impl Kept {
         topic.keys.extend(key.clone().map(|key| (key, id)));
         topic.events.push_back((event, key));
         let over = topic.events.len() > config.keep_events;
-        let name = self.topics.get_key_value(name).map_or_else(|| name.into(), |(name, _)| name.clone());
+        let name = topic.name.clone();
         self.bytes += cost;
-        self.count += 1;
         self.newest = id;
         if first {
             self.oldest.insert(id, name.clone());
@@ -553,7 +551,6 @@ impl Kept {
         };
         self.oldest.remove(&event.id);
         self.bytes -= cost(&event, &key);
-        self.count -= 1;
         topic.let_go = event.id;
         if let Some(key) = key {
             topic.keys.remove(&key);
@@ -597,13 +594,15 @@ impl Kept {
         let mut taken: Vec<Arc<str>> = Vec::with_capacity(names.len());
         for name in names {
             match self.topic(name, limit) {
-                Ok(topic) => topic.subscribers += 1,
+                Ok(topic) => {
+                    topic.subscribers += 1;
+                    taken.push(topic.name.clone());
+                }
                 Err(full) => {
                     self.unsubscribe(&taken);
                     return Err(full);
                 }
             }
-            taken.extend(self.topics.get_key_value(name.as_str()).map(|(name, _)| name.clone()));
         }
         Ok(taken.into())
     }
@@ -640,35 +639,32 @@ impl Kept {
 
     /// The cursor a new stream starts after, and the gap it must hear first.
     fn start(&self, names: &[Arc<str>], from: Start) -> (Id, Option<Gap>) {
-        let resume = |cursor: Id| match cursor < self.let_go(names) {
-            true => Some(self.gap(names, Some(cursor), cursor)),
-            false => None,
-        };
-        let nowhere = Id::default();
-        let gap = match from {
+        let (asked, cursor) = match from {
             Start::Now => return (self.newest, None),
-            Start::Earliest => return (self.oldest_after(names, nowhere).map_or(self.newest, Id::before), None),
+            Start::Earliest => return (self.oldest_after(names, Id::default()).map_or(self.newest, Id::before), None),
             Start::Ago(time) => {
                 let cursor = self.ago(time).min(self.newest);
-                return resume(cursor).map_or((cursor, None), |gap| (gap.id, Some(gap)));
+                (Some(cursor), cursor)
             }
-            // From the future: ids of a life of this server that is gone. All that is kept is new to it.
-            Start::Cursor(cursor) if cursor > self.newest => Some(self.gap(names, Some(cursor), nowhere)),
-            Start::Cursor(cursor) => match resume(cursor) {
-                None => return (cursor, None),
-                gap => gap,
-            },
-            Start::Malformed => Some(self.gap(names, None, nowhere)),
+            // From the future: an id of an earlier life of this server. All that is kept is new to it.
+            Start::Cursor(cursor) if cursor > self.newest => (Some(cursor), Id::default()),
+            Start::Cursor(cursor) => (Some(cursor), cursor),
+            Start::Malformed => (None, Id::default()),
         };
-        (gap.as_ref().map_or(self.newest, |gap| gap.id), gap)
+        if asked == Some(cursor) && cursor >= self.let_go(names) {
+            return (cursor, None);
+        }
+        let gap = self.gap(names, asked, cursor);
+        (gap.id, Some(gap))
     }
 
     /// What comes after `cursor` in all of these topics, in one order, up to one batch. The subscriber knows of what each
     /// topic has let go up to `told`: one number for all would hide what one topic lets go behind another's back.
-    fn next(&self, names: &[Arc<str>], cursor: Id, told: &[Id], run: &mut Run) -> Next {
+    fn next(&self, names: &[Arc<str>], cursor: Id, told: &[Id]) -> Next {
         if self.topics(names).zip(told).any(|(topic, told)| topic.let_go > cursor.max(*told)) {
             return Next::Gap(self.gap(names, Some(cursor), cursor));
         }
+        let mut run = Run::default();
         let mut heads: Vec<_> = self.topics(names).map(|topic| topic.after(cursor).peekable()).collect();
         loop {
             let ahead = heads.iter_mut().filter_map(|head| head.peek().map(|event| event.id).zip(Some(head)));
@@ -680,7 +676,7 @@ impl Kept {
                 _ => break,
             }
         }
-        if run.bytes.is_empty() { Next::Nothing } else { Next::Events }
+        if run.bytes.is_empty() { Next::Nothing } else { Next::Events(run) }
     }
 }
 
@@ -752,7 +748,7 @@ impl Hub {
         check_topic(topic)?;
         core.check(&event)?;
         let key: Option<Arc<str>> = event.key.as_deref().map(Arc::from);
-        let mut order = enter(&core.order);
+        let mut order = enter(&core.order); // held to the end
         if order.stopped {
             return Err(io::Error::new(ErrorKind::NotConnected, "the server is stopping"));
         }
@@ -847,6 +843,7 @@ impl Lane {
                     ToLane::Leave(serial, names) => self.leave(serial, &names),
                     ToLane::Stop => return,
                 }
+                // Nor may a flood keep the lane from its sweep.
                 let go_on = run.bytes.len() < BATCH_BYTES && Instant::now() < sweep_at;
                 next = if go_on { queue.try_recv().ok() } else { None };
             }
@@ -884,7 +881,7 @@ impl Lane {
             let mut state = enter(&c.state);
             if state.phase != Phase::Live || state.cursor >= run.newest() {
                 continue;
-            } else if state.one_shot {
+            } else if state.is_poll {
                 state.phase = Phase::Behind;
             } else {
                 delivered += c.deliver(&mut state, run, now);
@@ -947,7 +944,7 @@ struct State {
     cursor: Id,
     unfinished: Option<Unfinished>,
     /// A poll is not written to by its lane: the first event wakes its thread, which replays and ends.
-    one_shot: bool,
+    is_poll: bool,
     wrote: Instant,
     sent: u64,
     stray: usize,
@@ -955,7 +952,9 @@ struct State {
 
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Phase {
+    /// The socket is the thread's: also before there is a stream, and for handlers' streams.
     Behind,
+    /// The socket is the lane's.
     Live,
     Closed(Reason),
 }
@@ -967,7 +966,8 @@ struct Unfinished {
 }
 
 impl State {
-    fn fall_behind(&mut self, event: Encoded, offset: usize) {
+    /// For the thread to finish, since the subscriber is behind from here on.
+    fn leave_unfinished(&mut self, event: Encoded, offset: usize) {
         self.phase = Phase::Behind;
         self.unfinished = Some(Unfinished { event, offset });
     }
@@ -976,7 +976,7 @@ impl State {
 impl Connection {
     fn new(serial: u64, peer: SocketAddr, socket: TcpStream) -> Connection {
         let (phase, cursor, wrote) = (Phase::Behind, Id::default(), Instant::now());
-        let state = State { phase, cursor, unfinished: None, one_shot: false, wrote, sent: 0, stray: 0 };
+        let state = State { phase, cursor, unfinished: None, is_poll: false, wrote, sent: 0, stray: 0 };
         Connection { serial, peer, socket, state: Mutex::new(state), wake: Condvar::new() }
     }
 
@@ -999,7 +999,7 @@ impl Connection {
             state.wrote = now;
         }
         if let Some((event, _)) = run.events.get(whole) {
-            state.fall_behind(event.clone(), reached - run.end_of(whole));
+            state.leave_unfinished(event.clone(), reached - run.end_of(whole));
         }
         (whole - first) as u64
     }
@@ -1008,7 +1008,7 @@ impl Connection {
         state.wrote = now;
         match write_now(&self.socket, HEARTBEAT) {
             Ok(written) if written == HEARTBEAT.len() => {}
-            Ok(offset) => state.fall_behind(Encoded { id: state.cursor, bytes: HEARTBEAT.into() }, offset),
+            Ok(offset) => state.leave_unfinished(Encoded { id: state.cursor, bytes: HEARTBEAT.into() }, offset),
             Err(error) => state.phase = Phase::Closed(reason_of(&error)),
         }
     }
@@ -1040,7 +1040,7 @@ impl Connection {
         Ok(())
     }
 
-    /// Writes all of `bytes` to a socket that is in non-blocking mode before and after.
+    /// Writes all of `bytes`, waiting for the peer, and leaves the socket in non-blocking mode, as lanes need it.
     fn write_waiting(&self, bytes: &[u8], deadline: Instant) -> Result<(), Reason> {
         self.socket.set_nonblocking(false).map_err(|error| reason_of(&error))?;
         self.write_whole(bytes, deadline)?;
@@ -1053,10 +1053,10 @@ impl Connection {
             let mut written = (&self.socket).write(bytes);
             if written.as_ref().is_err_and(would_block) {
                 // The kernel wakes a blocked writer only once a third of its buffer is free, so less may have been taken.
-                let again = |mode| self.socket.set_nonblocking(mode).map_err(|error| reason_of(&error));
-                again(true)?;
+                let set_nonblocking = |mode| self.socket.set_nonblocking(mode).map_err(|error| reason_of(&error));
+                set_nonblocking(true)?;
                 written = (&self.socket).write(bytes);
-                again(false)?;
+                set_nonblocking(false)?;
             }
             match written {
                 Ok(written) => bytes = &bytes[written..],
@@ -1122,7 +1122,8 @@ struct Subscription<'a> {
     names: Arc<[Arc<str>]>,
     /// What each topic had let go when the subscriber was last told of a gap.
     told: Vec<Id>,
-    one_shot: bool,
+    /// For a poll, how long it waits for its first event.
+    poll_until: Option<Instant>,
     deadline: Instant,
     stopping: &'a AtomicBool,
 }
@@ -1132,29 +1133,26 @@ impl Subscription<'_> {
     /// why it ended.
     fn follow(mut self) -> Reason {
         let (core, c, retry) = (self.core, self.c, self.core.config.retry);
-        let mut passes = 0; // a poll looks once at least, however short it is
         loop {
             if let Err(reason) = c.finish(self.deadline) {
                 return reason;
             } else if self.stopping.load(SeqCst) {
                 return c.end("the server is stopping", spread(retry, 50, 150));
-            } else if Instant::now() >= self.deadline && !self.one_shot {
+            } else if Instant::now() >= self.deadline {
                 return c.end("the lifetime is over", retry);
-            } else if Instant::now() >= self.deadline && passes > 0 {
-                return c.end("the poll is over", POLL_RETRY);
             }
-            passes += 1;
-            let mut run = Run::default(); // gone again before this thread waits for anything
-            let (cursor, sent) = enter(&c.state).progress();
+            let state = enter(&c.state);
+            let (cursor, sent) = (state.cursor, state.sent);
+            drop(state);
             let kept = core.kept();
-            match kept.next(&self.names, cursor, &self.told, &mut run) {
-                Next::Nothing if self.one_shot && sent > 0 => {
+            match kept.next(&self.names, cursor, &self.told) {
+                Next::Nothing if self.poll_until.is_some_and(|until| sent > 0 || Instant::now() >= until) => {
                     drop(kept);
-                    return c.end("the poll is answered", POLL_RETRY);
+                    return c.end(POLL_IS_OVER, POLL_RETRY);
                 }
                 Next::Nothing => {
                     let mut state = enter(&c.state);
-                    state.phase = Phase::Live;
+                    state.phase = Phase::Live; // under the kept lock still: whatever comes now is queued for the lane
                     drop(kept);
                     if let Some(reason) = self.sleep(state) {
                         return reason;
@@ -1164,9 +1162,9 @@ impl Subscription<'_> {
                     self.told = kept.told(&self.names);
                     drop(kept);
                     core.counters.gaps.fetch_add(1, Relaxed);
-                    enter(&c.state).fall_behind(gap.encode(), 0);
+                    enter(&c.state).leave_unfinished(gap.encode(), 0);
                 }
-                Next::Events => {
+                Next::Events(run) => {
                     drop(kept);
                     let mut state = enter(&c.state);
                     core.counters.delivered.fetch_add(c.deliver(&mut state, &run, Instant::now()), Relaxed);
@@ -1181,7 +1179,8 @@ impl Subscription<'_> {
     /// Sleeps while the subscriber is live. Returns why the connection closed, if it did.
     fn sleep(&self, mut state: MutexGuard<'_, State>) -> Option<Reason> {
         while state.phase == Phase::Live {
-            let left = self.deadline.saturating_duration_since(Instant::now());
+            let until = self.poll_until.unwrap_or(self.deadline).min(self.deadline);
+            let left = until.saturating_duration_since(Instant::now());
             if left.is_zero() || self.stopping.load(SeqCst) {
                 state.phase = Phase::Behind;
                 break;
@@ -1192,12 +1191,6 @@ impl Subscription<'_> {
             Phase::Closed(reason) => Some(reason),
             _ => None,
         }
-    }
-}
-
-impl State {
-    fn progress(&self) -> (Id, u64) {
-        (self.cursor, self.sent)
     }
 }
 
@@ -1456,6 +1449,7 @@ struct Request {
 }
 
 /// The parts of a query, percent-decoded once.
+#[derive(Default)]
 struct Query(Vec<(String, String)>);
 
 impl Query {
@@ -1585,7 +1579,9 @@ impl Request {
         }
         match self.body.is_over() && body.len() <= limit {
             true => Ok(body),
-            false => refuse(413, format!("the body is longer than {limit} bytes: send less, or lines by PUT")),
+            false => {
+                refuse(413, format!("the body is longer than {limit} bytes (--body-bytes): send less, or lines by PUT"))
+            }
         }
     }
 }
@@ -1611,7 +1607,7 @@ fn parse_target(method: &str, target: &str) -> Result<(String, Query), Answer> {
     let origin_form = absolute.map_or(target, |rest| rest.find(['/', '?']).map_or("/", |slash| &rest[slash..]));
     let begins_well = origin_form.starts_with('/') || (origin_form.starts_with('?') && absolute.is_some());
     if target == "*" && method == "OPTIONS" {
-        return Ok(("*".into(), Query(Vec::new())));
+        return Ok(("*".into(), Query::default()));
     } else if !begins_well || target.contains('#') {
         return refuse(400, format!("{} is no target: it begins with a slash", shown(target)));
     }
@@ -1747,7 +1743,22 @@ enum Route {
     Stream(Arc<Handler>),
 }
 
+/// What the threads of all connections share.
+struct Shared {
+    hub: Hub,
+    routes: Mutex<HashMap<String, Route>>,
+    guests: Mutex<Guests>,
+    someone_left: Condvar,
+    stopping: AtomicBool,
+    log: Logger,
+}
+
 type Handler = dyn Fn(&mut Stream) -> io::Result<()> + Send + Sync;
+
+enum Reply {
+    Answer(Answer),
+    Stream(Opening),
+}
 
 /// A stream that a request has asked for. From here on the request and its buffers are not needed any more.
 enum Opening {
@@ -1756,42 +1767,39 @@ enum Opening {
 }
 
 impl Shared {
-    /// A stream, or else an answer.
-    fn reply(&self, reader: &mut Reader, request: &mut Request) -> Result<Opening, Answer> {
-        let path = std::mem::take(&mut request.path);
-        let Some(allow) = self.methods_of(&path) else {
-            return Err(Answer::text(404, format!("there is nothing at {}: topics are at /events/NAME", shown(&path))));
+    fn reply(&self, reader: &mut Reader, request: &mut Request, path: &str) -> Result<Reply, Answer> {
+        let Some(allow) = self.methods_of(path) else {
+            return Err(Answer::text(404, format!("there is nothing at {}: topics are at /events/NAME", shown(path))));
         };
         let topic = path.strip_prefix("/events/");
         match (request.method.as_str(), topic) {
-            ("OPTIONS", _) => return Err(Answer::text(204, "").header("Allow", allow)),
-            ("POST", Some(topic)) => return Err(self.publish(reader, request, topic)?),
-            ("PUT", Some(topic)) => return Err(self.publish_lines(reader, request, topic)?),
+            ("OPTIONS", _) => return Ok(Reply::Answer(Answer::text(204, "").header("Allow", allow))),
+            ("POST", Some(topic)) => return self.publish(reader, request, topic).map(Reply::Answer),
+            ("PUT", Some(topic)) => return self.publish_lines(reader, request, topic).map(Reply::Answer),
             ("GET" | "HEAD", _) => {}
             (method @ ("POST" | "PUT" | "DELETE" | "PATCH" | "CONNECT" | "TRACE"), _) => {
-                let reason = format!("{method} is not for {}: use one of {allow}", shown(&path));
+                let reason = format!("{method} is not for {}: use one of {allow}", shown(path));
                 return Err(Answer::text(405, reason).header("Allow", allow));
             }
             (method, _) => return Err(Answer::text(501, format!("the method {} is not known", shown(method)))),
         }
         request.read_body(reader, self.config())?;
         if let Some(names) = topic {
-            return open_topics(request, names);
+            return open_topics(request, names).map(Reply::Stream);
         }
-        let route = enter(&self.routes).get(&path).cloned();
-        match route {
+        let route = enter(&self.routes).get(path).cloned();
+        Ok(match route {
             Some(Route::Stream(handler)) => {
-                let (query, last_event_id) =
-                    (std::mem::replace(&mut request.query, Query(Vec::new())), request.last_event_id.take());
-                Ok(Opening::Handler { handler, query, last_event_id })
+                let (query, last_event_id) = (std::mem::take(&mut request.query), request.last_event_id.take());
+                Reply::Stream(Opening::Handler { handler, query, last_event_id })
             }
-            Some(Route::Page(content_type, body)) => Err(Answer::new(200, content_type, body)),
+            Some(Route::Page(content_type, body)) => Reply::Answer(Answer::new(200, content_type, body)),
             None if path == "/metrics" => {
-                Err(Answer::new(200, "text/plain; version=0.0.4", self.metrics().into_bytes()))
+                Reply::Answer(Answer::new(200, "text/plain; version=0.0.4", self.metrics().into_bytes()))
             }
-            None if self.stopping() => Err(self.unavailable("the server is stopping")),
-            None => Err(Answer::text(200, "ok")),
-        }
+            None if self.stopping() => Reply::Answer(self.unavailable("the server is stopping")),
+            None => Reply::Answer(Answer::text(200, "ok")),
+        })
     }
 
     /// The methods that a path takes, or none where there is nothing.
@@ -1833,8 +1841,7 @@ impl Shared {
                 Err(error) => break Err(Answer { close: true, ..self.not_published(&error) }),
             }
         };
-        let last = last.map_or(String::new(), |id| format!(", the last with id {id}"));
-        let summary = format!("{count} events were published{last}");
+        let summary = format!("published {count}{}", last.map_or(String::new(), |id| format!(", last id {id}")));
         result.map_err(|refusal| self.blame(refusal, &format!("; {summary}"))).map(|()| Answer::text(200, summary))
     }
 
@@ -1906,7 +1913,7 @@ impl Shared {
         start: Start,
         poll: Option<Duration>,
     ) -> Reason {
-        let (core, config, one_shot) = (&*self.hub.core, self.config(), poll.is_some());
+        let (core, config, is_poll) = (&*self.hub.core, self.config(), poll.is_some());
         let mut kept = core.kept();
         let Ok(names) = kept.subscribe(names, config.topics) else {
             drop(kept);
@@ -1915,19 +1922,19 @@ impl Shared {
         let (cursor, gap) = kept.start(&names, start);
         let told = kept.told(&names);
         drop(kept);
-        let lifetime = spread(config.lifetime, 80, 100);
-        let deadline = Instant::now() + poll.map_or(lifetime, |time| time.min(lifetime));
-        let subscription = Subscription { core, c, lane, names, told, one_shot, deadline, stopping: &self.stopping };
+        let deadline = Instant::now() + spread(config.lifetime, 80, 100);
+        let poll_until = poll.map(|time| Instant::now() + time);
+        let subscription = Subscription { core, c, lane, names, told, poll_until, deadline, stopping: &self.stopping };
 
         // A block without data dispatches nothing, but a browser cut off before its first event resumes from this id.
-        let retry = if one_shot { POLL_RETRY } else { config.retry };
+        let retry = if is_poll { POLL_RETRY } else { config.retry };
         let mut head = format!("{}retry: {}\nid: {cursor}\n\n", stream_head(), retry.as_millis()).into_bytes();
         if let Some(gap) = &gap {
             head.extend_from_slice(&gap.encode().bytes);
             core.counters.gaps.fetch_add(1, Relaxed);
         }
         let mut state = enter(&c.state);
-        (state.cursor, state.sent, state.one_shot) = (cursor, gap.is_some().into(), one_shot);
+        (state.cursor, state.sent, state.is_poll) = (cursor, gap.is_some().into(), is_poll);
         drop(state);
         if let Err(reason) = c.write_waiting(&head, deadline) {
             return reason;
@@ -1962,7 +1969,7 @@ impl Lines<'_, '_> {
             let lf = self.text[seen..].iter().position(|b| *b == b'\n');
             let end = lf.map_or(self.text.len(), |lf| seen + lf);
             if end - self.start > self.config.line_bytes {
-                return refuse(413, format!("a line is longer than {} bytes", self.config.line_bytes));
+                return refuse(413, format!("a line is longer than {} bytes (--line-bytes)", self.config.line_bytes));
             }
             if lf.is_some() {
                 let line = &self.text[self.start..end];
@@ -2021,8 +2028,8 @@ fn open_topics(request: &Request, list: &str) -> Result<Opening, Answer> {
     };
     // A page opened anew says `since`; one that comes back says where it was, and that wins.
     let parameters = CURSOR_PARAMETERS.map(|name| request.query.get(name));
-    let cursor =
-        [request.last_event_id.as_deref()].into_iter().chain(parameters).flatten().find(|text| !text.is_empty());
+    let cursors = [request.last_event_id.as_deref(), parameters[0], parameters[1]];
+    let cursor = cursors.into_iter().flatten().find(|text| !text.is_empty());
     let start = cursor.map_or(since, |text| text.parse().map_or(Start::Malformed, Start::Cursor));
     Ok(Opening::Topics { names, start, poll })
 }
@@ -2047,16 +2054,7 @@ pub struct Handle {
     /// must work without a descriptor left.
     doorbell: TcpStream,
     acceptors: Vec<JoinHandle<()>>,
-}
-
-struct Shared {
-    hub: Hub,
-    routes: Mutex<HashMap<String, Route>>,
-    guests: Mutex<Guests>,
-    someone_left: Condvar,
-    stopping: AtomicBool,
-    lanes: Mutex<Vec<JoinHandle<()>>>,
-    log: Logger,
+    lanes: Vec<JoinHandle<()>>,
 }
 
 /// Where the connections are, by their serial numbers, so that the first of each is the oldest.
@@ -2064,6 +2062,7 @@ struct Shared {
 struct Guests {
     next_serial: u64,
     threads: usize,
+    /// Spreads the streams over the lanes; serial numbers would not, where every other connection is short.
     streams_opened: usize,
     waiting: Place,
     busy: Place,
@@ -2103,9 +2102,9 @@ impl Server {
         let (order, kept) = (Mutex::new(Order { newest: base, stopped: false }), Mutex::new(Kept::new(base)));
         let hub = Hub { core: Arc::new(Core { config, order, kept, lanes, counters }) };
         let (routes, guests, someone_left, stopping) = Default::default();
-        let shared = Shared { hub, routes, guests, someone_left, stopping, lanes: Mutex::new(threads), log };
+        let shared = Shared { hub, routes, guests, someone_left, stopping, log };
         let (shared, listener) = (Arc::new(shared), Arc::new(listener));
-        Ok(Server { handle: Handle { shared, listener, doorbell, acceptors: Vec::new() } })
+        Ok(Server { handle: Handle { shared, listener, doorbell, acceptors: Vec::new(), lanes: threads } })
     }
 
     /// Answers `GET path` with these bytes: a page, a script, a small answer of one's own.
@@ -2229,7 +2228,7 @@ impl Handle {
         for lane in &shared.hub.core.lanes {
             let _ = lane.send(ToLane::Stop);
         }
-        for lane in enter(&shared.lanes).drain(..) {
+        for lane in self.lanes.drain(..) {
             let _ = lane.join();
         }
         shared.log.finish();
@@ -2341,8 +2340,9 @@ impl Shared {
 
 impl Guests {
     fn close_longest_waiting(&mut self) -> bool {
-        let longest = self.waiting.pop_first();
-        longest.inspect(|(_, c)| drop(c.socket.shutdown(Shutdown::Both))).is_some()
+        let Some((_, c)) = self.waiting.pop_first() else { return false };
+        let _ = c.socket.shutdown(Shutdown::Both);
+        true
     }
 
     fn everyone(&self) -> impl Iterator<Item = &Arc<Connection>> {
@@ -2401,14 +2401,14 @@ impl Shared {
                     if !enter(&self.guests).begin_request(c.serial) {
                         return None;
                     }
-                    let (path, is_head) = (request.path.clone(), request.method == "HEAD");
-                    let answer = match self.reply(&mut reader, &mut request) {
-                        Ok(_) if is_head => {
+                    let (path, is_head) = (std::mem::take(&mut request.path), request.method == "HEAD");
+                    let answer = match self.reply(&mut reader, &mut request, &path) {
+                        Ok(Reply::Stream(_)) if is_head => {
                             let _ = c.write_whole(stream_head().as_bytes(), Instant::now() + LINGER);
                             return None;
                         }
-                        Ok(opening) => return Some((path, opening)),
-                        Err(answer) => answer,
+                        Ok(Reply::Stream(opening)) => return Some((path, opening)),
+                        Ok(Reply::Answer(answer)) | Err(answer) => answer,
                     };
                     let (peer, method, status) = (c.peer, &request.method, answer.status);
                     self.log.line(Log::Debug, format_args!("{peer} {method} {path:?} {status}"));
@@ -2438,7 +2438,7 @@ impl Drop for Guest {
             let (peer, reason) = (c.peer, &self.reason);
             let line =
                 format_args!("closed peer={peer} path={path:?} reason={reason:?} seconds={seconds:.1} events={sent}");
-            shared.log.line(Log::Info, line);
+            shared.log.line(if *reason == POLL_IS_OVER { Log::Debug } else { Log::Info }, line);
         }
         let mut guests = enter(&shared.guests);
         guests.threads -= 1;
@@ -2468,7 +2468,8 @@ impl Shared {
         let (streams, connections) = (guests.streams.len(), guests.waiting.len() + guests.busy.len());
         drop(guests);
         let kept = core.kept();
-        let (topics, events, bytes) = (kept.topics.len(), kept.count, kept.bytes);
+        let (topics, bytes) = (kept.topics.len(), kept.bytes);
+        let events: usize = kept.topics.values().map(|topic| topic.events.len()).sum();
         drop(kept);
         let total = |counter: &AtomicU64| counter.load(Relaxed);
         let mut text = String::new();

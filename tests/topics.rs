@@ -234,6 +234,9 @@ fn a_poll_waits_for_the_first_event_sends_what_there_is_and_ends() {
     }
     assert!(poll.event().is_none());
 
+    let (mut all, _) = Wire::subscribe(addr, "/events/a?poll=0s&since=earliest", "");
+    assert_eq!((0..501).filter(|_| all.event().is_some()).count(), 501, "a poll that does not wait gets all there is");
+
     let (mut empty, _) = Wire::subscribe(addr, "/events/a?poll=50ms", "");
     assert_eq!(empty.event(), None);
 }
@@ -288,7 +291,7 @@ fn put_publishes_every_line_while_the_body_is_still_arriving() {
     assert_eq!(last.data(), "last");
     let answer = put.answer();
     assert_eq!(answer.status, 200);
-    assert_eq!(answer.body, format!("7 events were published, the last with id {}\n", last.id()));
+    assert_eq!(answer.body, format!("published 7, last id {}\n", last.id()));
     put.send(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n");
     assert_eq!(put.answer().body, "ok\n", "the connection stays");
 }
@@ -304,7 +307,7 @@ fn a_put_that_breaks_off_keeps_its_whole_lines_only() {
     put.socket.shutdown(std::net::Shutdown::Write).unwrap();
     let answer = put.answer();
     assert_eq!(answer.status, 400);
-    assert!(answer.body.contains("1 events were published"), "{}", answer.body);
+    assert!(answer.body.contains("published 1, last id"), "{}", answer.body);
     server.hub().publish("log", Event::new("next")).unwrap();
     assert_eq!(stream.event().unwrap().data(), "next");
 }
@@ -323,7 +326,7 @@ fn put_says_which_line_it_could_not_take_and_what_it_has_published() {
         put.send(body);
         let answer = put.answer();
         assert_eq!(answer.status, status, "{}", answer.body);
-        assert!(answer.body.contains(said) && answer.body.contains("2 events were published"), "{}", answer.body);
+        assert!(answer.body.contains(said) && answer.body.contains("published 2, last id"), "{}", answer.body);
     }
 }
 

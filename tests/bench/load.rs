@@ -1,0 +1,187 @@
+//! The load generator: holds subscribers, publishes at a rate, and counts what arrives, when, and what it has cost.
+
+use mio::net::TcpStream;
+use mio::{Events, Interest, Poll, Token};
+use std::io::{ErrorKind, Read, Write};
+use std::net::SocketAddr;
+use std::thread;
+use std::time::{Duration, Instant};
+
+pub const AS_FAST_AS_IT_GOES: u64 = u64::MAX;
+const BODY_BYTES: usize = 100;
+const PATIENCE: Duration = Duration::from_secs(60);
+
+#[derive(Clone)]
+pub struct Load {
+    pub subscribers: usize,
+    pub rate: u64,
+    pub events: u64,
+}
+
+#[derive(Clone)]
+pub struct Measured {
+    pub cpu_us: f64,
+    pub p50_ms: f64,
+    pub p99_ms: f64,
+    pub per_second: f64,
+    pub lost: u64,
+}
+
+struct Subscriber {
+    socket: TcpStream,
+    asked: bool,
+    ready: bool,
+    line: Vec<u8>, // what has come of the line that is not whole yet
+    next: u64,
+}
+
+impl Load {
+    pub fn rate_text(&self) -> String {
+        if self.rate == AS_FAST_AS_IT_GOES { "max".into() } else { self.rate.to_string() }
+    }
+
+    pub fn run(&self, addr: SocketAddr, pid: u32) -> Measured {
+        let mut crowd = Crowd::connect(addr, self.subscribers);
+        let epoch = Instant::now();
+        let before = processor_ns(pid);
+        let (rate, count) = (self.rate, self.events);
+        let publisher = thread::spawn(move || publish(addr, rate, count, epoch));
+        let expected = self.events * self.subscribers as u64;
+        let started = Instant::now();
+        while (crowd.latencies_ns.len() as u64) < expected && started.elapsed() < PATIENCE {
+            crowd.turn(Some(epoch));
+        }
+        let seconds = started.elapsed().as_secs_f64();
+        // The publisher's connection is held open until the figures are read: its thread's time counts, too.
+        let publisher = publisher.join().expect("the publisher");
+        let cpu_ns = processor_ns(pid) - before;
+        drop(publisher);
+        let mut latencies = std::mem::take(&mut crowd.latencies_ns);
+        latencies.sort_unstable();
+        let at =
+            |part: f64| latencies.get((latencies.len() as f64 * part) as usize).map_or(f64::NAN, |ns| *ns as f64 / 1e6);
+        let delivered = latencies.len().max(1) as f64;
+        Measured {
+            cpu_us: cpu_ns as f64 / 1e3 / delivered,
+            p50_ms: at(0.5),
+            p99_ms: at(0.99),
+            per_second: delivered / seconds,
+            lost: expected - latencies.len() as u64,
+        }
+    }
+}
+
+/// Publishes numbered events that say when they were sent, each once the one before is answered.
+fn publish(addr: SocketAddr, rate: u64, count: u64, epoch: Instant) -> std::net::TcpStream {
+    let mut socket = std::net::TcpStream::connect(addr).expect("connecting the publisher");
+    socket.set_nodelay(true).expect("nodelay");
+    let (mut due, mut answer) = (Instant::now(), [0; 1024]);
+    for n in 0..count {
+        if rate != AS_FAST_AS_IT_GOES {
+            thread::sleep(due.saturating_duration_since(Instant::now()));
+            due += Duration::from_secs(1) / rate as u32;
+        }
+        let mut body = format!("{n} {} ", epoch.elapsed().as_nanos());
+        body.extend(std::iter::repeat_n('x', BODY_BYTES - body.len()));
+        let head = format!("POST /events/bench HTTP/1.1\r\nHost: localhost\r\nContent-Length: {BODY_BYTES}\r\n\r\n");
+        socket.write_all((head + &body).as_bytes()).expect("publishing");
+        let mut got = 0;
+        while !whole(&answer[..got]) {
+            got += socket.read(&mut answer[got..]).ok().filter(|got| *got > 0).expect("an answer");
+        }
+    }
+    socket
+}
+
+fn whole(answer: &[u8]) -> bool {
+    let text = String::from_utf8_lossy(answer);
+    let Some((head, body)) = text.split_once("\r\n\r\n") else { return false };
+    let length = head.split("Content-Length: ").nth(1).and_then(|rest| rest.lines().next()?.parse().ok());
+    body.len() >= length.unwrap_or(0)
+}
+
+/// Nanoseconds that the threads of a process have run. It must end no thread meanwhile.
+fn processor_ns(pid: u32) -> u64 {
+    let threads = std::fs::read_dir(format!("/proc/{pid}/task")).expect("its threads").flatten();
+    let of = |path: std::path::PathBuf| {
+        std::fs::read_to_string(path.join("schedstat")).ok()?.split(' ').next()?.parse::<u64>().ok()
+    };
+    threads.filter_map(|thread| of(thread.path())).sum()
+}
+
+struct Crowd {
+    poll: Poll,
+    events: Events,
+    members: Vec<Subscriber>,
+    latencies_ns: Vec<u64>,
+    buffer: Vec<u8>,
+}
+
+impl Crowd {
+    fn connect(addr: SocketAddr, count: usize) -> Crowd {
+        let (poll, events) = (Poll::new().expect("epoll"), Events::with_capacity(4096));
+        let mut crowd =
+            Crowd { poll, events, members: Vec::new(), latencies_ns: Vec::new(), buffer: vec![0; 64 * 1024] };
+        let started = Instant::now();
+        while crowd.members.iter().filter(|member| member.ready).count() < count {
+            assert!(started.elapsed() < PATIENCE, "the subscribers did not get their streams");
+            // In waves, so that the listening socket's queue is never overrun.
+            for _ in 0..100.min(count - crowd.members.len()) {
+                let mut socket = TcpStream::connect(addr).expect("connecting");
+                let token = Token(crowd.members.len());
+                let registry = crowd.poll.registry();
+                registry.register(&mut socket, token, Interest::READABLE | Interest::WRITABLE).expect("registering");
+                crowd.members.push(Subscriber { socket, asked: false, ready: false, line: Vec::new(), next: 0 });
+            }
+            let all = crowd.members.len();
+            while crowd.members.iter().skip(all.saturating_sub(100)).any(|member| !member.ready) {
+                assert!(started.elapsed() < PATIENCE, "the subscribers did not get their streams");
+                crowd.turn(None);
+            }
+        }
+        crowd
+    }
+
+    /// Reads what has come. Events count once `epoch` has begun.
+    fn turn(&mut self, epoch: Option<Instant>) {
+        let Crowd { poll, events, members, latencies_ns, buffer } = self;
+        poll.poll(events, Some(Duration::from_millis(20))).expect("polling");
+        for event in events.iter() {
+            let member = &mut members[event.token().0];
+            if !member.asked {
+                let request = b"GET /events/bench HTTP/1.1\r\nHost: localhost\r\n\r\n";
+                member.asked = member.socket.write(request).is_ok_and(|written| written == request.len());
+            }
+            loop {
+                match member.socket.read(buffer) {
+                    Ok(0) => panic!("a stream ended"),
+                    Ok(got) => member.take(&buffer[..got], epoch, latencies_ns),
+                    Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                    Err(error) if [ErrorKind::WouldBlock, ErrorKind::NotConnected].contains(&error.kind()) => break,
+                    Err(error) => panic!("a stream failed: {error}"),
+                }
+            }
+        }
+    }
+}
+
+impl Subscriber {
+    fn take(&mut self, bytes: &[u8], epoch: Option<Instant>, latencies_ns: &mut Vec<u64>) {
+        let now = epoch.map_or(0, |epoch| epoch.elapsed().as_nanos() as u64);
+        self.line.extend_from_slice(bytes);
+        let whole = self.line.iter().rposition(|b| *b == b'\n').map_or(0, |end| end + 1);
+        for line in self.line[..whole].split(|b| *b == b'\n') {
+            if line.starts_with(b"retry: ") {
+                self.ready = true;
+            } else if let Some(data) = line.strip_prefix(b"data: ") {
+                let mut words =
+                    data.split(|b| *b == b' ').map(|word| str::from_utf8(word).unwrap_or("").parse::<u64>());
+                let (number, sent) = (words.next(), words.next());
+                assert_eq!(number, Some(Ok(self.next)), "once, and in order");
+                self.next += 1;
+                latencies_ns.push(now.saturating_sub(sent.and_then(Result::ok).unwrap_or(0)));
+            }
+        }
+        self.line.drain(..whole);
+    }
+}
