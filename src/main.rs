@@ -1,7 +1,8 @@
 //! The command around the library: flags, the article's stream, Ctrl-C. It uses nothing that an embedder cannot.
 
 use brooklet::{Config, Event, Log, Server, parse_duration};
-use std::io::{self, Write};
+use std::io::{self, ErrorKind, Write};
+use std::net::{SocketAddr, ToSocketAddrs};
 use std::process::{self, ExitCode};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
@@ -61,15 +62,17 @@ fn say(text: &str) {
 }
 
 struct Command {
-    listen: String,
+    listen: SocketAddr,
     config: Config,
 }
 
 impl Command {
     /// Reads the flags, or prints what `--help` and `--version` ask for.
     fn parse(mut args: impl Iterator<Item = String>) -> Result<Option<Command>, String> {
-        let mut command =
-            Command { listen: "127.0.0.1:3000".into(), config: Config { log: Log::Info, ..Config::default() } };
+        let mut command = Command {
+            listen: SocketAddr::from(([127, 0, 0, 1], 3000)),
+            config: Config { log: Log::Info, ..Config::default() },
+        };
         while let Some(arg) = args.next() {
             let (flag, mut value) = match arg.split_once('=') {
                 Some((flag, value)) => (flag, Some(value.to_string())),
@@ -97,7 +100,7 @@ impl Command {
     fn set(&mut self, flag: &str, value: &mut dyn FnMut() -> Result<String, String>) -> Result<(), String> {
         let config = &mut self.config;
         match flag {
-            "--listen" => self.listen = value()?,
+            "--listen" => self.listen = address(&value()?)?,
             "--subscribers" => config.subscribers = count(&value()?)?,
             "--connections" => config.connections = count(&value()?)?,
             "--head-bytes" => config.head_bytes = size(&value()?)?,
@@ -129,8 +132,10 @@ impl Command {
     }
 
     fn run(&mut self) -> io::Result<()> {
-        let server = Server::bind(&self.listen, self.config.clone())
-            .map_err(|error| io::Error::new(error.kind(), format!("cannot listen on {}: {error}", self.listen)))?;
+        let server = Server::bind(self.listen, self.config.clone()).map_err(|error| {
+            let hint = if error.kind() == ErrorKind::AddrInUse { ": give another with --listen" } else { "" };
+            io::Error::new(error.kind(), format!("cannot serve {}: {error}{hint}", self.listen))
+        })?;
         server.page("/", "text/html; charset=utf-8", include_str!("page.html"))?;
         server.stream("/test", |stream| {
             let opened = Instant::now();
@@ -176,6 +181,11 @@ fn hangup_is_ignored() -> bool {
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
     let mask = status.lines().find_map(|line| u64::from_str_radix(line.strip_prefix("SigIgn:")?.trim(), 16).ok());
     mask.is_some_and(|mask| mask & 1 == 1)
+}
+
+fn address(text: &str) -> Result<SocketAddr, String> {
+    let found = text.to_socket_addrs().ok().and_then(|mut found| found.next());
+    found.ok_or_else(|| format!("{text:?} is no address: write HOST:PORT, such as 127.0.0.1:8080"))
 }
 
 fn count(text: &str) -> Result<usize, String> {

@@ -2,7 +2,9 @@
 
 mod common;
 
+use base64::prelude::*;
 use common::*;
+use sha2::{Digest, Sha256};
 use std::process::{Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
@@ -41,7 +43,7 @@ fn now_ms() -> u64 {
 
 #[test]
 fn a_handlers_stream_gets_its_head_at_once_and_nothing_its_handler_did_not_write() {
-    let process = Process::start(&["--heartbeat", "2s"]);
+    let process = Process::start(&["--heartbeat", "3s"]);
     let mut stream = Wire::stream(process.addr, "/test", "");
     assert!(stream.buffer.is_empty(), "the head came alone");
     let frames = [stream.take_until(b"\n\n").unwrap(), stream.take_until(b"\n\n").unwrap()];
@@ -154,6 +156,7 @@ fn a_bad_flag_is_told_what_was_expected() {
         (&["--keep-bytes", "64KB"], "\"64KB\" is no size: write 900, 64KiB or 1MiB"),
         (&["--keep-bytes=99999999999999GiB"], "is no size"),
         (&["--log=loud"], "\"loud\" is none of off, info and debug"),
+        (&["--listen", "3001"], "--listen: \"3001\" is no address: write HOST:PORT"),
         (&["--open=yes"], "--open: no value is taken"),
     ] {
         let output = run(flags);
@@ -163,10 +166,9 @@ fn a_bad_flag_is_told_what_was_expected() {
     }
     for (flags, said) in [
         (&["--head-time=0s"][..], "a time limit of 0"),
-        (&["--heartbeat=1s"], "a heartbeat of at least 2s"),
+        (&["--heartbeat=2s"], "a heartbeat of at least 3s"),
         (&["--connections=0"], "give at least 1"),
         (&["--lanes=1000"], "1000 lanes"),
-        (&["--listen", "127.0.0.1"], "cannot listen on 127.0.0.1:"),
         (&["--listen", "0.0.0.0:0"], "is beyond loopback, so whoever reaches it could publish"),
     ] {
         let output = run(flags);
@@ -179,7 +181,10 @@ fn a_bad_flag_is_told_what_was_expected() {
 fn an_address_in_use_is_named() {
     let process = Process::start(&[]);
     let error = String::from_utf8(run(&["--listen", &process.addr.to_string()]).stderr).unwrap();
-    assert!(error.contains(&format!("cannot listen on {}", process.addr)) && error.contains("in use"), "{error}");
+    assert!(
+        error.contains(&format!("cannot serve {}", process.addr)) && error.contains("another with --listen"),
+        "{error}"
+    );
 }
 
 #[test]
@@ -227,4 +232,20 @@ fn a_blocked_stderr_holds_up_nothing() {
     }
     assert!(shell(&format!("kill {}", child.id())));
     assert!(child.wait().unwrap().success());
+}
+
+/// The page's policy allows exactly its own script and style, by their hashes, and nothing from elsewhere.
+#[test]
+fn the_pages_policy_names_the_hashes_of_its_script_and_style() {
+    let process = Process::start(&[]);
+    let page = get(process.addr, "/").body;
+    for (tag, directive) in [("script", "script-src"), ("style", "style-src")] {
+        let text = page.split(&format!("<{tag}>")).nth(1).unwrap().split(&format!("</{tag}>")).next().unwrap();
+        let hash = BASE64_STANDARD.encode(Sha256::digest(text));
+        assert!(page.contains(&format!("{directive} 'sha256-{hash}'")), "{directive} should be 'sha256-{hash}'");
+    }
+    assert!(page.contains("default-src 'none'"));
+    for unsafe_way in ["innerHTML", "insertAdjacentHTML", "document.write", "eval(", "https://", "src=\"http"] {
+        assert!(!page.contains(unsafe_way), "{unsafe_way}");
+    }
 }

@@ -419,6 +419,22 @@ fn a_closed_subscriber_is_noticed_without_an_event() {
 }
 
 #[test]
+fn a_herd_that_comes_back_at_once_is_caught_up_without_sending_anyone_away() {
+    let server = serve(Config { connections: 10, subscribers: 600, ..Config::default() });
+    let addr = server.addr().unwrap();
+    let (_, base) = Wire::subscribe(addr, "/events/a", "");
+    (0..100).for_each(|n| assert!(server.hub().publish("a", numbered(n, 100)).is_ok()));
+    let request = format!("GET /events/a HTTP/1.1\r\nHost: x\r\nLast-Event-ID: {base}\r\n\r\n");
+    let mut herd: Vec<Wire> = (0..600).map(|_| Wire::connect(addr)).collect();
+    herd.iter_mut().for_each(|wire| wire.send(request.as_bytes()));
+    for wire in &mut herd {
+        assert!(wire.head().starts_with("HTTP/1.1 200"));
+        (0..100).for_each(|n| assert!(wire.event().unwrap().data().starts_with(&format!("{n} "))));
+    }
+    assert_eq!(metric(addr, "sent_away_total"), 0);
+}
+
+#[test]
 fn five_thousand_opened_and_closed_leave_no_thread_and_no_descriptor() {
     let process = Process::start(&["--log", "off"]);
     let quiet = || (process.status("Threads"), process.descriptors());

@@ -277,7 +277,7 @@ fn silent_and_idle_connections_are_closed_without_a_word() {
 
 #[test]
 fn at_the_limit_the_connection_that_waited_longest_makes_room() {
-    let server = serve(Config { connections: 4, ..Config::default() });
+    let server = serve(Config { connections: 4, subscribers: 0, ..Config::default() });
     let addr = server.addr().unwrap();
     let mut slow: Vec<Wire> = (0..4).map(|_| Wire::connect(addr)).collect();
     slow.iter_mut().for_each(|wire| wire.send(b"GET /health HTTP/1.1\r\n"));
@@ -292,7 +292,7 @@ fn at_the_limit_the_connection_that_waited_longest_makes_room() {
 
 #[test]
 fn busy_connections_are_not_closed_to_make_room() {
-    let server = serve(Config { connections: 2, ..Config::default() });
+    let server = serve(Config { connections: 2, subscribers: 1, ..Config::default() });
     let addr = server.addr().unwrap();
     let (mut stream, _) = Wire::subscribe(addr, "/events/a", "");
     let mut publishers: Vec<Wire> = (0..2).map(|_| Wire::connect(addr)).collect();

@@ -73,7 +73,8 @@ fn draw_svg(path: &str, charts: &[(&str, Points)]) -> Result<(), Box<dyn std::er
                 .label(*name)
                 .legend(move |(x, y)| PathElement::new([(x, y), (x + 16, y)], colour));
         }
-        chart.configure_series_labels().background_style(WHITE.mix(0.8)).border_style(GREY).draw()?;
+        let corner = if which == 0 { SeriesLabelPosition::LowerLeft } else { SeriesLabelPosition::UpperLeft };
+        chart.configure_series_labels().position(corner).background_style(WHITE.mix(0.8)).border_style(GREY).draw()?;
     }
     area.present()?;
     Ok(())
