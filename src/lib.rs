@@ -75,7 +75,7 @@ const BATCH_BYTES: usize = 32 * 1024;
 const QUEUE_SLOTS: usize = 4096;
 /// How often a lane looks at its silent subscribers, so that who closes is noticed within two seconds. A look costs about
 /// 0.7 µs: at 10,000 subscribers that is half a percent of a core.
-const SWEEP: Duration = Duration::from_millis(1_500);
+const SWEEP: Duration = Duration::from_millis(1_750);
 /// A subscriber has nothing to say after its request; one that sends more than this is closed.
 const STRAY_BYTES: usize = 4 * 1024;
 /// Address space of a connection's thread; only pages that are touched take memory. Handlers run on it.
@@ -132,7 +132,7 @@ pub struct Config {
     pub body_time: Duration,
     /// Between the requests of a connection that is kept alive (15 s).
     pub idle_time: Duration,
-    /// Longest silence on a stream of topics (15 s, at least 3 s): proxies cut silent streams, many after 60 s, some after 30.
+    /// Longest silence on a stream of topics (15 s, at least 3.5 s): proxies cut silent streams, many after 60 s, some after 30.
     /// <https://html.spec.whatwg.org/multipage/server-sent-events.html#authoring-notes>
     pub heartbeat: Duration,
     /// Of a topic's stream (10 min), each drawn from 80 to 100 % of it: ghosts behind a proxy cannot stay.

@@ -43,7 +43,7 @@ fn now_ms() -> u64 {
 
 #[test]
 fn a_handlers_stream_gets_its_head_at_once_and_nothing_its_handler_did_not_write() {
-    let process = Process::start(&["--heartbeat", "3s"]);
+    let process = Process::start(&["--heartbeat", "4s"]);
     let mut stream = Wire::stream(process.addr, "/test", "");
     assert!(stream.buffer.is_empty(), "the head came alone");
     let frames = [stream.take_until(b"\n\n").unwrap(), stream.take_until(b"\n\n").unwrap()];
@@ -166,7 +166,7 @@ fn a_bad_flag_is_told_what_was_expected() {
     }
     for (flags, said) in [
         (&["--head-time=0s"][..], "a time limit of 0"),
-        (&["--heartbeat=2s"], "a heartbeat of at least 3s"),
+        (&["--heartbeat=2s"], "a heartbeat of at least 3.5s"),
         (&["--connections=0"], "give at least 1"),
         (&["--lanes=1000"], "1000 lanes"),
         (&["--listen", "0.0.0.0:0"], "is beyond loopback, so whoever reaches it could publish"),

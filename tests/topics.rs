@@ -362,7 +362,7 @@ fn a_topic_table_that_is_full_refuses_publishers_and_sends_pages_away_until_ther
 
 #[test]
 fn a_heartbeat_is_one_line_and_comes_only_after_silence() {
-    let server = serve(Config { heartbeat: Duration::from_secs(3), ..Config::default() });
+    let server = serve(Config { heartbeat: Duration::from_secs(4), ..Config::default() });
     let (mut stream, _) = Wire::subscribe(server.addr().unwrap(), "/events/a", "");
     let silence = stream.take_until(b":\n:\n").expect("two heartbeats");
     assert_eq!(silence, b":\n:\n");
