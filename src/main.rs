@@ -15,7 +15,7 @@ brooklet: a Server-Sent Events server that curl is a complete client of
   curl -N localhost:3000/test                    a counter, one event a second
   curl -N localhost:3000/events/news             the stream of a topic
   curl -d 'hello' localhost:3000/events/news     publish an event to it
-  tail -f app.log | curl -T - localhost:3000/events/log    publish each line
+  tail -f app.log | curl -T - http://localhost:3000/events/log     each line
 
 flags, with their defaults (times: 500ms 15s 10m 24h; sizes: 900 64KiB 1MiB)
   --listen ADDR          127.0.0.1:3000   --open   allow it beyond loopback
