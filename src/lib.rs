@@ -352,7 +352,7 @@ impl Event {
         self
     }
 
-    /// Makes publishing repeatable: a second event of the same topic with this key (1 to 128 bytes) is not published, and
+    /// Makes publishing repeatable: a second event of the same topic with this key (1 to 128 bytes without CR, LF or NUL) is not published, and
     /// gets the first one's id, for as long as the first is kept.
     pub fn key(mut self, key: impl Into<String>) -> Event {
         self.key = Some(key.into());
@@ -366,7 +366,7 @@ impl Event {
                 name.len()
             ));
         }
-        for (field, text) in [("event name", &self.name), ("id", &self.id)] {
+        for (field, text) in [("event name", &self.name), ("id", &self.id), ("key", &self.key)] {
             if let Some(text) = text.as_deref().filter(|t| t.contains(['\r', '\n', '\0'])) {
                 return invalid(format!("the {field} {} holds CR, LF or NUL: leave them out", shown(text)));
             }

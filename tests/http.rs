@@ -5,6 +5,7 @@ mod common;
 use brooklet::{Config, Event, Server};
 use common::*;
 use std::net::TcpStream;
+use std::process::Command;
 use std::thread;
 use std::time::Duration;
 
@@ -54,6 +55,9 @@ fn each_bad_request_gets_the_answer_of_the_table_and_the_next_connection_works()
         (400, "holds CR, LF or NUL", to("POST", "/events/a?event=a%0Ab")),
         (400, "holds CR, LF or NUL", to("POST", "/events/a?event=a%0Db")),
         (400, "holds CR, LF or NUL", to("POST", "/events/a?event=a%00b")),
+        (400, "the key \"a\\nb\" holds CR, LF or NUL", to("POST", "/events/a?key=a%0Ab")),
+        (400, "holds CR, LF or NUL", to("POST", "/events/a?key=a%0D")),
+        (400, "holds CR, LF or NUL", to("POST", "/events/a?key=%00a")),
         (400, "the event name gap", to("POST", "/events/a?event=gap")),
         (400, "a key of 0 bytes", to("POST", "/events/a?key=")),
         (400, "a key of 129 bytes", to("POST", &format!("/events/a?key={}", "k".repeat(129)))),
@@ -408,4 +412,19 @@ fn a_server_that_is_dropped_is_gone() {
     assert!(TcpStream::connect(addr).is_err());
     assert!(hub.publish("a", Event::new("x")).is_err());
     drop(Server::bind(addr, Config::default()).unwrap()); // bound but never served
+}
+
+#[test]
+fn the_date_of_an_answer_is_the_systems() {
+    let server = serve_default();
+    let system = || {
+        let output =
+            Command::new("date").args(["-u", "+%a, %d %b %Y %H:%M:%S GMT"]).env("LC_ALL", "C").output().unwrap();
+        String::from_utf8(output.stdout).unwrap().trim_end().to_string()
+    };
+    wait_for("both to be asked in the same second", || {
+        let (before, answer, after) = (system(), get(server.addr().unwrap(), "/health"), system());
+        assert!(answer.header("date").is_some());
+        (before == after).then(|| assert_eq!(answer.header("date"), Some(before.as_str())))
+    });
 }
