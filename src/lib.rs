@@ -13,8 +13,8 @@
 //! Dropping what [`Server::spawn`] returns stops everything; [`Server::run`] serves until the process ends.
 //!
 //! # The idea: a live subscriber is never waited for
-//! Server-Sent Events go one way. Once its request is read, a subscriber sends nothing, so there is nothing to wait for:
-//! a write to it succeeds, would block, or fails. That makes two states, and one thread for each:
+//! Server-Sent Events go one way. Once its request is read, a subscriber sends nothing, so there is nothing to wait
+//! for: a write to it succeeds, would block, or fails. That makes two states, and one thread for each:
 //!
 //! ```text
 //!                 publish: number it, keep it, hand it to every lane (crossbeam channel, bounded)
@@ -31,22 +31,24 @@
 //! thread sleeps; no thread is woken to deliver an event, which would cost several times the write itself.
 //!
 //! # How to read this file
-//! It follows one event: limits and [`Config`], [`Event`] and [`Id`], the kept events, the [`Hub`] that publishes and its
-//! lanes, the subscriber, HTTP, the routes, the [`Server`] around them, and last the counters and the log.
+//! It follows one event: limits and [`Config`], [`Event`] and [`Id`], the kept events and the journal, the [`Hub`] that
+//! publishes and its lanes, the subscriber, HTTP, the routes, the [`Server`] around them, and last the counters and the
+//! log.
 //!
 //! # Locks, outermost first
 //! | lock | held | guards |
 //! |---|---|---|
-//! | `Core::order` | from numbering an event to the last lane's queue | that ids, kept events and queues have one order |
+//! | `Core::journal` | while events are written to it; never waited for, only tried | the file, and that one thread writes |
+//! | `Core::order` | from numbering an event to the last lane's queue, but not while it is written | that ids, kept events, queues have one order |
 //! | `Core::kept` | shortly, never during I/O | the kept events and the table of topics |
 //! | `Connection::state` | during one non-blocking write | whose the socket is, and the cursor |
 //! | `Shared::guests`, `Shared::routes` | shortly, under no other lock | which connections are open; what is at a path |
 //!
-//! No lock is held while waiting for a peer. A panic under a lock does not take the others along: they enter the poisoned
-//! lock, since every update here leaves its data whole.
+//! No lock is held while waiting for a peer. A panic under a lock does not take the others along: they enter the
+//! poisoned lock, since every update here leaves its data whole.
 //!
 //! # Not for
-//! Two-way traffic (use WebSockets), TLS (put a proxy before it), events that need a database's guarantees.
+//! Two-way traffic (use WebSockets), TLS (put a proxy before it), events that need a database's queries.
 
 #![forbid(unsafe_code)]
 #![warn(missing_docs)]
@@ -55,23 +57,28 @@ use crossbeam_channel::{Receiver, RecvTimeoutError, Sender};
 use std::borrow::Cow;
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::fmt::{self, Write as _};
+use std::fs::{self, File, OpenOptions};
 use std::hash::{BuildHasher, RandomState};
-use std::io::{self, ErrorKind, Read, Write};
-use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
+use std::io::{self, BufRead, BufReader, BufWriter, ErrorKind, IsTerminal, Read, Seek, Write};
+use std::net::{Ipv4Addr, Ipv6Addr, Shutdown, SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed, Ordering::SeqCst};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::Relaxed, Ordering::SeqCst};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, TryLockError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Limits. Whatever comes from outside has a bound: bytes, counts and waits. Those an operator may want to move are fields
-// of `Config`, each with its default and the reason for it; those that follow from the protocol or the design stand here.
+// Limits. Whatever comes from outside has a bound: bytes, counts and waits. Those an operator may want to move are
+// fields of `Config`, each with its default and the reason for it; those that follow from the protocol or the design
+// stand here.
 
-/// One write to a live subscriber takes at most this much: loopback buffers megabytes, but a real link only about 65 kB,
-/// so larger batches would push every distant subscriber behind.
+/// One write to a live subscriber takes at most this much: loopback buffers megabytes, but a real link only about 65
+/// kB, so larger batches would push every distant subscriber behind.
 const BATCH_BYTES: usize = 32 * 1024;
-/// A lane's queue in slots. An event takes one and one more for each KiB, so that the queue is bounded in bytes (4 MiB) too.
+/// A lane's queue in slots. An event takes one and one more for each KiB, so that the queue is bounded in bytes (4 MiB)
+/// too.
 const QUEUE_SLOTS: usize = 4096;
 /// How often a lane looks at its subscribers, so that who closes is noticed within two seconds. A look costs about
 /// 0.7 µs: at 10,000 subscribers that is half a percent of a core.
@@ -82,6 +89,8 @@ const STRAY_BYTES: usize = 4 * 1024;
 const STACK_BYTES: usize = 128 * 1024;
 /// Threads that only accept and hand over: `std` listens with a backlog of 128, and a herd must not outrun it.
 const ACCEPTORS: usize = 2;
+/// Address space that must be left for a newcomer, where it is limited: for its thread, and for what all others allocate.
+const SPARE_SPACE_KB: u64 = 12 * 1024;
 /// Threads that may be ending beside those in their places; what the system allows has room for them.
 const ENDING_THREADS: usize = 128;
 const TOPIC_NAME_BYTES: usize = 64;
@@ -89,10 +98,15 @@ const TOPICS_PER_STREAM: usize = 16;
 const KEY_BYTES: usize = 128;
 const EVENT_NAME_BYTES: usize = 256;
 const HEADER_LINES: usize = 100;
+const QUERY_PARAMETERS: usize = 100;
+/// Lines of a `PUT` that are published together. One of no bytes takes hundreds as an event, and each connection may send
+/// 4 KiB of them at the same time.
+const LINES_AT_ONCE: usize = 128;
 const CHUNK_LINE_BYTES: usize = 256;
 /// How long `?poll` waits for its first event, and how soon the next poll comes.
 const POLL: Duration = Duration::from_secs(25);
 const POLL_IS_OVER: Reason = "the poll is over";
+const NO_ROOM: Reason = "no room for another stream";
 const POLL_RETRY: Duration = Duration::from_millis(100);
 /// After a refusal the rest of a request is read for this long, or the reset would overtake the answer
 /// ([RFC 9112 §9.6](https://www.rfc-editor.org/rfc/rfc9112#section-9.6)).
@@ -102,6 +116,15 @@ const STOP_GRACE: Duration = Duration::from_millis(700);
 const STOP_TIME: Duration = Duration::from_millis(950);
 /// What a kept event costs beside its bytes: its place in the queue, its counted pointer, its part of the indexes.
 const EVENT_OVERHEAD: usize = 128;
+const KEY_OVERHEAD: usize = 96;
+/// What waits for the journal takes at most this much (and one event a publisher), so that a stuck disk does not fill memory.
+const WAITING_BYTES: usize = 16 * 1024 * 1024;
+/// The journal is written in pieces of at most this much (or one event), however many publishers wait.
+const JOURNAL_BATCH: usize = 1024 * 1024;
+/// What a journal may grow beyond twice what is kept before it is written anew: a small one is not worth it.
+const JOURNAL_SLACK: u64 = 1024 * 1024;
+/// A journal that failed is tried again this often, so that a broken disk is not kept busy with rewriting.
+const JOURNAL_RETRY: Duration = Duration::from_secs(1);
 const MOST_LANES: usize = 256;
 /// Ten years: no time is longer, so that none overflows a clock.
 const LONGEST: Duration = Duration::from_secs(10 * 365 * 24 * 3600);
@@ -114,11 +137,20 @@ const LONGEST: Duration = Duration::from_secs(10 * 365 * 24 * 3600);
 /// ```
 #[derive(Clone, Debug)]
 pub struct Config {
-    /// Listen beyond loopback, where whoever reaches the port may publish (default: no).
+    /// Listen beyond loopback without a publish token, so that whoever reaches the port may publish (default: no).
     pub open: bool,
+    /// Any of these lets its holder publish (none: no token is needed). Several, so that they can be changed without a
+    /// gap.
+    pub publish_tokens: Vec<Token>,
+    /// Any of these lets its holder read streams and `/metrics` (none: no token is needed).
+    pub subscribe_tokens: Vec<Token>,
+    /// Origins whose pages may read and publish, with the browser's cookies: `https://app.example`, `null` for pages
+    /// from files; `*` lets all others read, without cookies (none).
+    pub allow_origins: Vec<String>,
     /// Streams at once (10,000). A thread takes 4 memory mappings, and at the usual 65,530 of them a process aborts.
     pub subscribers: usize,
-    /// Places for connections that streams cannot take (1,000), so that publishing and health have room when streams are full.
+    /// Places for connections that streams cannot take (1,000), so that publishing and health have room when streams
+    /// are full.
     pub connections: usize,
     /// Bytes of a request's head (16 KiB): cookies and proxies make heads of several KiB.
     pub head_bytes: usize,
@@ -132,8 +164,8 @@ pub struct Config {
     pub body_time: Duration,
     /// Between the requests of a connection that is kept alive (15 s).
     pub idle_time: Duration,
-    /// Longest silence on a stream of topics (15 s, at least 3.5 s): proxies cut silent streams, many after 60 s, some after 30.
-    /// <https://html.spec.whatwg.org/multipage/server-sent-events.html#authoring-notes>
+    /// Longest silence on a stream of topics (15 s, at least 3.5 s): proxies cut silent streams, many after 60 s, some
+    /// after 30. <https://html.spec.whatwg.org/multipage/server-sent-events.html#authoring-notes>
     pub heartbeat: Duration,
     /// Of a topic's stream (10 min), each drawn from 80 to 100 % of it: ghosts behind a proxy cannot stay.
     pub lifetime: Duration,
@@ -147,8 +179,12 @@ pub struct Config {
     pub keep_bytes: usize,
     /// How long an event is kept (24 h).
     pub keep_age: Duration,
-    /// Topic names in use at once (10,000): those with subscribers or kept events.
+    /// Topic names in use at once (10,000): those with subscribers or kept events. A quarter is left for publishing.
     pub topics: usize,
+    /// The file in which events survive the process (none). What is published is in it, and it is read at the start.
+    pub journal: Option<PathBuf>,
+    /// Events survive the machine, too: publishing returns once the disk has them (no).
+    pub fsync: bool,
     /// Lane threads (0, the default: one a core).
     pub lanes: usize,
     /// What is written to stderr (nothing; the command's default is `info`).
@@ -160,6 +196,9 @@ impl Default for Config {
         let seconds = Duration::from_secs;
         Config {
             open: false,
+            publish_tokens: Vec::new(),
+            subscribe_tokens: Vec::new(),
+            allow_origins: Vec::new(),
             subscribers: 10_000,
             connections: 1_000,
             head_bytes: 16 * 1024,
@@ -176,6 +215,8 @@ impl Default for Config {
             keep_bytes: 64 * 1024 * 1024,
             keep_age: seconds(24 * 3600),
             topics: 10_000,
+            journal: None,
+            fsync: false,
             lanes: 0,
             log: Log::Off,
         }
@@ -202,8 +243,59 @@ impl Config {
                 "{} lanes are more than any machine has cores: give at most {MOST_LANES}",
                 self.lanes
             ));
+        } else if self.fsync && self.journal.is_none() {
+            return invalid("only a journal can be synced: give --journal FILE, too".into());
+        }
+        for origin in self.allow_origins.iter().filter(|origin| !["*", "null"].contains(&origin.as_str())) {
+            let authority = origin.split_once("://").map_or("", |(_, authority)| authority);
+            if !is_authority(authority) || origin.bytes().any(|b| b.is_ascii_uppercase()) {
+                return invalid(format!("{} is no origin: write https://app.example, null or *", shown(origin)));
+            }
         }
         Ok(())
+    }
+
+    /// The most data that one event may have.
+    fn data_bytes(&self) -> usize {
+        self.body_bytes.max(self.line_bytes)
+    }
+}
+
+/// What a publisher or a subscriber must show: `Authorization: Bearer TOKEN`, or the cookie `brooklet_token`. It is in
+/// no log, no error and no debug output.
+///
+/// ```
+/// let token: brooklet::Token = "c0ffee".parse().unwrap();
+/// assert!(!format!("{token:?}").contains("c0ffee"));
+/// ```
+#[derive(Clone)]
+pub struct Token(String);
+
+impl Token {
+    /// Compares in a time that does not depend on where they differ.
+    fn is(&self, shown: &str) -> bool {
+        let differ = self.0.bytes().zip(shown.bytes()).fold(0, |differ, (a, b)| std::hint::black_box(differ | (a ^ b)));
+        differ == 0 && self.0.len() == shown.len()
+    }
+}
+
+impl FromStr for Token {
+    type Err = io::Error;
+
+    fn from_str(text: &str) -> io::Result<Token> {
+        // RFC 6750 §2.1; a cookie may hold all of these, too.
+        match !text.is_empty() && text.bytes().all(|b| b.is_ascii_alphanumeric() || b"-._~+/=".contains(&b)) {
+            true => Ok(Token(text.into())),
+            false => {
+                invalid("a token is made of A-Z a-z 0-9 - . _ ~ + / =, such as `openssl rand -hex 16` prints".into())
+            }
+        }
+    }
+}
+
+impl fmt::Debug for Token {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Token(…)")
     }
 }
 
@@ -256,8 +348,9 @@ fn shown(text: &str) -> String {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Event and Id. An event is encoded once, when it is published, into the bytes that every subscriber gets. What 29 clients
-// make of these bytes decided their form: LF alone ends a line, one blank line ends an event, nothing else stands between.
+// Event and Id. An event is encoded once, when it is published, into the bytes that every subscriber gets. What 29
+// clients make of these bytes decided their form: LF alone ends a line, one blank line ends an event, nothing else
+// stands between.
 // https://html.spec.whatwg.org/multipage/server-sent-events.html#event-stream-interpretation
 
 /// The place of an event in the one order over all topics, written `MILLISECONDS-SEQUENCE` as Redis streams do.
@@ -279,7 +372,10 @@ pub struct Id {
 impl Id {
     /// The id for an event published now: above this one, also when the clock has gone back.
     fn next(self, now_ms: u64) -> Id {
-        if now_ms > self.ms { Id { ms: now_ms, seq: 0 } } else { Id { ms: self.ms, seq: self.seq + 1 } }
+        match self.seq.checked_add(1) {
+            Some(seq) if now_ms <= self.ms => Id { ms: self.ms, seq },
+            _ => Id { ms: now_ms.max(self.ms.saturating_add(1)), seq: 0 },
+        }
     }
 
     /// The place just before this one; it need not belong to any event.
@@ -352,8 +448,8 @@ impl Event {
         self
     }
 
-    /// Makes publishing repeatable: a second event of the same topic with this key (1 to 128 bytes without CR, LF or NUL) is not published, and
-    /// gets the first one's id, for as long as the first is kept.
+    /// Makes publishing repeatable: a second event of the same topic with this key (1 to 128 bytes without CR, LF or
+    /// NUL) is not published, and gets the first one's id, for as long as the first is kept.
     pub fn key(mut self, key: impl Into<String>) -> Event {
         self.key = Some(key.into());
         self
@@ -398,11 +494,37 @@ impl Event {
     }
 }
 
-/// An event as it is kept, queued and written: its bytes are shared, never copied per subscriber.
+/// An event as it is kept, queued and written: its bytes are shared, never copied per subscriber. What the journal says
+/// of it stands before what goes out, in the same buffer.
 #[derive(Clone)]
 struct Encoded {
     id: Id,
-    bytes: Arc<[u8]>,
+    block: Arc<[u8]>,
+    head: usize,
+}
+
+impl Encoded {
+    fn new(id: Id, frame: impl Into<Vec<u8>>) -> Encoded {
+        Encoded { id, block: frame.into().into(), head: 0 }
+    }
+
+    fn for_journal(id: Id, topic: Option<&str>, key: Option<&str>, frame: &str) -> Encoded {
+        let mut block = String::with_capacity(frame.len() + 96);
+        for (field, value) in [("topic", topic), ("key", key)] {
+            if let Some(value) = value {
+                block.extend([field, ": ", value, "\n"]);
+            }
+        }
+        let sum = crc32([block.as_bytes(), frame.as_bytes()]);
+        let _ = writeln!(block, "sum: {sum:08x}");
+        let head = block.len();
+        Encoded { id, block: (block + frame).into_bytes().into(), head }
+    }
+
+    /// What goes out on the wire.
+    fn frame(&self) -> &[u8] {
+        &self.block[self.head..]
+    }
 }
 
 /// Encoded events in the order of their ids, one after another in one buffer, so that one write can take them all.
@@ -414,12 +536,12 @@ struct Run {
 
 impl Run {
     fn push(&mut self, event: &Encoded) {
-        self.bytes.extend_from_slice(&event.bytes);
+        self.bytes.extend_from_slice(event.frame());
         self.events.push((event.clone(), self.bytes.len()));
     }
 
     fn has_room_for(&self, event: &Encoded) -> bool {
-        self.bytes.is_empty() || self.bytes.len() + event.bytes.len() <= BATCH_BYTES
+        self.bytes.is_empty() || self.bytes.len() + event.frame().len() <= BATCH_BYTES
     }
 
     /// Where the first `count` events end.
@@ -440,10 +562,10 @@ impl Run {
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Kept events. Each topic keeps its newest, bounded by count and age; all together stay inside a budget of bytes, and
-// whatever must go, the oldest of all goes first. A topic remembers the newest id it has let go: a cursor below that has
-// missed something, and is told so by a `gap`. A topic that nobody uses and that keeps nothing goes; the newest id that
-// such topics had let go is one number, and counts for every topic that is not in the table. At the start that number is
-// the base, so whatever an earlier process had is a gap too.
+// whatever must go, the oldest of all goes first. A topic remembers the newest id it has let go: a cursor below that
+// has missed something, and is told so by a `gap`. A topic that nobody uses and that keeps nothing goes; the newest id
+// that such topics had let go is one number, and counts for every topic that is not in the table. At the start that
+// number is the base, so whatever an earlier process had is a gap too.
 
 struct Topic {
     name: Arc<str>,
@@ -465,6 +587,7 @@ struct Kept {
     topics: HashMap<Arc<str>, Topic>,
     /// The oldest event of each topic that keeps any: the next to go is the first.
     oldest: BTreeMap<Id, Arc<str>>,
+    events: usize,
     bytes: usize,
     /// The newest id that subscribers may have seen, over all topics.
     newest: Id,
@@ -493,7 +616,7 @@ impl Gap {
     fn encode(&self) -> Encoded {
         let json = |id: Option<Id>| id.map_or("null".into(), |id| format!("\"{id}\""));
         let data = format!("{{\"after\":{},\"oldest\":{}}}", json(self.after), json(self.oldest));
-        Encoded { id: self.id, bytes: Event::new(data).name("gap").encode(Some(&self.id)).into_bytes().into() }
+        Encoded::new(self.id, Event::new(data).name("gap").encode(Some(&self.id)))
     }
 }
 
@@ -506,38 +629,38 @@ enum Next {
 
 impl Kept {
     fn new(base: Id) -> Kept {
-        Kept { topics: HashMap::new(), oldest: BTreeMap::new(), bytes: 0, newest: base, forgotten: base }
+        Kept { topics: HashMap::new(), oldest: BTreeMap::new(), events: 0, bytes: 0, newest: base, forgotten: base }
     }
 
-    /// The topic's place in the table. The caller uses it at once, by an event or a subscriber: an unused one would stay.
-    fn topic(&mut self, name: &str, limit: usize) -> io::Result<&mut Topic> {
+    fn check_room(&self, name: &str, limit: usize) -> io::Result<()> {
         if self.topics.len() >= limit && !self.topics.contains_key(name) {
             let reason = format!("all {limit} topic names are in use: use one of them, or try again later");
             return Err(io::Error::new(ErrorKind::QuotaExceeded, reason));
         }
+        Ok(())
+    }
+
+    /// The topic's place in the table. The caller uses it at once, by an event or a subscriber: an unused one would
+    /// stay.
+    fn topic(&mut self, name: &str) -> &mut Topic {
         let name: Arc<str> = name.into();
         let (events, keys) = (VecDeque::new(), HashMap::new());
         let new = Topic { name: name.clone(), events, keys, let_go: self.forgotten, subscribers: 0 };
-        Ok(self.topics.entry(name).or_insert(new))
+        self.topics.entry(name).or_insert(new)
     }
 
-    /// Keeps an event. Returns its topic's name if anyone follows it: only then need a lane know of the event, since whoever
-    /// follows the topic later finds it kept.
-    fn insert(
-        &mut self,
-        name: &str,
-        event: Encoded,
-        key: Option<Arc<str>>,
-        config: &Config,
-    ) -> io::Result<Option<Arc<str>>> {
-        let topic = self.topic(name, config.topics)?;
+    /// Keeps an event. Returns its topic's name if anyone follows it: only then need a lane know of the event, since
+    /// whoever follows the topic later finds it kept.
+    fn insert(&mut self, name: &str, event: Encoded, key: Option<Arc<str>>, config: &Config) -> Option<Arc<str>> {
+        let topic = self.topic(name);
         let (id, first, cost) = (event.id, topic.events.is_empty(), cost(&event, &key));
         topic.keys.extend(key.clone().map(|key| (key, id)));
         topic.events.push_back((event, key));
         let over = topic.events.len() > config.keep_events;
         let (name, followed) = (topic.name.clone(), topic.subscribers > 0);
+        self.events += 1;
         self.bytes += cost;
-        self.newest = id;
+        self.newest = self.newest.max(id);
         if first {
             self.oldest.insert(id, name.clone());
         }
@@ -548,16 +671,17 @@ impl Kept {
             let Some(name) = self.oldest.values().next().cloned() else { break };
             self.let_go_oldest_of(&name);
         }
-        Ok(Some(name).filter(|_| followed))
+        Some(name).filter(|_| followed)
     }
 
     fn let_go_oldest_of(&mut self, name: &Arc<str>) {
         let Some(topic) = self.topics.get_mut(name) else { return };
         let Some((event, key)) = topic.events.pop_front() else { return };
         self.oldest.remove(&event.id);
+        self.events -= 1;
         self.bytes -= cost(&event, &key);
-        topic.let_go = event.id;
-        if let Some(key) = key {
+        topic.let_go = topic.let_go.max(event.id);
+        if let Some(key) = key.filter(|key| topic.keys.get(key) == Some(&event.id)) {
             topic.keys.remove(&key);
         }
         // What a busier hour has reserved is given back, or the budget would not bound it.
@@ -595,19 +719,17 @@ impl Kept {
         Id { ms: now_ms().max(self.newest.ms).saturating_sub(time_ms), seq: 0 }
     }
 
+    /// The last quarter of the names is for publishing: whoever may only read must not use them up with invented ones.
     fn subscribe(&mut self, names: &[String], limit: usize) -> io::Result<Arc<[Arc<str>]>> {
         let mut taken: Vec<Arc<str>> = Vec::with_capacity(names.len());
         for name in names {
-            match self.topic(name, limit) {
-                Ok(topic) => {
-                    topic.subscribers += 1;
-                    taken.push(topic.name.clone());
-                }
-                Err(full) => {
-                    self.unsubscribe(&taken);
-                    return Err(full);
-                }
+            if let Err(full) = self.check_room(name, limit - limit / 4) {
+                self.unsubscribe(&taken);
+                return Err(full);
             }
+            let topic = self.topic(name);
+            topic.subscribers += 1;
+            taken.push(topic.name.clone());
         }
         Ok(taken.into())
     }
@@ -619,6 +741,54 @@ impl Kept {
             }
             self.forget_if_unused(name);
         }
+    }
+
+    /// Takes in a block of the journal.
+    fn restore(&mut self, block: Block, bytes: &[u8], config: &Config) {
+        let Block { id, topic, key, is_mark, head } = block;
+        match topic {
+            None => self.forgotten = self.forgotten.max(id),
+            Some(name) if is_mark => {
+                let known = self.topics.get(name).map_or(id, |topic| topic.let_go);
+                self.topic(name).let_go = known.max(id);
+            }
+            Some(name) => {
+                self.expire(config.keep_age);
+                self.insert(name, Encoded { id, block: bytes.into(), head }, key.map(Arc::from), config);
+            }
+        }
+        self.newest = self.newest.max(id);
+    }
+
+    /// What a journal holds that was written anew: what each topic has let go, and every kept event.
+    fn for_journal(&self) -> Vec<Encoded> {
+        let mark = |topic: Option<&str>, id| Encoded::for_journal(id, topic, None, &format!("id: {id}\n\n"));
+        let (used, unused): (Vec<_>, Vec<_>) = self.topics.values().partition(|topic| !topic.events.is_empty());
+        let forgotten = unused.iter().map(|topic| topic.let_go).fold(self.forgotten, Id::max);
+        let mut events: Vec<_> = used.iter().flat_map(|topic| &topic.events).map(|(event, _)| event.clone()).collect();
+        events.sort_by_key(|event| event.id);
+        let mut blocks = vec![mark(None, forgotten)];
+        blocks.extend(used.iter().map(|topic| mark(Some(&topic.name), topic.let_go)));
+        blocks.append(&mut events);
+        blocks
+    }
+
+    /// How long a journal of what is kept would be, but for the marks.
+    fn journal_bytes(&self) -> u64 {
+        (self.bytes - EVENT_OVERHEAD * self.events) as u64
+    }
+
+    fn forget_all_before(&mut self, id: Id) {
+        self.newest = self.newest.max(id);
+        self.forgotten = self.newest;
+        self.topics.values_mut().for_each(|topic| topic.let_go = self.newest);
+    }
+
+    /// Topics of which only a mark was found.
+    fn forget_unused(&mut self) {
+        let unused = self.topics.values().filter(|topic| topic.events.is_empty());
+        let names: Vec<_> = unused.map(|topic| topic.name.clone()).collect();
+        names.iter().for_each(|name| self.forget_if_unused(name));
     }
 
     fn topics(&self, names: &[Arc<str>]) -> impl Iterator<Item = &Topic> {
@@ -663,8 +833,8 @@ impl Kept {
         (gap.id, Some(gap))
     }
 
-    /// What comes after `cursor` in all of these topics, in one order, up to one batch. The subscriber knows of what each
-    /// topic has let go up to `told`: one number for all would hide what one topic lets go behind another's back.
+    /// What comes after `cursor` in all of these topics, in one order, up to one batch. The subscriber knows of what
+    /// each topic has let go up to `told`: one number for all would hide what one topic lets go behind another's back.
     fn next(&self, names: &[Arc<str>], cursor: Id, told: &[Id]) -> Next {
         if self.topics(names).zip(told).any(|(topic, told)| topic.let_go > cursor.max(*told)) {
             return Next::Gap(self.gap(names, Some(cursor), cursor));
@@ -684,7 +854,7 @@ impl Kept {
 }
 
 fn cost(event: &Encoded, key: &Option<Arc<str>>) -> usize {
-    EVENT_OVERHEAD + event.bytes.len() + key.as_ref().map_or(0, |key| 2 * key.len())
+    EVENT_OVERHEAD + event.block.len() + key.as_ref().map_or(0, |key| 2 * key.len() + KEY_OVERHEAD)
 }
 
 fn now_ms() -> u64 {
@@ -696,10 +866,365 @@ fn enter<T>(lock: &Mutex<T>) -> MutexGuard<'_, T> {
     lock.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+/// Enters a lock if nobody is in it.
+fn try_enter<T>(lock: &Mutex<T>) -> Option<MutexGuard<'_, T>> {
+    match lock.try_lock() {
+        Ok(guard) => Some(guard),
+        Err(TryLockError::Poisoned(poisoned)) => Some(poisoned.into_inner()),
+        Err(TryLockError::WouldBlock) => None,
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Journal: a file that is an event stream itself, so `cat`, `grep` and `tail -f` read it. Each block is the topic,
+// perhaps the key, a sum over the rest, and then the very bytes that go out. A block without data says up to which id a
+// topic has let go; without a topic, it speaks of every topic that is not in the file. A stream that ends early ends
+// with its last blank line, says the standard, and that is the whole of recovery. Nothing is changed in place: blocks
+// are appended, and what was let go disappears when the file is written anew beside itself and renamed. So whenever the
+// process or the machine dies, one whole journal has the name.
+
+struct Journal {
+    path: PathBuf,
+    /// Opened for appending: after the file was cut, the next block stands at its end.
+    file: File,
+    /// Up to here, the file is whole blocks that were published.
+    length: u64,
+    /// What it was long when it held nothing but what was kept.
+    needed: u64,
+    health: Health,
+    tried_at: Option<Instant>,
+    fsync: bool,
+    log: Arc<Logger>,
+    /// Apart from the server's, so that a flood outside does not drown what the journal has to say.
+    warned_at: AtomicU64,
+    /// The journal's own file is replaced now and then, so the lock is on one beside it.
+    lock: File,
+}
+
+impl Drop for Journal {
+    fn drop(&mut self) {
+        let _ = self.lock.unlock(); // also where a process just forked from this one still has the file open
+    }
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Health {
+    Whole,
+    /// A write failed, perhaps half-way: the file must be cut back.
+    Torn,
+    /// A sync failed. The kernel forgets what it could not write, so that the next sync would succeed with the data
+    /// lost: only a new file, synced from memory, is trusted again. <https://wiki.postgresql.org/wiki/Fsync_Errors>
+    Unsynced,
+}
+
+impl Journal {
+    /// Takes a journal into use, and fills `kept` with what is in it.
+    fn open(path: &Path, kept: &mut Kept, config: &Config, log: &Arc<Logger>) -> io::Result<Journal> {
+        let named = |error: io::Error| io::Error::new(error.kind(), format!("the journal {}: {error}", path.display()));
+        Journal::recover(path, kept, config, log).map_err(named)
+    }
+
+    fn recover(path: &Path, kept: &mut Kept, config: &Config, log: &Arc<Logger>) -> io::Result<Journal> {
+        let started = Instant::now();
+        let open = |path| OpenOptions::new().read(true).append(true).create(true).mode(0o600).open(path);
+        if !open(path)?.metadata()?.is_file() {
+            return invalid("it is no regular file".into());
+        }
+        let path = path.canonicalize()?; // a link stays one, however often the journal is renamed
+        let lock = lock(&beside(&path, ".lock"))?;
+        let file = open(&path)?; // again: whoever had the lock may have renamed another one there
+        if config.fsync {
+            file.sync_data()?; // what an earlier process wrote may not be safe yet, and is shown from here on
+        }
+        let size = file.metadata()?.len();
+        let found = Found::read(&file, size, kept, config)?;
+        if size > 0 && found.blocks == found.damaged {
+            let reason =
+                format!("it is no journal, for none of its {size} bytes can be read as one: name another file");
+            return Err(io::Error::new(ErrorKind::InvalidData, reason));
+        }
+        let (health, fsync, log) = (Health::Whole, config.fsync, log.clone());
+        let needed = kept.journal_bytes();
+        let mut journal = Journal {
+            path,
+            file,
+            length: found.whole,
+            needed,
+            health,
+            tried_at: None,
+            fsync,
+            log,
+            warned_at: AtomicU64::new(0),
+            lock,
+        };
+        if found.damaged > 0 || found.headless {
+            let copy = beside(&journal.path, &format!(".damaged.{}", now_ms()));
+            fs::hard_link(&journal.path, &copy).or_else(|_| fs::copy(&journal.path, &copy).map(drop))?;
+            let Found { damaged, damaged_at, .. } = &found;
+            let head = if found.headless { "its beginning is missing; " } else { "" };
+            journal.say(format_args!(
+                "{head}{damaged} of its blocks cannot be read, at bytes {damaged_at:?}; it is kept as {copy:?}"
+            ));
+        }
+        if size == 0 || found.damaged > 0 || found.headless {
+            // What came before, or stood there, is not known, so every topic may have lost something up to now.
+            kept.forget_all_before(Id { ms: now_ms(), seq: 0 });
+            journal.rewrite(&kept.for_journal())?;
+        } else if found.whole < size {
+            journal.cut_back()?;
+        }
+        let (events, cut, took) = (found.events, size - found.whole, started.elapsed());
+        let (left, topics) = (kept.events, kept.topics.len());
+        let cut = if cut > 0 { format!("; {cut} bytes of one that was not whole were cut off") } else { String::new() };
+        journal.say(format_args!(
+            "read {events} events, {size} bytes, in {took:.1?}; kept {left} events of {topics} topics{cut}"
+        ));
+        Ok(journal)
+    }
+
+    fn say(&self, what: fmt::Arguments) {
+        self.log.line(Log::Info, format_args!("journal {}: {what}", self.path.display()));
+    }
+
+    /// Appends whole blocks. Where that fails, none of them is published.
+    fn append(&mut self, blocks: &[u8], kept: &Mutex<Kept>) -> io::Result<()> {
+        let result = self.mend(kept).and_then(|()| self.write(blocks));
+        if let Err(error) = &result {
+            let line = format_args!("journal {}: {error}; nothing is published until it works", self.path.display());
+            self.log.once_a_second(&self.warned_at, line);
+        }
+        result
+    }
+
+    fn write(&mut self, blocks: &[u8]) -> io::Result<()> {
+        if let Err(error) = self.file.write_all(blocks) {
+            self.health = Health::Torn;
+            let _ = self.cut_back(); // at once, for those who follow the file; else before the next block
+            return Err(error);
+        }
+        if self.fsync
+            && let Err(error) = self.file.sync_data()
+        {
+            self.health = Health::Unsynced;
+            return Err(error);
+        }
+        self.length += blocks.len() as u64;
+        Ok(())
+    }
+
+    fn cut_back(&mut self) -> io::Result<()> {
+        self.file.set_len(self.length)?;
+        self.health = Health::Whole;
+        Ok(())
+    }
+
+    /// Makes the file fit to be appended to: whole, trusted, and not much larger than what is kept.
+    fn mend(&mut self, kept: &Mutex<Kept>) -> io::Result<()> {
+        match self.health {
+            Health::Whole => {}
+            Health::Torn => self.cut_back()?,
+            Health::Unsynced if self.tried_at.is_some_and(|at| at.elapsed() < JOURNAL_RETRY) => {
+                return Err(io::Error::other("it could not be synced, and must be written anew first"));
+            }
+            Health::Unsynced => {
+                self.tried_at = Some(Instant::now());
+                let blocks = enter(kept).for_journal();
+                return self.rewrite(&blocks);
+            }
+        }
+        if self.length > 2 * self.needed.max(enter(kept).journal_bytes()) + JOURNAL_SLACK {
+            self.needed = self.length; // should this fail, not again before it has doubled
+            let blocks = enter(kept).for_journal();
+            if let Err(error) = self.rewrite(&blocks) {
+                self.say(format_args!("cannot be written anew, and grows on: {error}"));
+            }
+        }
+        if self.health == Health::Whole { Ok(()) } else { Err(io::Error::other("its directory could not be synced")) }
+    }
+
+    /// Writes these blocks beside the journal, and gives them its name once they are on the disk.
+    fn rewrite(&mut self, blocks: &[Encoded]) -> io::Result<()> {
+        let new_path = beside(&self.path, ".new");
+        let _ = fs::remove_file(&new_path); // of a process that died half-way
+        let written = self.write_new(&new_path, blocks);
+        let renamed = written.and_then(|new| fs::rename(&new_path, &self.path).map(|()| new));
+        self.file = renamed.inspect_err(|_| drop(fs::remove_file(&new_path)))?;
+        self.length = blocks.iter().map(|event| event.block.len() as u64).sum();
+        (self.needed, self.health) = (self.length, Health::Unsynced); // until the name, too, is on the disk
+        File::open(self.path.parent().unwrap_or(&self.path))?.sync_all()?;
+        self.health = Health::Whole;
+        Ok(())
+    }
+
+    fn write_new(&self, path: &Path, blocks: &[Encoded]) -> io::Result<File> {
+        let new = OpenOptions::new().append(true).create_new(true).mode(0o600).open(path)?;
+        new.set_permissions(self.file.metadata()?.permissions())?;
+        let mut out = BufWriter::with_capacity(64 * 1024, &new);
+        blocks.iter().try_for_each(|event| out.write_all(&event.block))?;
+        out.flush()?;
+        drop(out);
+        new.sync_all()?;
+        Ok(new)
+    }
+}
+
+fn beside(path: &Path, suffix: &str) -> PathBuf {
+    let mut name = path.as_os_str().to_owned();
+    name.push(suffix);
+    name.into()
+}
+
+/// Locks a file for this process, and writes into it who that is.
+fn lock(path: &Path) -> io::Result<File> {
+    let named = |error: io::Error| io::Error::new(error.kind(), format!("{}: {error}", path.display()));
+    let mut options = OpenOptions::new();
+    let mut file = options.read(true).write(true).create(true).mode(0o600).open(path).map_err(named)?;
+    let mut holder = String::new();
+    let _ = (&file).take(100).read_to_string(&mut holder);
+    match file.try_lock() {
+        Ok(()) => {}
+        Err(fs::TryLockError::Error(error)) => return Err(named(error)),
+        Err(fs::TryLockError::WouldBlock) => {
+            let reason = format!("{} is writing it: stop that one, or name another file", holder.trim());
+            return Err(io::Error::new(ErrorKind::ResourceBusy, reason));
+        }
+    }
+    if !holder.is_empty() && !holder.starts_with("process ") {
+        return invalid(format!("{} is something else than its lock: move it away", path.display()));
+    }
+    let who = format!("process {}\n", std::process::id());
+    file.set_len(0).and_then(|()| file.rewind()).and_then(|()| file.write_all(who.as_bytes())).map_err(named)?;
+    Ok(file)
+}
+
+/// What reading a journal has found.
+#[derive(Default)]
+struct Found {
+    /// Up to here, the file is blocks, each with its blank line.
+    whole: u64,
+    blocks: u64,
+    events: u64,
+    damaged: u64,
+    /// Where the first of the damaged ones begin.
+    damaged_at: Vec<u64>,
+    /// It does not begin as every journal does, with the mark of no topic: what came before is missing.
+    headless: bool,
+}
+
+impl Found {
+    /// One pass over the file, which holds one block in memory beside what is kept.
+    fn read(file: impl Read, size: u64, kept: &mut Kept, config: &Config) -> io::Result<Found> {
+        let mut reader = BufReader::with_capacity(64 * 1024, file);
+        let limit = config.keep_bytes.max(config.data_bytes().saturating_mul(8).saturating_add(4096));
+        let watched = config.log > Log::Off && io::stderr().is_terminal();
+        let (mut found, mut bytes, mut newest, mut shown) = (Found::default(), Vec::new(), None, 0);
+        while let Some(length) = read_block(&mut reader, &mut bytes, limit)? {
+            match Block::parse(&bytes) {
+                // Nothing of ours goes back in the order.
+                Some(block) if block.is_mark || newest < Some(block.id) => {
+                    found.headless |= found.blocks == 0 && block.topic.is_some();
+                    if !block.is_mark {
+                        newest = Some(block.id);
+                        found.events += 1;
+                    }
+                    kept.restore(block, &bytes, config);
+                }
+                _ => {
+                    found.damaged += 1;
+                    found.damaged_at.extend(Some(found.whole).filter(|_| found.damaged <= 10));
+                }
+            }
+            found.whole += length;
+            found.blocks += 1;
+            let percent = 100 * found.whole / size.max(1);
+            if watched && percent > shown {
+                shown = percent;
+                let _ = write!(io::stderr(), "\rreading the journal: {percent} %");
+            }
+        }
+        if watched {
+            let _ = write!(io::stderr(), "\r{:40}\r", "");
+        }
+        kept.forget_unused();
+        Ok(found)
+    }
+}
+
+/// Reads up to and with the next blank line, and returns how much that was; `None` where the file ends before. Of what
+/// is longer than `limit`, the rest is left out, and no sum will fit.
+fn read_block(reader: &mut impl BufRead, block: &mut Vec<u8>, limit: usize) -> io::Result<Option<u64>> {
+    block.clear();
+    let (mut read, mut at_start) = (0, true);
+    loop {
+        let got = reader.take(64 * 1024).read_until(b'\n', block)?;
+        let ended = block.ends_with(b"\n");
+        read += got as u64;
+        if got == 0 {
+            return Ok(None);
+        } else if at_start && ended && got == 1 {
+            return Ok(Some(read));
+        }
+        at_start = ended;
+        block.truncate(limit);
+    }
+}
+
+/// What a block of the journal says.
+struct Block<'a> {
+    id: Id,
+    topic: Option<&'a str>,
+    key: Option<&'a str>,
+    /// It has no data: everything up to its id was let go.
+    is_mark: bool,
+    /// What stands before the frame.
+    head: usize,
+}
+
+impl Block<'_> {
+    fn parse(bytes: &[u8]) -> Option<Block<'_>> {
+        let text = str::from_utf8(bytes).ok()?;
+        let (topic, rest) = field(text, "topic: ");
+        let (key, rest) = field(rest, "key: ");
+        let before_sum = text.len() - rest.len();
+        let (sum, frame) = field(rest, "sum: ");
+        if sum? != format!("{:08x}", crc32([&bytes[..before_sum], frame.as_bytes()])) && !cfg!(fuzzing) {
+            return None;
+        }
+        let (id, rest) = field(field(frame, "event: ").1, "id: ");
+        let is_mark = rest == "\n";
+        let head = text.len() - frame.len();
+        let good = topic.is_some() || (is_mark && key.is_none());
+        Some(Block { id: id?.parse().ok()?, topic, key, is_mark, head }).filter(|_| good)
+    }
+}
+
+/// Takes a line of this field from the beginning of `text`, if it is there.
+fn field<'a>(text: &'a str, name: &str) -> (Option<&'a str>, &'a str) {
+    let line = text.strip_prefix(name).and_then(|rest| rest.split_once('\n'));
+    line.map_or((None, text), |(value, rest)| (Some(value), rest))
+}
+
+/// The check sum of zip, PNG and Ethernet, over both parts.
+fn crc32(parts: [&[u8]; 2]) -> u32 {
+    let step = |sum: u32, byte: &u8| CRC_TABLE[usize::from(sum as u8 ^ byte)] ^ (sum >> 8);
+    !parts.into_iter().flatten().fold(!0, step)
+}
+
+const CRC_TABLE: [u32; 256] = {
+    let mut table = [0; 256];
+    let mut n = 0;
+    while n < 256 * 8 {
+        let entry = if n % 8 == 0 { n as u32 / 8 } else { table[n / 8] };
+        table[n / 8] = (entry >> 1) ^ (0xEDB8_8320 * (entry & 1));
+        n += 1;
+    }
+    table
+};
+
 // ---------------------------------------------------------------------------------------------------------------------
 // Hub: publishing, and the lanes. Publishing holds the order lock from numbering an event until it stands in the last
-// lane's queue, so ids, kept events and queues all have one order. A lane takes neither the order lock nor the kept lock,
-// so a publisher that waits for room in its queue is never waited for in turn.
+// lane's queue, so ids, kept events and queues all have one order. A lane takes neither the order lock nor the kept
+// lock, so a publisher that waits for room in its queue is never waited for in turn.
 
 /// Publishes events, from any thread. Cheap to clone; clones are the same hub.
 #[derive(Clone)]
@@ -709,16 +1234,34 @@ pub struct Hub {
 
 struct Core {
     config: Config,
+    /// None without a journal, and once the server has stopped.
+    journal: Mutex<Option<Journal>>,
     order: Mutex<Order>,
+    /// Told when the journal has come to rest.
+    settled: Condvar,
     kept: Mutex<Kept>,
     lanes: Vec<Sender<ToLane>>,
     counters: Arc<Counters>,
 }
 
 struct Order {
+    /// The highest id that was ever given away.
     newest: Id,
     stopped: bool,
+    /// What the journal does not have yet, in the order of the ids.
+    waiting: VecDeque<Waiting>,
+    waiting_bytes: usize,
 }
+
+struct Waiting {
+    topic: String,
+    event: Encoded,
+    key: Option<Arc<str>>,
+    outcome: Arc<Outcome>,
+}
+
+/// Empty while an event waits for the journal; then how that ended, for all who wait for it.
+type Outcome = OnceLock<Result<(), String>>;
 
 enum ToLane {
     Event(Arc<str>, Encoded),
@@ -730,11 +1273,13 @@ enum ToLane {
 }
 
 impl Hub {
-    /// Publishes one event to a topic, and returns its id once every lane has it in its queue.
+    /// Publishes one event to a topic, and returns its id once the journal has it, if there is one, and every lane's
+    /// queue.
     ///
     /// # Errors
-    /// [`ErrorKind::InvalidInput`] for a topic or an event that may not be, [`ErrorKind::QuotaExceeded`] when all topic names
-    /// are in use, [`ErrorKind::NotConnected`] once the server is stopping. Nothing is published then.
+    /// [`ErrorKind::InvalidInput`] for a topic or an event that may not be, [`ErrorKind::QuotaExceeded`] when all topic
+    /// names are in use, [`ErrorKind::StorageFull`] when the journal cannot be written (the message has the system's
+    /// reason), [`ErrorKind::NotConnected`] once the server is stopping. Nothing is published then.
     ///
     /// ```
     /// # fn main() -> std::io::Result<()> {
@@ -748,34 +1293,141 @@ impl Hub {
     /// ```
     pub fn publish(&self, topic: &str, event: Event) -> io::Result<Id> {
         let core = &*self.core;
-        check_topic(topic)?;
-        core.check(&event)?;
-        let key: Option<Arc<str>> = event.key.as_deref().map(Arc::from);
-        let mut order = enter(&core.order); // held to the end
-        if order.stopped {
-            return Err(io::Error::new(ErrorKind::NotConnected, "the server is stopping"));
-        }
-        let of_key = |key: &Arc<str>| core.kept().topics.get(topic).and_then(|topic| topic.keys.get(key).copied());
-        if let Some(first) = key.as_ref().and_then(of_key) {
-            return Ok(first);
-        }
-        let id = order.newest.next(now_ms());
-        let event = Encoded { id, bytes: event.encode(Some(&id)).into_bytes().into() };
-        let followed = core.kept().insert(topic, event.clone(), key, &core.config)?;
-        order.newest = id;
-        core.counters.published.fetch_add(1, Relaxed);
-        let Some(name) = followed else { return Ok(id) };
-        for lane in &core.lanes {
-            let _ = lane.send(ToLane::Event(name.clone(), event.clone()));
-            for _ in 0..event.bytes.len() / 1024 {
-                let _ = lane.send(ToLane::Weight);
-            }
-        }
-        Ok(id)
+        let numbered = core.number(&mut *core.order()?, topic, event)?;
+        core.settle(numbered)
     }
 }
 
+/// An event's id, and what it waits for, if it is not published yet.
+type Numbered = (Id, Option<Arc<Outcome>>);
+
 impl Core {
+    /// Publishes events that follow one another. Where one cannot be, nor are those after it.
+    fn publish_all(&self, topic: &str, events: Vec<Event>) -> (Vec<Id>, io::Result<()>) {
+        let (mut numbered, mut published) = (Vec::new(), Vec::new());
+        let number_all = || {
+            let mut order = self.order()?; // held throughout, so that no failure of the journal comes in between
+            for event in events {
+                numbered.push(self.number(&mut order, topic, event)?);
+            }
+            Ok(())
+        };
+        let mut result = number_all();
+        for event in numbered {
+            match self.settle(event) {
+                Ok(id) => published.push(id),
+                Err(error) => {
+                    result = Err(error);
+                    break;
+                }
+            }
+        }
+        (published, result)
+    }
+
+    fn order(&self) -> io::Result<MutexGuard<'_, Order>> {
+        let order = enter(&self.order);
+        if order.stopped { Err(stopped()) } else { Ok(order) }
+    }
+
+    /// Gives an event its place in the order. Without a journal, it is published at once.
+    fn number(&self, order: &mut Order, topic: &str, event: Event) -> io::Result<Numbered> {
+        check_topic(topic)?;
+        self.check(&event)?;
+        let key: Option<Arc<str>> = event.key.as_deref().map(Arc::from);
+        let kept = self.kept();
+        if let Some(key) = &key {
+            let first = kept.topics.get(topic).and_then(|topic| topic.keys.get(key));
+            let is_first = |waiting: &&Waiting| waiting.topic == topic && waiting.key.as_ref() == Some(key);
+            if let Some(first) = first {
+                return Ok((*first, None));
+            } else if let Some(first) = order.waiting.iter().find(is_first) {
+                return Ok((first.event.id, Some(first.outcome.clone())));
+            }
+        }
+        kept.check_room(topic, self.config.topics)?;
+        drop(kept);
+        if order.waiting_bytes > WAITING_BYTES {
+            return Err(io::Error::new(ErrorKind::ResourceBusy, "the disk is too slow for what waits for the journal"));
+        }
+        let id = order.newest.next(now_ms());
+        order.newest = id;
+        let frame = event.encode(Some(&id));
+        if self.config.journal.is_none() {
+            self.show(topic, Encoded::new(id, frame), key);
+            return Ok((id, None));
+        }
+        let event = Encoded::for_journal(id, Some(topic), key.as_deref(), &frame);
+        let outcome = Arc::new(Outcome::new());
+        order.waiting_bytes += event.block.len();
+        order.waiting.push_back(Waiting { topic: topic.into(), event, key, outcome: outcome.clone() });
+        Ok((id, Some(outcome)))
+    }
+
+    /// Waits until an event is in the journal and visible. Whoever finds the journal at rest writes for all who wait,
+    /// so that they share the cost of it.
+    fn settle(&self, (id, outcome): Numbered) -> io::Result<Id> {
+        let Some(outcome) = outcome else { return Ok(id) };
+        let mut order = enter(&self.order);
+        while outcome.get().is_none() {
+            // Under the order lock, so that the journal cannot come to rest between finding it taken and falling
+            // asleep.
+            let Some(mut journal) = try_enter(&self.journal) else {
+                order = self.settled.wait(order).unwrap_or_else(PoisonError::into_inner);
+                continue;
+            };
+            drop(order);
+            self.write_batch(journal.as_mut().ok_or_else(stopped)?);
+            drop(journal);
+            order = enter(&self.order);
+            self.settled.notify_all();
+        }
+        match outcome.get() {
+            Some(Err(reason)) => Err(io::Error::new(ErrorKind::StorageFull, reason.clone())),
+            _ => Ok(id),
+        }
+    }
+
+    /// Writes what waits for the journal, and makes it visible. Numbering goes on meanwhile: the order lock is not
+    /// held.
+    fn write_batch(&self, journal: &mut Journal) {
+        let (mut batch, mut count) = (Vec::new(), 0);
+        for waiting in &enter(&self.order).waiting {
+            if count > 0 && batch.len() + waiting.event.block.len() > JOURNAL_BATCH {
+                break;
+            }
+            batch.extend_from_slice(&waiting.event.block);
+            count += 1;
+        }
+        let result = journal.append(&batch, &self.kept).map_err(|error| error.to_string());
+        self.counters.journal_bytes.store(journal.length, Relaxed);
+        let mut order = enter(&self.order);
+        if result.is_err() {
+            count = order.waiting.len(); // what came later must not be published before it
+        }
+        let settled: Vec<_> = order.waiting.drain(..count).collect();
+        for waiting in settled {
+            order.waiting_bytes -= waiting.event.block.len();
+            if result.is_ok() {
+                self.show(&waiting.topic, waiting.event, waiting.key);
+            }
+            let _ = waiting.outcome.set(result.clone());
+        }
+    }
+
+    /// Keeps an event, and hands it to every lane. Called in the order of the ids, under the order lock.
+    fn show(&self, topic: &str, event: Encoded, key: Option<Arc<str>>) {
+        let followed = enter(&self.kept).insert(topic, event.clone(), key, &self.config);
+        self.counters.published.fetch_add(1, Relaxed);
+        let Some(name) = followed else { return };
+        for lane in &self.lanes {
+            let _ = lane.send(ToLane::Event(name.clone(), event.clone()));
+            for _ in 0..event.frame().len() / 1024 {
+                let _ = lane.send(ToLane::Weight);
+            }
+        }
+    }
+
     fn kept(&self) -> MutexGuard<'_, Kept> {
         let mut kept = enter(&self.kept);
         kept.expire(self.config.keep_age);
@@ -784,7 +1436,7 @@ impl Core {
 
     fn check(&self, event: &Event) -> io::Result<()> {
         event.check()?;
-        let limit = self.config.body_bytes.max(self.config.line_bytes);
+        let limit = self.config.data_bytes();
         if event.name.as_deref() == Some("gap") {
             return invalid("the event name gap is the server's own: choose another".into());
         } else if event.id.is_some() {
@@ -801,6 +1453,10 @@ impl Core {
     }
 }
 
+fn stopped() -> io::Error {
+    io::Error::new(ErrorKind::NotConnected, "the server is stopping")
+}
+
 fn check_topic(name: &str) -> io::Result<()> {
     let fits = |b: u8| b.is_ascii_alphanumeric() || b"._~-".contains(&b);
     match (1..=TOPIC_NAME_BYTES).contains(&name.len()) && name.bytes().all(fits) {
@@ -811,8 +1467,8 @@ fn check_topic(name: &str) -> io::Result<()> {
     }
 }
 
-/// One of the threads that write to live subscribers. Each subscriber belongs to one lane, from before it first turns live
-/// until its thread ends; whether the lane may touch its socket is said by its state.
+/// One of the threads that write to live subscribers. Each subscriber belongs to one lane, from before it first turns
+/// live until its thread ends; whether the lane may touch its socket is said by its state.
 struct Lane {
     topics: HashMap<Arc<str>, BTreeMap<u64, Arc<Connection>>>,
     everyone: BTreeMap<u64, Arc<Connection>>,
@@ -922,11 +1578,11 @@ impl Lane {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Subscriber: one connection, and whose its socket is. `phase` says it, under the subscriber's own lock: while it is live
-// the socket is the lane's, else its thread's. Non-blocking mode belongs to the open file, not to a handle, so only the
-// owner sets it; everyone else may only shut the socket down. The thread turns live under the kept lock, having seen in
-// the same hold that nothing newer is kept; whatever is published after that is queued after that, and whatever is queued
-// from before is not newer than the cursor, and skipped. So nothing is lost and nothing comes twice.
+// Subscriber: one connection, and whose its socket is. `phase` says it, under the subscriber's own lock: while it is
+// live the socket is the lane's, else its thread's. Non-blocking mode belongs to the open file, not to a handle, so
+// only the owner sets it; everyone else may only shut the socket down. The thread turns live under the kept lock,
+// having seen in the same hold that nothing newer is kept; whatever is published after that is queued after that, and
+// whatever is queued from before is not newer than the cursor, and skipped. So nothing is lost and nothing comes twice.
 
 /// The line that keeps a silent stream open. No blank line after it: some clients take every blank line for an event.
 const HEARTBEAT: &[u8] = b":\n";
@@ -936,6 +1592,9 @@ type Reason = &'static str;
 
 struct Connection {
     serial: u64,
+    /// Where it is in `Guests`, under whose lock these change.
+    place: AtomicUsize,
+    turn: AtomicU64,
     peer: SocketAddr,
     socket: TcpStream,
     state: Mutex<State>,
@@ -981,11 +1640,19 @@ impl Connection {
     fn new(serial: u64, peer: SocketAddr, socket: TcpStream) -> Connection {
         let (phase, cursor, wrote) = (Phase::Behind, Id::default(), Instant::now());
         let state = State { phase, cursor, unfinished: None, is_poll: false, wrote, sent: 0, stray: 0 };
-        Connection { serial, peer, socket, state: Mutex::new(state), wake: Condvar::new() }
+        Connection {
+            serial,
+            place: AtomicUsize::new(WAITING),
+            turn: AtomicU64::new(0),
+            peer,
+            socket,
+            state: Mutex::new(state),
+            wake: Condvar::new(),
+        }
     }
 
-    /// One non-blocking write of what in `run` is newer than the cursor. Returns how many events went out whole; where not
-    /// all did, the subscriber is behind, and the first of the others unfinished.
+    /// One non-blocking write of what in `run` is newer than the cursor. Returns how many events went out whole; where
+    /// not all did, the subscriber is behind, and the first of the others unfinished.
     fn deliver(&self, state: &mut State, run: &Run, now: Instant) -> u64 {
         let first = run.events.partition_point(|(event, _)| event.id <= state.cursor);
         let start = run.end_of(first);
@@ -1012,7 +1679,7 @@ impl Connection {
         state.wrote = now;
         match write_now(&self.socket, HEARTBEAT) {
             Ok(written) if written == HEARTBEAT.len() => {}
-            Ok(offset) => state.leave_unfinished(Encoded { id: state.cursor, bytes: HEARTBEAT.into() }, offset),
+            Ok(offset) => state.leave_unfinished(Encoded::new(state.cursor, HEARTBEAT), offset),
             Err(error) => state.phase = Phase::Closed(reason_of(&error)),
         }
     }
@@ -1034,7 +1701,7 @@ impl Connection {
     /// Finishes what stands unfinished with blocking writes: the one place where a subscriber is waited for.
     fn finish(&self, deadline: Instant) -> Result<(), Reason> {
         let Some(Unfinished { event, offset }) = enter(&self.state).unfinished.take() else { return Ok(()) };
-        self.write_waiting(&event.bytes[offset..], deadline)?;
+        self.write_waiting(&event.frame()[offset..], deadline)?;
         let mut state = enter(&self.state);
         if event.id > state.cursor {
             state.cursor = event.id;
@@ -1056,7 +1723,8 @@ impl Connection {
         while !bytes.is_empty() {
             let mut written = (&self.socket).write(bytes);
             if written.as_ref().is_err_and(would_block) {
-                // The kernel wakes a blocked writer only once a third of its buffer is free, so less may have been taken.
+                // The kernel wakes a blocked writer only once a third of its buffer is free, so less may have been
+                // taken.
                 let set_nonblocking = |mode| self.socket.set_nonblocking(mode).map_err(|error| reason_of(&error));
                 set_nonblocking(true)?;
                 written = (&self.socket).write(bytes);
@@ -1133,8 +1801,8 @@ struct Subscription<'a> {
 }
 
 impl Subscription<'_> {
-    /// Replays, turns live, sleeps until the lane gives the socket back, and begins again, until the stream ends. Returns
-    /// why it ended.
+    /// Replays, turns live, sleeps until the lane gives the socket back, and begins again, until the stream ends.
+    /// Returns why it ended.
     fn follow(mut self) -> Reason {
         let (core, c, retry) = (self.core, self.c, self.core.config.retry);
         loop {
@@ -1205,7 +1873,8 @@ impl Drop for Subscription<'_> {
     }
 }
 
-/// A random part of `time`, between these percentages of it, so that what was sent away at once does not return at once.
+/// A random part of `time`, between these percentages of it, so that what was sent away at once does not return at
+/// once.
 fn spread(time: Duration, from: u64, to: u64) -> Duration {
     // The standard library's one source of chance: every `RandomState` has keys of its own.
     let percent = from + RandomState::new().hash_one(0) % (to - from + 1);
@@ -1225,8 +1894,8 @@ impl Stream<'_> {
     /// Writes one event at once.
     ///
     /// # Errors
-    /// [`ErrorKind::InvalidInput`] for an event that may not be; otherwise the stream is closed or the server is stopping, and
-    /// the error says so: return it from the handler.
+    /// [`ErrorKind::InvalidInput`] for an event that may not be; otherwise the stream is closed or the server is
+    /// stopping, and the error says so: return it from the handler.
     pub fn send(&mut self, event: &Event) -> io::Result<()> {
         event.check()?;
         let id = event.id.as_ref().map(|id| id as &dyn fmt::Display);
@@ -1362,8 +2031,9 @@ impl Reader<'_> {
         let mut seen = 0;
         loop {
             if let Some(lf) = self.unread()[seen..].iter().position(|b| *b == b'\n') {
-                let line = self.unread()[..seen + lf].strip_suffix(b"\r").and_then(|line| str::from_utf8(line).ok());
-                let line = line.filter(|line| !line.contains(|c: char| c.is_control() && c != '\t')).map(String::from);
+                let line = self.unread()[..seen + lf].strip_suffix(b"\r").map(String::from_utf8_lossy);
+                let line = line.filter(|line| !line.contains(|c: char| c.is_ascii_control() && c != '\t'));
+                let line = line.map(Cow::into_owned);
                 self.start += seen + lf + 1;
                 return line.map_or_else(|| refuse(400, "a line of the chunked coding does not end with CRLF"), Ok);
             }
@@ -1433,7 +2103,8 @@ impl Body {
             let line = reader.chunk_line()?;
             trailers += 1;
             self.chunked = !line.is_empty();
-            if self.chunked && (trailers > HEADER_LINES || !line.contains(':')) {
+            let is_field = skip_token(&line).is_some_and(|rest| rest.starts_with(':'));
+            if self.chunked && (trailers > HEADER_LINES || !is_field) {
                 return refuse(400, format!("{} is no trailer field", shown(&line)));
             }
         }
@@ -1441,11 +2112,39 @@ impl Body {
     }
 }
 
-/// `1*HEXDIG [ BWS ";" extensions ]`; extensions are ignored.
+/// `1*HEXDIG *( BWS ";" BWS token [ BWS "=" BWS ( token / quoted-string ) ] )`, of which the extensions are ignored.
+/// What does not keep to it, others may take for something else.
 fn chunk_size(line: &str) -> Option<u64> {
-    let digits = line.split_once(';').map_or(line, |(digits, _)| digits.trim_end_matches([' ', '\t']));
-    let is_number = !digits.is_empty() && digits.len() <= 16 && digits.bytes().all(|b| b.is_ascii_hexdigit());
-    if is_number { u64::from_str_radix(digits, 16).ok() } else { None }
+    let digits = line.bytes().take_while(u8::is_ascii_hexdigit).count();
+    let (size, mut rest) = line.split_at(digits);
+    while let Some(extension) = skip_space(rest).strip_prefix(';') {
+        rest = skip_token(skip_space(extension))?;
+        if let Some(value) = skip_space(rest).strip_prefix('=').map(skip_space) {
+            rest = value.strip_prefix('"').map_or_else(|| skip_token(value), skip_quoted)?;
+        }
+    }
+    if rest.is_empty() && digits <= 16 { u64::from_str_radix(size, 16).ok() } else { None }
+}
+
+fn skip_space(text: &str) -> &str {
+    text.trim_start_matches([' ', '\t'])
+}
+
+/// What follows a token; `None` where there is none (RFC 9110 §5.6.2).
+fn skip_token(text: &str) -> Option<&str> {
+    let rest = text.trim_start_matches(|c: char| c.is_ascii_alphanumeric() || "!#$%&'*+-.^_`|~".contains(c));
+    Some(rest).filter(|rest| rest.len() < text.len())
+}
+
+/// What follows a quoted string, whose first quote has been taken.
+fn skip_quoted(text: &str) -> Option<&str> {
+    let mut escaped = false;
+    let end = text.find(|c| {
+        let ends = c == '"' && !escaped;
+        escaped = c == '\\' && !escaped;
+        ends
+    })?;
+    Some(&text[end + 1..])
 }
 
 /// What this server wants to know of a request's head.
@@ -1457,6 +2156,11 @@ struct Request {
     close: bool,
     expects_continue: bool,
     last_event_id: Option<String>,
+    /// The host that was asked, perhaps with a port. HTTP/1.0 need not say.
+    host: Option<String>,
+    origin: Option<String>,
+    /// The tokens that were shown.
+    tokens: Vec<String>,
 }
 
 /// The parts of a query, percent-decoded once.
@@ -1515,8 +2219,8 @@ impl Request {
             Err(error) => return refuse(400, format!("the request's head cannot be read: {error}")),
         }
         let http10 = parsed.version == Some(0);
-        let (mut host, mut length, mut coding, mut expect) = (None, None, None, None);
-        let (mut close, mut last_event_id) = (http10, None);
+        let (mut host, mut length, mut coding, mut expect, mut origin) = (None, None, None, None, None);
+        let (mut authorization, mut tokens, mut close, mut last_event_id) = (None, Vec::new(), http10, None);
         for field in parsed.headers.iter() {
             // Optional white space is space and tab (RFC 9110 §5.6.3); `trim` alone would take more.
             let value = || String::from_utf8_lossy(field.value).trim_matches([' ', '\t']).to_string();
@@ -1525,6 +2229,14 @@ impl Request {
                 "content-length" => &mut length,
                 "transfer-encoding" => &mut coding,
                 "expect" => &mut expect,
+                "origin" => &mut origin,
+                "authorization" => &mut authorization,
+                "cookie" => {
+                    let cookies = value();
+                    let named = cookies.split(';').filter_map(|cookie| cookie.trim().strip_prefix("brooklet_token="));
+                    tokens.extend(named.map(String::from));
+                    continue;
+                }
                 "last-event-id" => {
                     // Twice, it is no cursor of ours, and gets a gap: a refusal would strand the browser.
                     last_event_id = Some(last_event_id.map_or_else(value, |first: String| first + ", " + &value()));
@@ -1540,9 +2252,13 @@ impl Request {
                 return refuse(400, format!("the field {} stands twice", field.name));
             }
         }
-        if host.is_none() && !http10 {
-            return refuse(400, "the field Host is missing");
+        match &host {
+            None if !http10 => return refuse(400, "the field Host is missing"),
+            Some(host) if !is_authority(host) => return refuse(400, format!("{} is no Host", shown(host))),
+            _ => {}
         }
+        let bearer = authorization.as_deref().and_then(|value| value.split_once(' '));
+        tokens.extend(bearer.filter(|(scheme, _)| scheme.eq_ignore_ascii_case("bearer")).map(|(_, t)| t.trim().into()));
         let body = match (length, coding) {
             (None, None) => Body::of_length(0),
             (Some(_), Some(_)) => return refuse(400, "Content-Length and Transfer-Encoding together say two things"),
@@ -1554,7 +2270,12 @@ impl Request {
             (None, Some(coding)) if coding.eq_ignore_ascii_case("chunked") => {
                 Body { left: 0, chunked: true, in_chunks: false }
             }
-            (None, Some(coding)) => return refuse(501, format!("the transfer coding {} is not known", shown(&coding))),
+            (None, Some(coding)) => {
+                // Where chunked is not the last, nobody can tell where the body ends (RFC 9112 §6.3).
+                let last = coding.rsplit_once(',').map_or("", |(_, last)| last.trim_matches([' ', '\t']));
+                let status = if last.eq_ignore_ascii_case("chunked") { 501 } else { 400 };
+                return refuse(status, format!("the transfer coding {} is not known: chunked is", shown(&coding)));
+            }
         };
         let expects_continue = match expect.filter(|_| !http10) {
             None => false,
@@ -1562,9 +2283,13 @@ impl Request {
             Some(what) => return refuse(417, format!("{} is not expected: 100-continue is", shown(&what))),
         };
         let method = parsed.method.unwrap_or_default().to_string();
-        let (path, query) = parse_target(&method, parsed.path.unwrap_or_default())?;
+        if method == "CONNECT" {
+            return refuse(501, "CONNECT is for proxies, which this is not"); // what follows would not be HTTP
+        }
+        let (path, query, authority) = parse_target(&method, parsed.path.unwrap_or_default())?;
+        let host = authority.or(host); // RFC 9112 §3.2.2: the target's own wins
         let last_event_id = last_event_id.filter(|id| !id.is_empty());
-        Ok(Request { method, path, query, body, close, expects_continue, last_event_id })
+        Ok(Request { method, path, query, body, close, expects_continue, last_event_id, host, origin, tokens })
     }
 
     /// Tells a client that waits for it to send its body.
@@ -1596,7 +2321,8 @@ impl Request {
     }
 }
 
-/// Finds the empty line that ends a head, looking on from `seen`. A lone LF is refused: not everyone takes it for an end.
+/// Finds the empty line that ends a head, looking on from `seen`. A lone LF is refused: not everyone takes it for an
+/// end.
 fn head_end(bytes: &[u8], seen: &mut usize) -> Result<Option<usize>, Answer> {
     while let Some(found) = bytes[*seen..].iter().position(|b| *b == b'\n') {
         let lf = *seen + found;
@@ -1611,19 +2337,25 @@ fn head_end(bytes: &[u8], seen: &mut usize) -> Result<Option<usize>, Answer> {
     Ok(None)
 }
 
-/// The path and the query of a request's target.
-fn parse_target(method: &str, target: &str) -> Result<(String, Query), Answer> {
-    let absolute = target.strip_prefix("http://").or_else(|| target.strip_prefix("https://"));
-    let origin_form = absolute.map_or(target, |rest| rest.find(['/', '?']).map_or("/", |slash| &rest[slash..]));
-    let begins_well = origin_form.starts_with('/') || (origin_form.starts_with('?') && absolute.is_some());
+/// The path and the query of a request's target, and the host where it names one.
+fn parse_target(method: &str, target: &str) -> Result<(String, Query, Option<String>), Answer> {
+    let scheme = "http://".len();
+    let absolute =
+        target.get(..scheme).filter(|start| start.eq_ignore_ascii_case("http://")).map(|_| &target[scheme..]);
+    let end = absolute.map_or(0, |rest| rest.find(['/', '?']).unwrap_or(rest.len()));
+    let (authority, origin_form) = absolute.unwrap_or(target).split_at(end);
+    let begins_well = if absolute.is_some() { is_authority(authority) } else { origin_form.starts_with('/') };
     if target == "*" && method == "OPTIONS" {
-        return Ok(("*".into(), Query::default()));
+        return Ok(("*".into(), Query::default(), None));
     } else if !begins_well || target.contains('#') {
-        return refuse(400, format!("{} is no target: it begins with a slash", shown(target)));
+        return refuse(400, format!("{} is no target: it begins with a slash, or http://HOST", shown(target)));
     }
     let (path, query) = origin_form.split_once('?').unwrap_or((origin_form, ""));
     let mut parts = Vec::new();
     for part in query.split('&').filter(|part| !part.is_empty()) {
+        if parts.len() == QUERY_PARAMETERS {
+            return refuse(400, format!("more than {QUERY_PARAMETERS} parameters"));
+        }
         let (name, value) = part.split_once('=').unwrap_or((part, ""));
         let name = percent_decode(name)?;
         // A cursor that cannot be decoded is none of ours, and gets a gap: a refusal would strand the browser.
@@ -1631,7 +2363,28 @@ fn parse_target(method: &str, target: &str) -> Result<(String, Query), Answer> {
         let value = percent_decode(value).or_else(|refusal| if is_cursor { Ok(value.into()) } else { Err(refusal) })?;
         parts.push((name, value));
     }
-    Ok((percent_decode(if path.is_empty() { "/" } else { path })?, Query(parts)))
+    if path.to_ascii_lowercase().contains("%2f") {
+        return refuse(400, format!("{} hides a slash, which a proxy may take for none", shown(path)));
+    }
+    let path = percent_decode(if path.is_empty() { "/" } else { path })?;
+    Ok((path, Query(parts), absolute.map(|_| authority.into())))
+}
+
+/// `uri-host [ ":" port ]` (RFC 9110 §4.2.1), with nothing before or after it.
+fn is_authority(text: &str) -> bool {
+    let (host, port) = split_port(text);
+    let inner = host.strip_prefix('[').and_then(|rest| rest.strip_suffix(']'));
+    let is_name = |host: &str| host.bytes().all(|b| b.is_ascii_alphanumeric() || b"-._~".contains(&b));
+    let is_host = inner.map_or_else(|| is_name(host), |inner| inner.parse::<Ipv6Addr>().is_ok());
+    !host.is_empty() && is_host && port.is_none_or(|port| port.is_empty() || port.parse::<u16>().is_ok())
+}
+
+/// The host and the port of an authority.
+fn split_port(authority: &str) -> (&str, Option<&str>) {
+    match authority.rsplit_once(':') {
+        Some((host, port)) if port.bytes().all(|b| b.is_ascii_digit()) => (host, Some(port)),
+        _ => (authority, None),
+    }
 }
 
 fn percent_decode(text: &str) -> Result<String, Answer> {
@@ -1701,6 +2454,8 @@ fn status_line(status: u16) -> String {
         200 => "OK",
         204 => "No Content",
         400 => "Bad Request",
+        401 => "Unauthorized",
+        403 => "Forbidden",
         404 => "Not Found",
         405 => "Method Not Allowed",
         408 => "Request Timeout",
@@ -1711,20 +2466,24 @@ fn status_line(status: u16) -> String {
         501 => "Not Implemented",
         503 => "Service Unavailable",
         505 => "HTTP Version Not Supported",
+        507 => "Insufficient Storage",
         _ => "",
     };
     format!("HTTP/1.1 {status} {reason}\r\nDate: {}\r\n", http_date(now_ms() / 1000))
 }
 
-/// The head of every stream. It is ended by closing, never chunked; nginx holds such a stream back to its end unless told.
-fn stream_head() -> String {
+/// The head of every stream. It is ended by closing, never chunked; nginx holds such a stream back to its end unless
+/// told.
+fn stream_head(cors: &str) -> String {
     status_line(200)
         + "Content-Type: text/event-stream\r\nCache-Control: no-store, no-transform\r\nX-Accel-Buffering: no\r\n\
-           Connection: close\r\n\r\n"
+           X-Content-Type-Options: nosniff\r\nConnection: close\r\n"
+        + cors
+        + "\r\n"
 }
 
-/// Unix seconds as RFC 9110 §5.6.7 writes a moment: `Sun, 06 Nov 1994 08:49:37 GMT`. Years are counted from March, so that
-/// the leap day comes last, in eras of 400 years (146,097 days).
+/// Unix seconds as RFC 9110 §5.6.7 writes a moment: `Sun, 06 Nov 1994 08:49:37 GMT`. Years are counted from March, so
+/// that the leap day comes last, in eras of 400 years (146,097 days).
 fn http_date(seconds: u64) -> String {
     let days = seconds / 86_400 + 719_468; // since 0000-03-01
     let of_era = days % 146_097;
@@ -1740,9 +2499,9 @@ fn http_date(seconds: u64) -> String {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Routes: what each request gets. Never strand a browser: an `EventSource` gives up for good on any answer but 200, so a
-// stream that there is no room for gets 200, a reconnection time, and its end. Only what will not mend by itself (a path
-// that does not exist, a query that cannot be read) is refused for good.
+// Routes: what each request gets. Never strand a browser: an `EventSource` gives up for good on any answer but 200, so
+// a stream that there is no room for gets 200, a reconnection time, and its end. Only what will not mend by itself (a
+// path that does not exist, a query that cannot be read) is refused for good.
 
 /// The parameters that say where a page was; a widely used polyfill has its own.
 const CURSOR_PARAMETERS: [&str; 2] = ["last_event_id", "lastEventId"];
@@ -1760,7 +2519,11 @@ struct Shared {
     guests: Mutex<Guests>,
     someone_left: Condvar,
     stopping: AtomicBool,
-    log: Logger,
+    /// The port, if the server is on loopback.
+    loopback_port: Option<u16>,
+    /// The limit on address space, if there is one.
+    address_space_kb: Option<u64>,
+    log: Arc<Logger>,
 }
 
 type Handler = dyn Fn(&mut Stream) -> io::Result<()> + Send + Sync;
@@ -1777,39 +2540,120 @@ enum Opening {
 }
 
 impl Shared {
+    /// Never inlined: what a thread once had on its stack stays resident, and this frame is not needed while a head is read.
+    /// Together they touched another page of every subscriber's (15.3 kB each instead of 11.3).
+    #[inline(never)]
     fn reply(&self, reader: &mut Reader, request: &mut Request, path: &str) -> Result<Reply, Answer> {
+        self.check_host(request)?;
         let Some(allow) = self.methods_of(path) else {
             return Err(Answer::text(404, format!("there is nothing at {}: topics are at /events/NAME", shown(path))));
         };
         let topic = path.strip_prefix("/events/");
         match (request.method.as_str(), topic) {
             ("OPTIONS", _) => return Ok(Reply::Answer(Answer::text(204, "").header("Allow", allow))),
-            ("POST", Some(topic)) => return self.publish(reader, request, topic).map(Reply::Answer),
-            ("PUT", Some(topic)) => return self.publish_lines(reader, request, topic).map(Reply::Answer),
+            ("POST" | "PUT", Some(topic)) => {
+                self.check_origin(request)?;
+                check_token(&self.config().publish_tokens, "publishing", request)?;
+                if !self.config().publish_tokens.is_empty() {
+                    enter(&self.guests).move_on(reader.c, TRUSTED);
+                }
+                let is_post = request.method == "POST";
+                let publish = if is_post { Shared::publish } else { Shared::publish_lines };
+                return publish(self, reader, request, topic).map(Reply::Answer);
+            }
             ("GET" | "HEAD", _) => {}
-            (method @ ("POST" | "PUT" | "DELETE" | "PATCH" | "CONNECT" | "TRACE"), _) => {
+            (method @ ("POST" | "PUT" | "DELETE" | "PATCH" | "TRACE"), _) => {
                 let reason = format!("{method} is not for {}: use one of {allow}", shown(path));
                 return Err(Answer::text(405, reason).header("Allow", allow));
             }
             (method, _) => return Err(Answer::text(501, format!("the method {} is not known", shown(method)))),
         }
+        let route = enter(&self.routes).get(path).cloned();
+        if topic.is_some() || path == "/metrics" || matches!(route, Some(Route::Stream(_))) {
+            check_token(&self.config().subscribe_tokens, "reading", request)?;
+        }
         request.read_body(reader, self.config())?;
         if let Some(names) = topic {
             return open_topics(request, names).map(Reply::Stream);
         }
-        let route = enter(&self.routes).get(path).cloned();
         Ok(match route {
             Some(Route::Stream(handler)) => {
                 let (query, last_event_id) = (std::mem::take(&mut request.query), request.last_event_id.take());
                 Reply::Stream(Opening::Handler { handler, query, last_event_id })
             }
-            Some(Route::Page(content_type, body)) => Reply::Answer(Answer::new(200, content_type, body)),
+            Some(Route::Page(content_type, body)) => {
+                // A foreign frame around a page that publishes would borrow its origin for a click.
+                Reply::Answer(Answer::new(200, content_type, body).header("X-Frame-Options", "SAMEORIGIN"))
+            }
             None if path == "/metrics" => {
                 Reply::Answer(Answer::new(200, "text/plain; version=0.0.4", self.metrics().into_bytes()))
             }
             None if self.stopping() => Reply::Answer(self.unavailable("the server is stopping")),
             None => Reply::Answer(Answer::text(200, "ok")),
         })
+    }
+
+    /// On loopback, only names of loopback are this server's: a page elsewhere may have its own name resolved to here
+    /// (DNS rebinding), and would then read and publish as if it came from here.
+    fn check_host(&self, request: &Request) -> Result<(), Answer> {
+        let Some(host) = request.host.as_deref().map(|host| split_port(host).0) else { return Ok(()) };
+        let names_it = |origin: &String| {
+            origin.split_once("://").is_some_and(|(_, authority)| split_port(authority).0.eq_ignore_ascii_case(host))
+        };
+        if self.loopback_port.is_none() || is_loopback(host) || self.config().allow_origins.iter().any(names_it) {
+            return Ok(());
+        }
+        let reason =
+            format!("{} is not this server: behind a proxy, start it with --allow-origin https://…", shown(host));
+        Err(Answer::refusal(403, reason))
+    }
+
+    /// A page of another origin may publish only where that is allowed: its reader's browser may be inside a wall that
+    /// the page is not. What does not come from a browser has no origin.
+    fn check_origin(&self, request: &Request) -> Result<(), Answer> {
+        let Some(origin) = request.origin.as_deref() else { return Ok(()) };
+        let authority = origin.split_once("://").map(|(_, authority)| authority);
+        let is_own = authority.zip(request.host.as_deref()).is_some_and(|(own, host)| own.eq_ignore_ascii_case(host));
+        if is_own || self.is_allowed(origin) {
+            return Ok(());
+        }
+        let reason = format!("pages of {} may not publish: allow them with --allow-origin", shown(origin));
+        Err(Answer::text(403, reason))
+    }
+
+    /// Named as allowed, or one of ours: all names of loopback at this server's own port are one origin.
+    fn is_allowed(&self, origin: &str) -> bool {
+        let (host, port) = split_port(origin.strip_prefix("http://").unwrap_or_default());
+        let is_own = is_loopback(host) && self.loopback_port.is_some_and(|own| port.unwrap_or("80").parse() == Ok(own));
+        is_own && is_authority(host) || self.config().allow_origins.iter().any(|known| known == origin && known != "*")
+    }
+
+    /// The header lines that let a page of another origin read an answer;
+    /// <https://fetch.spec.whatwg.org/#http-cors-protocol>
+    fn cors(&self, request: &Request) -> String {
+        let Some(origin) = request.origin.as_deref() else { return String::new() };
+        let origins = &self.config().allow_origins;
+        let all = origins.iter().any(|known| known == "*");
+        let allowed = self.is_allowed(origin);
+        let mut lines = match (allowed, all) {
+            (true, _) => format!("Access-Control-Allow-Origin: {origin}\r\nAccess-Control-Allow-Credentials: true\r\n"),
+            (_, true) => "Access-Control-Allow-Origin: *\r\n".into(),
+            _ => return if origins.is_empty() { String::new() } else { "Vary: Origin\r\n".into() },
+        };
+        if request.method == "OPTIONS" {
+            let methods = if allowed { "GET, HEAD, POST, PUT" } else { "GET, HEAD" };
+            let fields = if allowed {
+                "Authorization, Cache-Control, Content-Type, Last-Event-ID"
+            } else {
+                "Cache-Control, Last-Event-ID"
+            };
+            let _ = write!(
+                lines,
+                "Access-Control-Allow-Methods: {methods}\r\nAccess-Control-Allow-Headers: {fields}\r\n\
+                 Access-Control-Max-Age: 600\r\n"
+            );
+        }
+        lines + "Vary: Origin\r\n"
     }
 
     /// The methods that a path takes, or none where there is nothing.
@@ -1835,20 +2679,32 @@ impl Shared {
         let event = self.describe(request, topic, &["event", "retry"])?;
         request.invite_body(reader)?;
         reader.deadline = None;
+        let c = reader.c;
         let mut lines = Lines { reader, body: &mut request.body, config: self.config(), text: Vec::new(), start: 0 };
         let (mut count, mut last) = (0, None);
         let result = loop {
-            let line = match lines.next() {
-                Ok(Some(line)) => line,
-                Ok(None) => break Ok(()),
-                Err(refusal) => break Err(refusal),
+            let mut events = Vec::new();
+            let end = loop {
+                match lines.next().map(|line| line.map(String::from_utf8)) {
+                    Ok(Some(Ok(data))) => events.push(Event { data, ..event.clone() }),
+                    Ok(Some(Err(_))) => {
+                        break Some(refuse(400, format!("line {} is not UTF-8", count + events.len() + 1)));
+                    }
+                    Ok(None) => break Some(Ok(())),
+                    Err(refusal) => break Some(Err(refusal)),
+                }
+                if events.len() == LINES_AT_ONCE || !lines.has_more() {
+                    break None; // before waiting for more, what is there goes out, all in one write of the journal
+                }
             };
-            let Ok(data) = String::from_utf8(line) else {
-                break refuse(400, format!("line {} is not UTF-8", count + 1));
-            };
-            match self.hub.publish(topic, Event { data, ..event.clone() }) {
-                Ok(id) => (count, last) = (count + 1, Some(id)),
-                Err(error) => break Err(Answer { close: true, ..self.not_published(&error) }),
+            let place = c.place.load(Relaxed);
+            enter(&self.guests).move_on(c, place); // who has something to say is not the first to make room
+            let (ids, result) = self.hub.core.publish_all(topic, events);
+            (count, last) = (count + ids.len(), ids.last().copied().or(last));
+            if let Err(error) = result {
+                break Err(Answer { close: true, ..self.not_published(&error) });
+            } else if let Some(end) = end {
+                break end;
             }
         };
         let summary = format!("published {count}{}", last.map_or(String::new(), |id| format!(", last id {id}")));
@@ -1876,6 +2732,7 @@ impl Shared {
     fn not_published(&self, error: &io::Error) -> Answer {
         match error.kind() {
             ErrorKind::InvalidInput => Answer::text(400, error),
+            ErrorKind::StorageFull => Answer { status: 507, ..self.unavailable(error) },
             _ => self.unavailable(error),
         }
     }
@@ -1894,18 +2751,19 @@ impl Shared {
     }
 
     /// Runs a stream to its end, and returns why it ended.
-    fn stream(&self, c: &Arc<Connection>, opening: Opening) -> Cow<'static, str> {
-        let lane = match self.move_to_streams(c.serial) {
-            _ if self.stopping() => return self.send_away(c, "the server is stopping").into(),
-            None => return self.send_away(c, "no room for another stream").into(),
+    fn stream(&self, c: &Arc<Connection>, head: String, opening: Opening) -> Cow<'static, str> {
+        let lane = match self.move_to_streams(c) {
+            _ if self.stopping() => return self.send_away(c, &head, "the server is stopping").into(),
+            None => return self.send_away(c, &head, NO_ROOM).into(),
             Some(number) => &self.hub.core.lanes[number % self.hub.core.lanes.len()],
         };
         match opening {
-            Opening::Topics { names, start, poll } => self.stream_topics(c, lane, &names, start, poll).into(),
+            Opening::Topics { names, start, poll } => self.stream_topics(c, lane, head, &names, start, poll).into(),
             Opening::Handler { handler, query, last_event_id } => {
-                if let Err(reason) = c.write_whole(stream_head().as_bytes(), Instant::now() + LONGEST) {
+                if let Err(reason) = c.write_whole(head.as_bytes(), Instant::now() + LONGEST) {
                     return reason.into();
                 }
+                drop(head);
                 let result = handler(&mut Stream { c, stopping: &self.stopping, query, last_event_id, stray: 0 });
                 if self.stopping() && enter(&c.state).phase == Phase::Behind {
                     return c.end("the server is stopping", spread(self.config().retry, 50, 150)).into();
@@ -1919,6 +2777,7 @@ impl Shared {
         &self,
         c: &Arc<Connection>,
         lane: &Sender<ToLane>,
+        mut head: String,
         names: &[String],
         start: Start,
         poll: Option<Duration>,
@@ -1927,7 +2786,7 @@ impl Shared {
         let mut kept = core.kept();
         let Ok(names) = kept.subscribe(names, config.topics) else {
             drop(kept);
-            return self.send_away(c, "all topic names are in use");
+            return self.send_away(c, &head, "all topic names are in use");
         };
         let (cursor, gap) = kept.start(&names, start);
         let told = kept.told(&names);
@@ -1938,9 +2797,10 @@ impl Shared {
 
         // A block without data dispatches nothing, but a browser cut off before its first event resumes from this id.
         let retry = if is_poll { POLL_RETRY } else { config.retry };
-        let mut head = format!("{}retry: {}\nid: {cursor}\n\n", stream_head(), retry.as_millis()).into_bytes();
+        let _ = write!(head, "retry: {}\nid: {cursor}\n\n", retry.as_millis());
+        let mut head = head.into_bytes();
         if let Some(gap) = &gap {
-            head.extend_from_slice(&gap.encode().bytes);
+            head.extend_from_slice(gap.encode().frame());
             core.counters.gaps.fetch_add(1, Relaxed);
         }
         let mut state = enter(&c.state);
@@ -1954,11 +2814,32 @@ impl Shared {
         subscription.follow()
     }
 
-    fn send_away(&self, c: &Connection, why: Reason) -> Reason {
+    fn send_away(&self, c: &Connection, head: &str, why: Reason) -> Reason {
         self.hub.core.counters.sent_away.fetch_add(1, Relaxed);
-        let _ = c.write_whole(stream_head().as_bytes(), Instant::now() + LINGER);
+        self.log.warn(format_args!("{} is sent away: {why}", c.peer));
+        let _ = c.write_whole(head.as_bytes(), Instant::now() + LINGER);
         c.end(why, spread(self.config().retry, 50, 150))
     }
+}
+
+/// Checks that one of these tokens was shown. All are compared, whichever fits.
+fn check_token(known: &[Token], what: &str, request: &Request) -> Result<(), Answer> {
+    let fit = |shown: &String| known.iter().filter(|token| token.is(shown)).count();
+    if known.is_empty() || request.tokens.iter().map(fit).sum::<usize>() > 0 {
+        return Ok(());
+    } else if request.tokens.is_empty() {
+        let reason = format!("{what} needs a token: Authorization: Bearer TOKEN, or the cookie brooklet_token");
+        return Err(Answer::text(401, reason).header("WWW-Authenticate", "Bearer realm=\"brooklet\""));
+    }
+    Err(Answer::text(403, format!("this token is not good for {what}")))
+}
+
+fn is_loopback(host: &str) -> bool {
+    let host = host.to_ascii_lowercase();
+    host == "localhost"
+        || host.ends_with(".localhost")
+        || host == "[::1]"
+        || host.parse::<Ipv4Addr>().is_ok_and(|address| address.is_loopback())
 }
 
 /// The lines of a body that is still arriving.
@@ -1972,6 +2853,10 @@ struct Lines<'a, 'b> {
 }
 
 impl Lines<'_, '_> {
+    fn has_more(&self) -> bool {
+        self.text[self.start..].contains(&b'\n')
+    }
+
     /// Waits for the next line. The last one may lack its LF, if the body ends whole.
     fn next(&mut self) -> Result<Option<Vec<u8>>, Answer> {
         let mut seen = self.start;
@@ -2009,13 +2894,15 @@ fn open_topics(request: &Request, list: &str) -> Result<Opening, Answer> {
     let mut names: Vec<String> = Vec::new();
     for name in list.split(',') {
         check_topic(name).map_err(bad)?;
-        if !names.iter().any(|known| known == name) {
-            names.push(name.into());
+        if names.iter().any(|known| known == name) {
+            continue;
+        } else if names.len() == TOPICS_PER_STREAM {
+            return Err(Answer::text(
+                400,
+                format!("a stream takes up to {TOPICS_PER_STREAM} topics, and these are more"),
+            ));
         }
-    }
-    if names.len() > TOPICS_PER_STREAM {
-        let reason = format!("{} topics, where a stream takes up to {TOPICS_PER_STREAM}", names.len());
-        return Err(Answer::text(400, reason));
+        names.push(name.into());
     }
     let poll = match request.query.get("poll") {
         None => None,
@@ -2045,9 +2932,10 @@ fn open_topics(request: &Request, list: &str) -> Result<Opening, Answer> {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Server: accept, refuse, stop. A connection is waiting (in its head, or idle between requests), busy, or a stream. When all
-// places are taken, the one that has waited longest makes room, so that a crowd of idle or slow ones cannot lock the others
-// out. Streams never take all the places; while there are few streams, a herd that comes back at once has theirs, too.
+// Server: accept, refuse, stop. A connection is waiting (in its head, or idle between requests), busy (in its body or
+// its answer), or a stream. When all places are taken, the one that has been waiting longest makes room, or else the
+// one that has been busy longest, so that no crowd of idle or slow ones can lock the others out. Streams never take all
+// the places; while there are few streams, a herd that comes back at once has theirs, too.
 
 /// A server that is bound but does not serve yet: add pages and streams, then [`run`](Server::run) or
 /// [`spawn`](Server::spawn) it.
@@ -2067,52 +2955,70 @@ pub struct Handle {
     lanes: Vec<JoinHandle<()>>,
 }
 
-/// Where the connections are, by their serial numbers, so that the first of each is the oldest.
+/// Where the connections are, each place in the order in which they came to it: the first has been there longest.
 #[derive(Default)]
 struct Guests {
     next_serial: u64,
+    next_turn: u64,
     threads: usize,
     /// Spreads the streams over the lanes; serial numbers would not, where every other connection is short.
     streams_opened: usize,
-    waiting: Place,
-    busy: Place,
-    streams: Place,
+    places: [BTreeMap<u64, Arc<Connection>>; 4],
 }
 
-type Place = BTreeMap<u64, Arc<Connection>>;
+/// The places: before a request's head has come whole, until it is answered, the same for who has shown a token to publish,
+/// and for the rest of a stream's life.
+const WAITING: usize = 0;
+const BUSY: usize = 1;
+const TRUSTED: usize = 2;
+const STREAMS: usize = 3;
 
 impl Server {
     /// Binds the address and starts the hub, so that publishing works from here on. Port 0 takes any free one.
     ///
     /// # Errors
     /// The address cannot be bound; it is beyond loopback and [`Config::open`] is not set
-    /// ([`ErrorKind::PermissionDenied`]); a limit makes no sense ([`ErrorKind::InvalidInput`]); or no thread can be started.
+    /// ([`ErrorKind::PermissionDenied`]); a limit makes no sense ([`ErrorKind::InvalidInput`]); the journal cannot be
+    /// used ([`ErrorKind::ResourceBusy`]: another process has it; [`ErrorKind::InvalidData`]: the file is none); or no
+    /// thread can be started.
     pub fn bind(address: impl ToSocketAddrs, config: Config) -> io::Result<Server> {
         config.check()?;
         let listener = TcpListener::bind(address)?;
         let address = listener.local_addr()?;
-        if !config.open && !address.ip().is_loopback() {
-            let reason =
-                format!("{address} is beyond loopback, so whoever reaches it could publish: say so with --open");
+        if !config.open && config.publish_tokens.is_empty() && !address.ip().is_loopback() {
+            let reason = format!(
+                "{address} is beyond loopback, so whoever reaches it could publish: \
+                 give --publish-token TOKEN, or say --open"
+            );
             return Err(io::Error::new(ErrorKind::PermissionDenied, reason));
         }
         let doorbell = TcpStream::from(std::os::fd::OwnedFd::from(listener.try_clone()?));
-        let log = Logger::start(config.log)?;
-        let config = fit_to_system(config, &log);
+        let log = Arc::new(Logger::start(config.log)?);
         let cores = thread::available_parallelism().map_or(1, |cores| cores.get());
+        let lane_count = if config.lanes == 0 { cores } else { config.lanes };
+        let config = fit_to_system(config, lane_count, &log);
         let (mut lanes, mut threads, counters) = (Vec::new(), Vec::new(), Arc::new(Counters::default()));
-        for n in 0..if config.lanes == 0 { cores } else { config.lanes } {
+        for n in 0..lane_count {
             let (sender, queue) = crossbeam_channel::bounded(QUEUE_SLOTS);
             let (topics, everyone) = Default::default();
             let lane = Lane { topics, everyone, heartbeat: config.heartbeat, counters: counters.clone() };
             lanes.push(sender);
             threads.push(thread::Builder::new().name(format!("lane {n}")).spawn(move || lane.run(&queue))?);
         }
-        let base = Id { ms: now_ms(), seq: 0 };
-        let (order, kept) = (Mutex::new(Order { newest: base, stopped: false }), Mutex::new(Kept::new(base)));
-        let hub = Hub { core: Arc::new(Core { config, order, kept, lanes, counters }) };
+        // Ids begin above those of the journal; without one, whatever an earlier process had counts as let go.
+        let now = Id { ms: now_ms(), seq: 0 };
+        let mut kept = Kept::new(if config.journal.is_none() { now } else { Id::default() });
+        let open = |path| Journal::open(path, &mut kept, &config, &log);
+        let journal = config.journal.as_deref().map(open).transpose()?;
+        counters.journal_bytes.store(journal.as_ref().map_or(0, |journal| journal.length), Relaxed);
+        let order = Order { newest: kept.newest, stopped: false, waiting: VecDeque::new(), waiting_bytes: 0 };
+        let (journal, order, kept) = (Mutex::new(journal), Mutex::new(order), Mutex::new(kept));
+        let hub =
+            Hub { core: Arc::new(Core { config, journal, order, settled: Condvar::new(), kept, lanes, counters }) };
         let (routes, guests, someone_left, stopping) = Default::default();
-        let shared = Shared { hub, routes, guests, someone_left, stopping, log };
+        let loopback_port = Some(address.port()).filter(|_| address.ip().is_loopback());
+        let address_space_kb = limit_of_system("Max address space").map(|bytes| bytes as u64 / 1024);
+        let shared = Shared { hub, routes, guests, someone_left, stopping, loopback_port, address_space_kb, log };
         let (shared, listener) = (Arc::new(shared), Arc::new(listener));
         Ok(Server { handle: Handle { shared, listener, doorbell, acceptors: Vec::new(), lanes: threads } })
     }
@@ -2241,6 +3147,12 @@ impl Handle {
         for lane in self.lanes.drain(..) {
             let _ = lane.join();
         }
+        let core = &shared.hub.core;
+        if let Some(mut journal) = try_enter(&core.journal) {
+            *journal = None; // another server may have it now, though the program still holds a hub
+        }
+        let _order = enter(&core.order);
+        core.settled.notify_all();
         shared.log.finish();
         left
     }
@@ -2268,9 +3180,9 @@ impl Shared {
                 Err(_) if self.stopping() => return,
                 Err(error) => {
                     self.log.warn(format_args!("accepting failed: {error}"));
-                    if matches!(error.raw_os_error(), Some(23 | 24)) {
-                        // Without descriptors (ENFILE, EMFILE) this repeats until one is given back: it must not spin.
-                        enter(&self.guests).close_longest_waiting();
+                    if ![ErrorKind::ConnectionAborted, ErrorKind::Interrupted].contains(&error.kind()) {
+                        // Without memory or descriptors this repeats until there is some again: it must not spin.
+                        enter(&self.guests).make_room();
                         thread::sleep(Duration::from_millis(20));
                     }
                 }
@@ -2282,52 +3194,67 @@ impl Shared {
     fn admit(self: &Arc<Shared>, socket: TcpStream, peer: SocketAddr) {
         let config = self.config();
         let mut guests = enter(&self.guests);
+        let has_space = self.has_space();
         let places = config.connections + config.subscribers;
-        let taken = guests.waiting.len() + guests.busy.len() + guests.streams.len();
+        let taken = guests.places.iter().map(BTreeMap::len).sum::<usize>();
         // A place may be given away before the thread that had it has ended, but not too many such threads at once.
-        let room = (taken < places || guests.close_longest_waiting()) && guests.threads < places + ENDING_THREADS;
+        let has_thread = has_space && guests.threads < places + ENDING_THREADS;
+        let room = has_thread && (taken < places || guests.make_room());
+        if !has_space {
+            guests.make_room(); // for the next: an ending thread's space is not free at once
+        }
         if self.stopping() || !room {
             drop(guests);
             self.hub.core.counters.sent_away.fetch_add(1, Relaxed);
-            return self.log.warn(format_args!("no room for {peer}: all {places} places are taken"));
+            let what = if has_space { "places are taken" } else { "places have no address space (ulimit -v)" };
+            return self.log.warn(format_args!("no room for {peer}: all {places} {what}"));
         }
         let serial = guests.next_serial;
         let c = Arc::new(Connection::new(serial, peer, socket));
         guests.next_serial += 1;
         guests.threads += 1;
-        guests.waiting.insert(serial, c.clone());
+        guests.put(c.clone(), WAITING);
         drop(guests);
         let guest = Guest { shared: self.clone(), c, path: None, reason: "".into(), opened: Instant::now() };
         let thread = thread::Builder::new().name(format!("conn {serial}")).stack_size(STACK_BYTES);
         if let Err(error) = thread.spawn(move || guest.converse()) {
             self.log.warn(format_args!("no thread for {peer}: {error}")); // its `Guest` was dropped, and has left
+            enter(&self.guests).make_room();
         }
     }
 
+    /// Whether there is address space for another thread: std aborts the process where its signal stack finds none.
+    fn has_space(&self) -> bool {
+        self.address_space_kb.is_none_or(|limit| {
+            let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
+            let taken =
+                status.lines().find_map(|line| line.strip_prefix("VmSize:")?.split_whitespace().next()?.parse().ok());
+            taken.is_some_and(|taken: u64| taken + SPARE_SPACE_KB <= limit)
+        })
+    }
+
     /// Finds a stream its place, and numbers it; `None` where there is no room.
-    fn move_to_streams(&self, serial: u64) -> Option<usize> {
+    fn move_to_streams(&self, c: &Connection) -> Option<usize> {
         let mut guests = enter(&self.guests);
-        if guests.streams.len() >= self.config().subscribers {
+        if guests.places[STREAMS].len() >= self.config().subscribers || !guests.move_on(c, STREAMS) {
             return None;
         }
-        let c = guests.busy.remove(&serial);
-        guests.streams.extend(c.map(|c| (serial, c)));
         guests.streams_opened += 1;
         Some(guests.streams_opened)
     }
 
-    /// Ends every connection: streams with their reconnection time, publishers with their answer; who waits for a request may
-    /// still ask for the server's health meanwhile. Returns how many did not end in time.
+    /// Ends every connection: streams with their reconnection time, publishers with their answer; who waits for a
+    /// request may still ask for the server's health meanwhile. Returns how many did not end in time.
     fn say_goodbye(&self) -> usize {
         let started = Instant::now();
         let guests = enter(&self.guests);
-        let at_work: Vec<_> = guests.busy.values().chain(guests.streams.values()).cloned().collect();
+        let at_work: Vec<_> = guests.places[BUSY..].iter().flat_map(BTreeMap::values).cloned().collect();
         drop(guests);
         for c in at_work {
             c.take_back();
             let _ = c.socket.shutdown(Shutdown::Read); // wakes who waits for a body or a handler's timer
         }
-        self.wait_while(started + STOP_GRACE, |guests| guests.busy.len() + guests.streams.len() > 0);
+        self.wait_while(started + STOP_GRACE, |guests| guests.places[BUSY..].iter().any(|place| !place.is_empty()));
         for c in enter(&self.guests).everyone() {
             let _ = c.socket.shutdown(Shutdown::Both); // wakes who waits for a request, or a slow peer
         }
@@ -2348,27 +3275,38 @@ impl Shared {
 }
 
 impl Guests {
-    fn close_longest_waiting(&mut self) -> bool {
-        let Some((_, c)) = self.waiting.pop_first() else { return false };
-        let _ = c.socket.shutdown(Shutdown::Both);
-        true
+    /// Closes the connection that has been longest in its head, or idle; but where that one has only just come, seen against
+    /// how many there are, the one that has been longest with its body or its answer. Who has shown a token is the last.
+    fn make_room(&mut self) -> bool {
+        let [waiting, busy, trusted, _] = &mut self.places;
+        let recent = self.next_serial.saturating_sub((waiting.len() + busy.len()) as u64 * 3 / 4);
+        let just_came = waiting.first_key_value().is_none_or(|(_, c)| c.serial >= recent);
+        let longest = if just_came { busy.pop_first() } else { None };
+        let longest = longest.or_else(|| waiting.pop_first()).or_else(|| trusted.pop_first());
+        longest.inspect(|(_, c)| drop(c.socket.shutdown(Shutdown::Both))).is_some()
     }
 
     fn everyone(&self) -> impl Iterator<Item = &Arc<Connection>> {
-        [&self.waiting, &self.busy, &self.streams].into_iter().flat_map(BTreeMap::values)
+        self.places.iter().flat_map(BTreeMap::values)
     }
 
-    /// A request has come whole: the connection is busy from here on, unless it had to make room just now.
-    fn begin_request(&mut self, serial: u64) -> bool {
-        let c = self.waiting.remove(&serial);
-        let present = c.is_some();
-        self.busy.extend(c.map(|c| (serial, c)));
+    /// False where the connection has lost its place to a newcomer.
+    fn move_on(&mut self, c: &Connection, to: usize) -> bool {
+        let found = self.leave(c);
+        let present = found.is_some();
+        found.into_iter().for_each(|c| self.put(c, to));
         present
     }
 
-    fn end_request(&mut self, serial: u64) {
-        let c = self.busy.remove(&serial);
-        self.waiting.extend(c.map(|c| (serial, c)));
+    fn leave(&mut self, c: &Connection) -> Option<Arc<Connection>> {
+        self.places[c.place.load(Relaxed)].remove(&c.turn.load(Relaxed))
+    }
+
+    fn put(&mut self, c: Arc<Connection>, place: usize) {
+        self.next_turn += 1;
+        c.place.store(place, Relaxed);
+        c.turn.store(self.next_turn, Relaxed);
+        self.places[place].insert(self.next_turn, c);
     }
 }
 
@@ -2388,17 +3326,17 @@ impl Guest {
         if prepared.and(c.socket.set_write_timeout(Some(config.stall_time))).is_err() {
             return; // it has gone already
         }
-        if let Some((path, opening)) = self.shared.requests(c) {
+        if let Some((path, head, opening)) = self.shared.requests(c) {
             self.path = Some(path);
             self.reason = "the handler panicked".into(); // unless it gets past the next line
-            self.reason = self.shared.stream(&self.c, opening);
+            self.reason = self.shared.stream(&self.c, head, opening);
         }
     }
 }
 
 impl Shared {
-    /// Answers requests until the connection ends, or asks for a stream.
-    fn requests(&self, c: &Connection) -> Option<(String, Opening)> {
+    /// Answers requests until the connection ends, or asks for a stream: returns its path, its head, and what it is.
+    fn requests(&self, c: &Connection) -> Option<(String, String, Opening)> {
         let config = self.config();
         let mut reader = Reader { c, buffer: Vec::new(), start: 0, deadline: None, timeout: None };
         reader.wait_at_most(config.head_time);
@@ -2407,20 +3345,22 @@ impl Shared {
                 Ok(None) => return None,
                 Err(refusal) => (refusal, false, true),
                 Ok(Some(mut request)) => {
-                    if !enter(&self.guests).begin_request(c.serial) {
+                    if !enter(&self.guests).move_on(c, BUSY) {
                         return None;
                     }
                     let (path, is_head) = (std::mem::take(&mut request.path), request.method == "HEAD");
-                    let answer = match self.reply(&mut reader, &mut request, &path) {
+                    let cors = self.cors(&request);
+                    let mut answer = match self.reply(&mut reader, &mut request, &path) {
                         Ok(Reply::Stream(_)) if is_head => {
-                            let _ = c.write_whole(stream_head().as_bytes(), Instant::now() + LINGER);
+                            let _ = c.write_whole(stream_head(&cors).as_bytes(), Instant::now() + LINGER);
                             return None;
                         }
-                        Ok(Reply::Stream(opening)) => return Some((path, opening)),
+                        Ok(Reply::Stream(opening)) => return Some((path, stream_head(&cors), opening)),
                         Ok(Reply::Answer(answer)) | Err(answer) => answer,
                     };
+                    answer.headers += &cors;
                     let (peer, method, status) = (c.peer, &request.method, answer.status);
-                    self.log.line(Log::Debug, format_args!("{peer} {method} {path:?} {status}"));
+                    self.log.line(Log::Debug, format_args!("{peer} {method} {} {status}", shown(&path)));
                     let close = request.close || answer.close || !request.body.is_over() || self.stopping();
                     (answer, is_head, close)
                 }
@@ -2433,7 +3373,9 @@ impl Shared {
                 return None;
             }
             reader.wait_at_most(config.idle_time);
-            enter(&self.guests).end_request(c.serial);
+            if !enter(&self.guests).move_on(c, WAITING) {
+                return None;
+            }
         }
     }
 }
@@ -2447,14 +3389,15 @@ impl Drop for Guest {
             let (seconds, tenths) = (open.as_secs(), open.subsec_millis() / 100);
             let (peer, reason) = (c.peer, &self.reason);
             let line = format_args!(
-                "closed peer={peer} path={path:?} reason={reason:?} seconds={seconds}.{tenths} events={sent}"
+                "closed peer={peer} path={} reason={reason:?} seconds={seconds}.{tenths} events={sent}",
+                shown(path)
             );
-            shared.log.line(if *reason == POLL_IS_OVER { Log::Debug } else { Log::Info }, line);
+            let repeats = [POLL_IS_OVER, NO_ROOM].contains(&&**reason); // as fast as a flood
+            shared.log.line(if repeats { Log::Debug } else { Log::Info }, line);
         }
         let mut guests = enter(&shared.guests);
         guests.threads -= 1;
-        let Guests { waiting, busy, streams, .. } = &mut *guests;
-        [waiting, busy, streams].into_iter().for_each(|place| drop(place.remove(&c.serial)));
+        guests.leave(c);
         shared.someone_left.notify_all();
     }
 }
@@ -2469,6 +3412,7 @@ struct Counters {
     woken: AtomicU64,
     gaps: AtomicU64,
     sent_away: AtomicU64,
+    journal_bytes: AtomicU64,
 }
 
 impl Shared {
@@ -2476,20 +3420,20 @@ impl Shared {
     fn metrics(&self) -> String {
         let (core, counters) = (&*self.hub.core, &*self.hub.core.counters);
         let guests = enter(&self.guests);
-        let (streams, connections) = (guests.streams.len(), guests.waiting.len() + guests.busy.len());
+        let [waiting, busy, trusted, streams] = guests.places.each_ref().map(BTreeMap::len);
         drop(guests);
         let kept = core.kept();
-        let (topics, bytes) = (kept.topics.len(), kept.bytes);
-        let events: usize = kept.topics.values().map(|topic| topic.events.len()).sum();
+        let (topics, events, bytes) = (kept.topics.len(), kept.events, kept.bytes);
         drop(kept);
         let total = |counter: &AtomicU64| counter.load(Relaxed);
         let mut text = String::new();
         for (name, kind, value, help) in [
             ("subscribers", "gauge", streams as u64, "Streams that are open."),
-            ("connections", "gauge", connections as u64, "Connections beside the streams."),
+            ("connections", "gauge", (waiting + busy + trusted) as u64, "Connections beside the streams."),
             ("topics", "gauge", topics as u64, "Topic names in use."),
             ("kept_events", "gauge", events as u64, "Events kept for replaying."),
             ("kept_bytes", "gauge", bytes as u64, "Bytes kept for replaying, with bookkeeping."),
+            ("journal_bytes", "gauge", total(&counters.journal_bytes), "Size of the journal."),
             ("published_total", "counter", total(&counters.published), "Events published."),
             ("delivered_total", "counter", total(&counters.delivered), "Events written to subscribers."),
             ("woken_total", "counter", total(&counters.woken), "Times a live subscriber's thread was woken."),
@@ -2503,8 +3447,8 @@ impl Shared {
     }
 }
 
-/// Lines for stderr, written by a thread of their own: a pipe that takes nothing must hold up neither streams nor stopping.
-/// What does not fit into its queue is left out.
+/// Lines for stderr, written by a thread of their own: a pipe that takes nothing must hold up neither streams nor
+/// stopping. What does not fit into its queue is left out.
 struct Logger {
     wanted: Log,
     queue: Sender<Option<String>>,
@@ -2536,8 +3480,12 @@ impl Logger {
 
     /// For what repeats as fast as a flood: one line a second at most.
     fn warn(&self, line: fmt::Arguments) {
+        self.once_a_second(&self.warned_at, line);
+    }
+
+    fn once_a_second(&self, warned_at: &AtomicU64, line: fmt::Arguments) {
         let second = now_ms() / 1000;
-        if self.warned_at.swap(second, Relaxed) != second {
+        if warned_at.swap(second, Relaxed) != second {
             self.line(Log::Info, line);
         }
     }
@@ -2550,24 +3498,54 @@ impl Logger {
 
 /// Lowers the limits on connections to what the system gives this process: a thread that cannot map its stack's guard
 /// aborts the process from inside its start-up, where no error can be caught, so it must not come to that.
-fn fit_to_system(mut config: Config, log: &Logger) -> Config {
+fn fit_to_system(mut config: Config, lanes: usize, log: &Logger) -> Config {
     let read = |path: &str| std::fs::read_to_string(path).unwrap_or_default(); // elsewhere than on Linux: no lowering
-    let limits = read("/proc/self/limits");
-    let files =
-        limits.lines().find_map(|line| line.strip_prefix("Max open files")?.split_whitespace().next()?.parse().ok());
     let open = std::fs::read_dir("/proc/self/fd").map_or(0, Iterator::count);
-    let files = files.unwrap_or(usize::MAX).saturating_sub(open + 16);
+    let files = limit_of_system("Max open files").unwrap_or(usize::MAX).saturating_sub(open + 16);
     let mappings = read("/proc/sys/vm/max_map_count").trim().parse().unwrap_or(usize::MAX);
-    let threads = mappings.saturating_sub(read("/proc/self/maps").lines().count() + 1024) / 4;
-    let room = files.min(threads).max(2);
+    let mappings = mappings.saturating_sub(read("/proc/self/maps").lines().count() + 1024) / 4;
+    let tasks = tasks_left(read).saturating_sub(lanes + 16);
+    let limits = [
+        (files, "open files (ulimit -n)"),
+        (mappings, "memory mappings (vm.max_map_count)"),
+        (tasks, "tasks in its control group (pids.max)"),
+    ];
+    let (room, what) = limits.into_iter().min().map_or((2, ""), |(room, what)| (room.max(2), what));
     if config.subscribers.saturating_add(config.connections) > room {
         config.connections = config.connections.min(room / 8 + 1);
         config.subscribers = config.subscribers.min(room - config.connections);
         let (subscribers, connections) = (config.subscribers, config.connections);
-        let what = if files < threads { "open files (ulimit -n)" } else { "memory mappings (vm.max_map_count)" };
         let line =
             format_args!("room for {subscribers} streams and {connections} connections only: the limit is on {what}");
         log.line(Log::Info, line);
     }
     config
 }
+
+/// One of the limits that `ulimit` sets; `None` where it is unlimited, and elsewhere than on Linux.
+fn limit_of_system(name: &str) -> Option<usize> {
+    let limits = fs::read_to_string("/proc/self/limits").unwrap_or_default();
+    limits.lines().find_map(|line| line.strip_prefix(name)?.split_whitespace().next()?.parse().ok())
+}
+
+/// How many tasks the control groups around this process leave it. Its own is written `0::/GROUP`, of version 1
+/// `8:pids:/GROUP`. <https://docs.kernel.org/admin-guide/cgroup-v2.html#pid>
+fn tasks_left(read: impl Fn(&str) -> String) -> usize {
+    let own = read("/proc/self/cgroup");
+    let roots = own.lines().filter_map(|line| match line.split_once(':')?.1.split_once(":/")? {
+        ("", group) => Some(("/sys/fs/cgroup", group)),
+        ("pids", group) => Some(("/sys/fs/cgroup/pids", group)),
+        _ => None,
+    });
+    let groups =
+        roots.flat_map(|(root, group)| Path::new(group).ancestors().map(move |group| Path::new(root).join(group)));
+    let left = |group: PathBuf| {
+        let number = |file| read(&group.join(file).to_string_lossy()).trim().parse::<usize>().ok();
+        Some(number("pids.max")?.saturating_sub(number("pids.current")?)) // `max` is no limit
+    };
+    groups.filter_map(left).min().unwrap_or(usize::MAX)
+}
+
+#[cfg(fuzzing)]
+#[path = "../tests/fuzz/reach.rs"]
+pub mod fuzzing;

@@ -1,6 +1,6 @@
 //! The command around the library: flags, the article's stream, Ctrl-C. It uses nothing that an embedder cannot.
 
-use brooklet::{Config, Event, Log, Server, parse_duration};
+use brooklet::{Config, Event, Log, Server, Token, parse_duration};
 use std::io::{self, ErrorKind, Write};
 use std::net::{SocketAddr, ToSocketAddrs};
 use std::process::{self, ExitCode};
@@ -18,7 +18,12 @@ brooklet: a Server-Sent Events server that curl is a complete client of
   tail -f app.log | curl -T - http://localhost:3000/events/log     each line
 
 flags, with their defaults (times: 500ms 15s 10m 24h; sizes: 900 64KiB 1MiB)
-  --listen ADDR          127.0.0.1:3000   --open   allow it beyond loopback
+  --listen ADDR          127.0.0.1:3000   beyond loopback: a token, or --open
+  --publish-token T      none             to publish: a token, or @FILE of some;
+                                          or in $BROOKLET_PUBLISH_TOKEN
+  --subscribe-token T    none             to read: likewise
+  --allow-origin ORIGIN  none             its pages may read and publish; again
+                                          for more; * lets all others read
   --subscribers N        10000            streams at once
   --connections N        1000             connections beside them
   --head-bytes SIZE      16KiB            a request's head
@@ -35,6 +40,8 @@ flags, with their defaults (times: 500ms 15s 10m 24h; sizes: 900 64KiB 1MiB)
   --keep-bytes SIZE      64MiB            kept of all topics together
   --keep-age TIME        24h              how long they are kept
   --topics N             10000            topic names in use at once
+  --journal FILE         none             what is published survives the process
+  --fsync                                 and the machine
   --lanes N              one a core       threads that write to subscribers
   --log off|info|debug   info             to stderr
   --help  --version
@@ -73,6 +80,13 @@ impl Command {
             listen: SocketAddr::from(([127, 0, 0, 1], 3000)),
             config: Config { log: Log::Info, ..Config::default() },
         };
+        for (flag, variable) in
+            [("--publish-token", "BROOKLET_PUBLISH_TOKEN"), ("--subscribe-token", "BROOKLET_SUBSCRIBE_TOKEN")]
+        {
+            if let Ok(text) = std::env::var(variable) {
+                command.set(flag, &mut || Ok(text.clone())).map_err(|reason| format!("{variable}: {reason}"))?;
+            }
+        }
         while let Some(arg) = args.next() {
             let (flag, mut value) = match arg.split_once('=') {
                 Some((flag, value)) => (flag, Some(value.to_string())),
@@ -82,6 +96,7 @@ impl Command {
                 "--help" | "-h" => say(HELP),
                 "--version" | "-V" => say(concat!("brooklet ", env!("CARGO_PKG_VERSION"), "\n")),
                 "--open" => command.config.open = true,
+                "--fsync" => command.config.fsync = true,
                 _ => {
                     let mut next = || value.take().or_else(|| args.next()).ok_or("a value is missing".to_string());
                     command.set(flag, &mut next).map_err(|reason| format!("{flag}: {reason} (see brooklet --help)"))?;
@@ -90,7 +105,7 @@ impl Command {
             }
             if value.is_some() {
                 return Err(format!("{flag}: no value is taken (see brooklet --help)"));
-            } else if flag != "--open" {
+            } else if ["--help", "-h", "--version", "-V"].contains(&flag) {
                 return Ok(None);
             }
         }
@@ -117,6 +132,10 @@ impl Command {
             "--keep-bytes" => config.keep_bytes = size(&value()?)?,
             "--keep-age" => config.keep_age = time(&value()?)?,
             "--topics" => config.topics = count(&value()?)?,
+            "--publish-token" => config.publish_tokens.extend(tokens(&value()?)?),
+            "--subscribe-token" => config.subscribe_tokens.extend(tokens(&value()?)?),
+            "--allow-origin" => config.allow_origins.push(value()?),
+            "--journal" => config.journal = Some(value()?.into()),
             "--lanes" => config.lanes = count(&value()?)?,
             "--log" => {
                 config.log = match value()?.as_str() {
@@ -186,6 +205,17 @@ fn hangup_is_ignored() -> bool {
 fn address(text: &str) -> Result<SocketAddr, String> {
     let found = text.to_socket_addrs().ok().and_then(|mut found| found.next());
     found.ok_or_else(|| format!("{text:?} is no address: write HOST:PORT, such as 127.0.0.1:8080"))
+}
+
+/// Tokens from a flag or the environment: in a row, or in a file that is named after an @.
+fn tokens(text: &str) -> Result<Vec<Token>, String> {
+    let read = |path| std::fs::read_to_string(path).map_err(|error| format!("{path}: {error}"));
+    let list = text.strip_prefix('@').map_or(Ok(text.into()), read)?;
+    let tokens: Result<Vec<Token>, _> = list.split_whitespace().map(str::parse).collect();
+    tokens.map_err(|error| error.to_string()).and_then(|tokens| match tokens.is_empty() {
+        true => Err("there is no token in it".into()),
+        false => Ok(tokens),
+    })
 }
 
 fn count(text: &str) -> Result<usize, String> {

@@ -72,7 +72,7 @@ fn ctrl_c_ends_a_thousand_streams_with_a_retry_and_the_process_with_success() {
         let target = |n| ["/events/a", "/events/a,b", "/test", "/events/c?poll"][n % 4];
         let mut streams: Vec<Wire> = (0..count).map(|n| Wire::stream(process.addr, target(n), "")).collect();
         let mut publisher = Wire::connect(process.addr);
-        publisher.send(b"PUT /events/a HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n2\r\na\n\r\n");
+        publisher.send(b"PUT /events/a HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n2\r\na\n\r\n");
         wait_for_metric(process.addr, "published_total", 1);
         wait_for_metric(process.addr, "subscribers", count as u64);
         let started = Instant::now();
@@ -101,7 +101,7 @@ fn ctrl_c_ends_a_thousand_streams_with_a_retry_and_the_process_with_success() {
 fn while_it_stops_a_connection_already_open_is_told_that_the_server_is_not_well() {
     let mut process = Process::start(&["--keep-events", "100000"]);
     let mut health = Wire::connect(process.addr);
-    health.send(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n");
+    health.send(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n");
     assert_eq!(health.answer().status, 200);
     // A reader that takes nothing holds the server for its grace.
     let stalled = Wire::stream(process.addr, "/events/a", "");
@@ -112,7 +112,7 @@ fn while_it_stops_a_connection_already_open_is_told_that_the_server_is_not_well(
     });
     process.signal("TERM");
     wait_for("the answer to change", || {
-        health.send(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n");
+        health.send(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n");
         Some(health.answer()).filter(|answer| answer.status == 503)
     });
     assert!(process.child.wait().unwrap().success());
@@ -135,7 +135,7 @@ fn help_fits_one_screen_and_names_every_flag() {
     assert!(output.status.success());
     let help = String::from_utf8(output.stdout).unwrap();
     assert!(help.lines().count() <= 40 && help.lines().all(|line| line.chars().count() <= 80), "{help}");
-    let flags = "listen open subscribers connections head-bytes body-bytes line-bytes head-time body-time idle-time heartbeat \
+    let flags = "listen open publish-token subscribe-token allow-origin journal fsync subscribers connections head-bytes body-bytes line-bytes head-time body-time idle-time heartbeat \
                  lifetime stall-time retry keep-events keep-bytes keep-age topics lanes log help version";
     for flag in flags.split_whitespace() {
         assert!(help.contains(&format!("--{flag}")), "{flag}");

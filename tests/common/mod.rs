@@ -2,9 +2,12 @@
 #![allow(dead_code)] // each test file uses its part
 
 use brooklet::{Config, Handle, Id, Server};
-use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
+use socket2::{Domain, Socket, Type};
+use std::io::{self, BufRead, BufReader, ErrorKind, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpStream};
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -75,6 +78,18 @@ pub fn get(addr: SocketAddr, target: &str) -> Answer {
 pub fn post(addr: SocketAddr, target: &str, body: &str) -> Answer {
     let length = body.len();
     Wire::ask(addr, &format!("POST {target} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {length}\r\n\r\n{body}"))
+}
+
+/// Numbers that look random and are the same in every run.
+pub struct Random(pub u64);
+
+impl Random {
+    pub fn below(&mut self, limit: usize) -> usize {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        (self.0 % limit as u64) as usize
+    }
 }
 
 /// An event as a page would see it; a block without data has none.
@@ -207,11 +222,15 @@ impl Wire {
         let head = self.head();
         let status = head.split(' ').nth(1).unwrap().parse().unwrap();
         let length: usize = header(&head, "content-length").map_or(0, |value| value.parse().unwrap());
-        while self.buffer.len() < length {
-            assert!(self.fill(), "the answer ended early: {head}");
-        }
-        let body = String::from_utf8(self.buffer.drain(..length).collect()).unwrap();
+        let body = String::from_utf8(self.take(length)).unwrap();
         Answer { status, head, body }
+    }
+
+    pub fn take(&mut self, length: usize) -> Vec<u8> {
+        while self.buffer.len() < length {
+            assert!(self.fill(), "it ended early: {:?}", String::from_utf8_lossy(&self.buffer));
+        }
+        self.buffer.drain(..length).collect()
     }
 
     /// The next block of a stream, whatever it holds; heartbeats before it are among its comments.
@@ -238,6 +257,75 @@ impl Wire {
     pub fn close(self) {
         let _ = self.socket.shutdown(Shutdown::Both);
     }
+}
+
+/// Many subscribers read by one thread. Each must see the events numbered from 0 on, once and in order.
+pub struct Crowd {
+    pub members: Vec<(TcpStream, Vec<u8>, u64)>, // with what has come of the next event, and how many came before
+}
+
+impl Crowd {
+    pub fn subscribe(addr: SocketAddr, target: &str, count: usize) -> Crowd {
+        let subscribe = |_| {
+            let (wire, _) = Wire::subscribe(addr, target, "");
+            wire.socket.set_nonblocking(true).unwrap();
+            (wire.socket, wire.buffer, 0)
+        };
+        Crowd { members: (0..count).map(subscribe).collect() }
+    }
+
+    pub fn read_until(&mut self, expected: u64) {
+        wait_for(&format!("{expected} events everywhere"), || {
+            self.members.iter_mut().for_each(Crowd::read);
+            self.members.iter().all(|(_, _, seen)| *seen >= expected).then_some(())
+        });
+        assert!(self.members.iter().all(|(_, _, seen)| *seen == expected));
+    }
+
+    fn read((socket, buffer, seen): &mut (TcpStream, Vec<u8>, u64)) {
+        let mut chunk = [0; 64 * 1024];
+        loop {
+            match socket.read(&mut chunk) {
+                Ok(0) => panic!("a stream ended after {seen} events"),
+                Ok(got) => buffer.extend_from_slice(&chunk[..got]),
+                Err(error) if error.kind() == ErrorKind::WouldBlock => break,
+                Err(error) => panic!("after {seen} events: {error}"),
+            }
+        }
+        let text = str::from_utf8(buffer).unwrap();
+        let whole = text.rfind("\n\n").map_or(0, |end| end + 2);
+        for line in text[..whole].lines().filter(|line| !line.is_empty()) {
+            match line.split_once(": ") {
+                Some(("data", data)) => {
+                    assert_eq!(data.split(' ').next().unwrap(), seen.to_string());
+                    *seen += 1;
+                }
+                Some(("id", _)) => {}
+                _ => assert_eq!(line, ":", "only events, ids and heartbeats are expected"),
+            }
+        }
+        buffer.drain(..whole);
+    }
+}
+
+/// A client whose receive buffer is small, or whose segments are a real link's, so that it is soon behind.
+pub fn narrow(addr: SocketAddr, receive_buffer: usize, segment: Option<u32>) -> Wire {
+    Wire::on(narrow_socket(addr, receive_buffer, segment).unwrap())
+}
+
+pub fn narrow_socket(addr: SocketAddr, receive_buffer: usize, segment: Option<u32>) -> io::Result<TcpStream> {
+    let socket = Socket::new(Domain::IPV4, Type::STREAM, None)?;
+    socket.set_recv_buffer_size(receive_buffer)?;
+    if let Some(segment) = segment {
+        socket.set_tcp_mss(segment)?;
+    }
+    socket.connect(&addr.into())?;
+    Ok(socket.into())
+}
+
+pub fn open(wire: &mut Wire, target: &str) {
+    wire.send(format!("GET {target} HTTP/1.1\r\nHost: localhost\r\n\r\n").as_bytes());
+    assert!(wire.head().starts_with("HTTP/1.1 200"));
 }
 
 /// The command, started on port 0. Killed when dropped.
@@ -286,11 +374,128 @@ impl Process {
     pub fn descriptors(&self) -> usize {
         std::fs::read_dir(format!("/proc/{}/fd", self.child.id())).unwrap().count()
     }
+
+    /// Threads and descriptors, once they have stopped changing.
+    pub fn at_rest(&self) -> (usize, usize) {
+        let mut before = (0, 0);
+        wait_for("threads and descriptors to come to rest", || {
+            thread::sleep(Duration::from_millis(50));
+            let now = (self.status("Threads"), self.descriptors());
+            (std::mem::replace(&mut before, now) == now).then_some(now)
+        })
+    }
+
+    /// Waits until there are no more threads and descriptors than `before`.
+    pub fn wait_until_at_most(&self, before: (usize, usize)) {
+        let now = || (self.status("Threads"), self.descriptors());
+        let deadline = Instant::now() + PATIENCE;
+        while now().0 > before.0 || now().1 > before.1 {
+            assert!(Instant::now() < deadline, "threads and descriptors: {before:?} before, {:?} after", now());
+            thread::sleep(Duration::from_millis(10));
+        }
+    }
+
+    /// Processor time that it has used, in the ticks of /proc, of which Linux has 100 a second.
+    pub fn processor_ticks(&self) -> u64 {
+        let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.child.id())).unwrap();
+        let fields: Vec<&str> = stat.rsplit_once(')').unwrap().1.split_whitespace().collect();
+        fields[11].parse::<u64>().unwrap() + fields[12].parse::<u64>().unwrap()
+    }
+
+    /// Ends it in order, and says what it wrote to stderr. Fails if it had not lived until then.
+    pub fn finish(mut self) -> String {
+        assert!(self.child.try_wait().unwrap().is_none(), "it has ended before: {}", self.log());
+        self.signal("TERM");
+        let status = self.child.wait().unwrap();
+        let log = self.log();
+        assert!(status.success(), "{status}: {log}");
+        assert!(!log.contains("panicked") && !log.contains("memory allocation"), "{log}");
+        log
+    }
 }
 
 impl Drop for Process {
     fn drop(&mut self) {
         let _ = self.child.kill();
         let _ = self.child.wait();
+    }
+}
+
+/// A control group with these settings; removed when dropped, after the processes in it.
+pub struct Cgroup(PathBuf);
+
+impl Cgroup {
+    /// The settings are of version 1 and of version 2. `None`, and said, where the system does not let a test have one.
+    pub fn new(controller: &str, settings: [&[(&str, &str)]; 2]) -> Option<Cgroup> {
+        static COUNT: AtomicUsize = AtomicUsize::new(0);
+        let name = format!("brooklet-{}-{}", std::process::id(), COUNT.fetch_add(1, Relaxed));
+        for (parent, settings) in [format!("/sys/fs/cgroup/{controller}"), "/sys/fs/cgroup".into()].iter().zip(settings)
+        {
+            let group = Cgroup(Path::new(parent).join(&name));
+            let made = std::fs::create_dir(&group.0).is_ok();
+            if made && settings.iter().all(|(file, value)| std::fs::write(group.0.join(file), value).is_ok()) {
+                return Some(group);
+            }
+        }
+        left_out(&format!("the right to make a control group ({controller}; root has it)"));
+        None
+    }
+
+    pub fn read(&self, file: &str) -> String {
+        std::fs::read_to_string(self.0.join(file)).unwrap_or_default()
+    }
+
+    /// Starts the command inside.
+    pub fn start(&self, flags: &str) -> Process {
+        let (tasks, binary) = (self.0.join("cgroup.procs"), env!("CARGO_BIN_EXE_brooklet"));
+        let script = format!("echo $$ >{}; exec {binary} --listen 127.0.0.1:0 {flags}", tasks.display());
+        Process::from(Command::new("sh").args(["-c", &script]))
+    }
+}
+
+impl Drop for Cgroup {
+    fn drop(&mut self) {
+        let deadline = Instant::now() + PATIENCE;
+        while std::fs::remove_dir(&self.0).is_err() && self.0.exists() && Instant::now() < deadline {
+            thread::sleep(Duration::from_millis(10)); // a process in it is still ending
+        }
+    }
+}
+
+/// Whether a program that a test needs is there.
+pub fn has(program: &str) -> bool {
+    shell(&format!("command -v {program} >/dev/null")) || left_out(&format!("{program} (`make setup` installs it)"))
+}
+
+/// Says what a test is left out for; under `CI=true` that is a failure. Returns false, for `has`.
+pub fn left_out(missing: &str) -> bool {
+    let test = thread::current().name().unwrap_or_default().to_string();
+    eprintln!("left out: {test} needs {missing}");
+    assert!(std::env::var_os("CI").is_none_or(|ci| ci != "true"), "missing: {missing}");
+    false
+}
+
+/// A directory that goes when it is dropped.
+pub struct Scratch(pub PathBuf);
+
+impl Scratch {
+    pub fn new() -> Scratch {
+        // In memory where that is offered: thousands of small journals are synced here.
+        let parent = if Path::new("/dev/shm").is_dir() { "/dev/shm" } else { env!("CARGO_TARGET_TMPDIR") };
+        static COUNT: AtomicUsize = AtomicUsize::new(0);
+        let name = format!("brooklet-{}-{}", std::process::id(), COUNT.fetch_add(1, Relaxed));
+        let path = Path::new(parent).join(name);
+        std::fs::create_dir_all(&path).unwrap();
+        Scratch(path)
+    }
+
+    pub fn path(&self, name: &str) -> String {
+        self.0.join(name).to_str().unwrap().into()
+    }
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.0);
     }
 }

@@ -1,0 +1,815 @@
+//! The journal: what was answered with 200 survives, whatever happens to the process and to the file.
+
+mod common;
+
+use brooklet::{Config, Event, Handle, Id, Server};
+use common::*;
+use std::collections::BTreeSet;
+use std::fs;
+use std::io::{ErrorKind, Write};
+use std::net::{SocketAddr, TcpStream};
+use std::process::{Command, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
+use std::sync::{Arc, Barrier, Mutex};
+use std::thread;
+use std::time::{Duration, Instant};
+
+fn with_journal(path: &str) -> Config {
+    Config { journal: Some(path.into()), lanes: 1, ..Config::default() }
+}
+
+/// The blocks of a journal, each with its blank line; what follows the last one is left out.
+fn blocks(bytes: &[u8]) -> Vec<Vec<u8>> {
+    let (mut blocks, mut block) = (Vec::new(), Vec::new());
+    for line in bytes.split_inclusive(|b| *b == b'\n') {
+        block.extend_from_slice(line);
+        if line == b"\n" {
+            blocks.push(std::mem::take(&mut block));
+        }
+    }
+    blocks
+}
+
+fn is_event(block: &[u8]) -> bool {
+    block.windows(7).any(|w| w == b"\ndata: ")
+}
+
+/// What goes out on the wire of a block that stands in the journal.
+fn frame(block: &[u8]) -> Vec<u8> {
+    let sum = block.windows(5).position(|w| w == b"sum: ").unwrap();
+    let end = block[sum..].iter().position(|b| *b == b'\n').unwrap();
+    block[sum + end + 1..].to_vec()
+}
+
+/// Everything that a topic keeps, as it goes out, without the first block and the end.
+fn kept(addr: SocketAddr, topics: &str) -> Vec<Vec<u8>> {
+    let mut stream = Wire::stream(addr, &format!("/events/{topics}?since=earliest&poll=1ms"), "");
+    let all = blocks(&stream.rest());
+    all[1..all.len() - 1].to_vec()
+}
+
+fn id_of(frame: &[u8]) -> Id {
+    let text = str::from_utf8(frame).unwrap();
+    text.lines().find_map(|line| line.strip_prefix("id: ")).unwrap().parse().unwrap()
+}
+
+fn publish(wire: &mut Wire, target: &str, body: &str) -> Answer {
+    let length = body.len();
+    wire.send(
+        format!("POST {target} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {length}\r\n\r\n{body}").as_bytes(),
+    );
+    wire.answer()
+}
+
+#[test]
+fn the_journal_is_an_event_stream_of_topic_key_sum_and_the_bytes_on_the_wire() {
+    let dir = Scratch::new();
+    let path = dir.path("events");
+    let server = serve(with_journal(&path));
+    let (mut stream, _) = Wire::subscribe(server.addr().unwrap(), "/events/a,b", "");
+    post(server.addr().unwrap(), "/events/a?event=greeting&retry=1500&key=sum:%20x", "one\ntwo");
+    post(server.addr().unwrap(), "/events/b", "sum: 3");
+    let frames = [stream.take_until(b"\n\n").unwrap(), stream.take_until(b"\n\n").unwrap()];
+    let written = blocks(&fs::read(&path).unwrap());
+    assert!(!is_event(&written[0]), "the first says from where on ids are known");
+    for (block, (head, frame)) in written[1..].iter().zip(["topic: a\nkey: sum: x\n", "topic: b\n"].iter().zip(&frames))
+    {
+        let mut crc = crc32fast::Hasher::new();
+        crc.update(head.as_bytes());
+        crc.update(frame);
+        let expected = [format!("{head}sum: {:08x}\n", crc.finalize()).as_bytes(), frame].concat();
+        assert_eq!(str::from_utf8(block), str::from_utf8(&expected));
+    }
+    assert_eq!(written.len(), 3);
+}
+
+#[test]
+fn after_a_restart_events_keys_gaps_and_ids_are_as_before() {
+    let dir = Scratch::new();
+    let config = Config { keep_events: 5, ..with_journal(&dir.path("events")) };
+    let server = serve(config.clone());
+    let hub = server.hub();
+    let ids: Vec<Id> =
+        (0..9).map(|n| hub.publish("a", Event::new(n.to_string()).key(format!("k{n}"))).unwrap()).collect();
+    let other = hub.publish("b", Event::new("other")).unwrap();
+    let targets = [
+        "a?since=earliest".into(),
+        "a,b?since=earliest".into(),
+        format!("a?last_event_id={}", ids[2]),
+        format!("a?last_event_id={}", ids[3]),
+        format!("a,b?last_event_id={}", ids[6]),
+        "c?last_event_id=1-1".into(),
+        "b?last_event_id=99999999999999-0".into(),
+        "a".into(),
+    ];
+    let look = |server: &Handle| -> Vec<Vec<u8>> {
+        let polled = |target: &String| {
+            let join = if target.contains('?') { '&' } else { '?' };
+            Wire::stream(server.addr().unwrap(), &format!("/events/{target}{join}poll=1ms"), "").rest()
+        };
+        targets.iter().map(polled).collect()
+    };
+    let before = look(&server);
+    drop(server);
+    for round in 0..2 {
+        let server = serve(config.clone());
+        for (now, then) in look(&server).iter().zip(&before) {
+            assert_eq!(str::from_utf8(now), str::from_utf8(then), "round {round}");
+        }
+        assert_eq!(server.hub().publish("a", Event::new("again").key("k8")).unwrap(), ids[8], "the key is known");
+        assert!(server.hub().publish("new", Event::new("x").key(format!("r{round}"))).unwrap() > other);
+        drop(server);
+        // The rest compares with the same newest id again.
+        let bytes = fs::read(config.journal.as_ref().unwrap()).unwrap();
+        let all = blocks(&bytes);
+        fs::write(config.journal.as_ref().unwrap(), all[..all.len() - 1].concat()).unwrap();
+    }
+}
+
+#[test]
+fn a_cursor_from_before_the_journal_hears_a_gap() {
+    let dir = Scratch::new();
+    let server = serve(with_journal(&dir.path("events")));
+    for cursor in ["1-1", "99999999999999-0"] {
+        let (mut stream, _) = Wire::subscribe(server.addr().unwrap(), &format!("/events/a?last_event_id={cursor}"), "");
+        assert!(stream.event().unwrap().is_gap());
+    }
+}
+
+#[test]
+fn two_hundred_kills_lose_nothing_that_was_answered_and_repeat_nothing() {
+    const ROUNDS: usize = 200;
+    let dir = Scratch::new();
+    let path = dir.path("events");
+    let flags = ["--journal", &path, "--log", "off", "--keep-events", "10000000", "--keep-bytes", "1GiB"];
+    let (addr, done) = (Arc::new(Mutex::new(None)), Arc::new(AtomicBool::new(false)));
+    let acknowledged = Arc::new(Mutex::new(Vec::new()));
+
+    // Each speaks with whatever process there is, and begins again with the next one.
+    let publishers: Vec<_> = (0..4)
+        .map(|n| {
+            let (addr, done, acknowledged) = (addr.clone(), done.clone(), acknowledged.clone());
+            thread::spawn(move || {
+                while !done.load(SeqCst) {
+                    let current: Option<SocketAddr> = *addr.lock().unwrap();
+                    let Some(Ok(socket)) = current.map(TcpStream::connect) else {
+                        thread::sleep(Duration::from_millis(1));
+                        continue;
+                    };
+                    let mut wire = Wire::on(socket);
+                    let request =
+                        format!("POST /events/t{n} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 5\r\n\r\nevent");
+                    while !done.load(SeqCst) && wire.socket.write_all(request.as_bytes()).is_ok() {
+                        let Some(head) = wire.take_until(b"\r\n\r\n") else { break };
+                        assert!(head.starts_with(b"HTTP/1.1 200 "), "{:?}", String::from_utf8_lossy(&head));
+                        let Some(id) = wire.take_until(b"\n") else { break };
+                        acknowledged.lock().unwrap().push(str::from_utf8(&id).unwrap().trim().parse::<Id>().unwrap());
+                    }
+                }
+            })
+        })
+        .collect();
+    let subscribers: Vec<_> = (0..20)
+        .map(|n| {
+            let (addr, done) = (addr.clone(), done.clone());
+            thread::spawn(move || {
+                let (mut seen, mut cursor): (Vec<Id>, Option<Id>) = (Vec::new(), None);
+                let topics = if n % 2 == 0 { "t0,t1,t2,t3" } else { "t0,t1,t2,t3,unused" };
+                loop {
+                    let current: Option<SocketAddr> = *addr.lock().unwrap();
+                    let Some(Ok(socket)) = current.map(TcpStream::connect) else {
+                        thread::sleep(Duration::from_millis(1));
+                        continue;
+                    };
+                    let mut wire = Wire::on(socket);
+                    let from = cursor.map_or("?since=earliest".into(), |id| format!("?last_event_id={id}"));
+                    let request = format!("GET /events/{topics}{from} HTTP/1.1\r\nHost: localhost\r\n\r\n");
+                    if wire.socket.write_all(request.as_bytes()).is_err() || wire.take_until(b"\r\n\r\n").is_none() {
+                        continue;
+                    }
+                    while let Some(block) = wire.block() {
+                        assert!(!block.is_gap(), "{block:?} after {cursor:?}");
+                        if block.data.is_some() {
+                            if block.event.as_deref() == Some("last") {
+                                return seen;
+                            }
+                            seen.push(block.id());
+                        }
+                        cursor = block.id.as_ref().map(|_| block.id()).or(cursor);
+                    }
+                    assert!(!done.load(SeqCst) || current != *addr.lock().unwrap() || wire.buffer.is_empty());
+                }
+            })
+        })
+        .collect();
+
+    let mut random = Random(17);
+    for _ in 0..ROUNDS {
+        let process = Process::start(&flags);
+        *addr.lock().unwrap() = Some(process.addr);
+        thread::sleep(Duration::from_millis(10 + random.below(40) as u64));
+        drop(process); // kill -9
+    }
+    let process = Process::start(&flags);
+    *addr.lock().unwrap() = Some(process.addr);
+    done.store(true, SeqCst);
+    publishers.into_iter().for_each(|publisher| publisher.join().unwrap());
+    assert_eq!(post(process.addr, "/events/t0?event=last", "").status, 200);
+    let acknowledged: BTreeSet<Id> = acknowledged.lock().unwrap().iter().copied().collect();
+    assert!(acknowledged.len() >= ROUNDS, "only {} were published", acknowledged.len());
+    for (n, subscriber) in subscribers.into_iter().enumerate() {
+        let seen = subscriber.join().unwrap();
+        assert!(seen.is_sorted_by(|a, b| a < b), "subscriber {n}: out of order, or twice");
+        let seen: BTreeSet<Id> = seen.into_iter().collect();
+        let lost: Vec<_> = acknowledged.difference(&seen).collect();
+        assert!(lost.is_empty(), "subscriber {n} lost {} of {}: {lost:?}", lost.len(), acknowledged.len());
+    }
+    eprintln!("{ROUNDS} kills, {} events, 20 subscribers: none lost, none twice", acknowledged.len());
+}
+
+#[test]
+fn a_file_cut_at_any_byte_of_its_last_three_events_recovers_all_before_and_goes_on() {
+    let dir = Scratch::new();
+    let path = dir.path("events");
+    let server = serve(with_journal(&path));
+    for n in 0..5 {
+        let event = Event::new(format!("line {n}\nsum: 1\n\u{1f980}")).name("n").key(format!("key {n}"));
+        server.hub().publish(["a", "b"][n % 2], event).unwrap();
+    }
+    drop(server);
+    let whole = fs::read(&path).unwrap();
+    let all = blocks(&whole);
+    let first_cut = all[..3].iter().map(Vec::len).sum();
+    for cut in first_cut..=whole.len() {
+        fs::write(&path, &whole[..cut]).unwrap();
+        let expected: Vec<_> = blocks(&whole[..cut])[1..].iter().map(|block| frame(block)).collect();
+        let server = serve(with_journal(&path));
+        assert_eq!(kept(server.addr().unwrap(), "a,b"), expected, "cut at {cut}");
+        let id = server.hub().publish("a", Event::new("after")).unwrap();
+        assert!(expected.iter().all(|frame| id_of(frame) < id));
+        drop(server);
+        let appended = blocks(&fs::read(&path).unwrap());
+        assert_eq!(appended.len(), expected.len() + 2);
+        assert_eq!(appended.concat(), fs::read(&path).unwrap(), "whole blocks only");
+        let server = serve(with_journal(&path));
+        assert_eq!(kept(server.addr().unwrap(), "a,b").len(), expected.len() + 1, "cut at {cut}");
+    }
+}
+
+#[test]
+fn ten_thousand_damaged_files_never_panic_and_never_invent_or_withhold_an_event() {
+    let dir = Scratch::new();
+    let path = dir.path("events");
+    let server = serve(with_journal(&path));
+    for n in 0..12 {
+        let mut event = Event::new(format!("data {n}\n\nmore"));
+        if n % 3 == 0 {
+            event = event.key(format!("k{n}")).name("named");
+        }
+        server.hub().publish(&format!("t{}", n % 3), event).unwrap();
+    }
+    drop(server);
+    let whole = fs::read(&path).unwrap();
+    let originals = blocks(&whole);
+    let (mut random, mut refused) = (Random(23), 0);
+    for round in 0..10_000 {
+        let mut bytes = whole.clone();
+        for _ in 0..random.below(4) {
+            let at = random.below(bytes.len());
+            bytes[at] = [bytes[at] ^ (1 << random.below(8)), b'\n', random.below(256) as u8][random.below(3)];
+        }
+        match random.below(4) {
+            0 => bytes.truncate(random.below(bytes.len() + 1)),
+            1 => drop(bytes.splice(0..0, b"\n\n"[..random.below(3)].iter().copied())),
+            2 => {
+                let at = random.below(bytes.len());
+                bytes.drain(at..(at + random.below(200)).min(whole.len()));
+            }
+            _ => {}
+        }
+        fs::write(&path, &bytes).unwrap();
+        let found = blocks(&bytes);
+        let good: Vec<_> = found.iter().filter(|block| originals.contains(block)).collect();
+        let expected: Vec<_> = good.iter().filter(|block| is_event(block)).map(|block| frame(block)).collect();
+        match Server::bind("127.0.0.1:0", with_journal(&path)) {
+            Ok(server) => {
+                let server = server.spawn().unwrap();
+                assert_eq!(kept(server.addr().unwrap(), "t0,t1,t2"), expected, "round {round}");
+                drop(server);
+                let copies = fs::read_dir(&dir.0).unwrap().filter_map(|entry| {
+                    let entry = entry.unwrap().path();
+                    entry.to_str().unwrap().contains(".damaged.").then_some(entry)
+                });
+                let copies: Vec<_> = copies.collect();
+                let is_damaged = good.len() < found.len() || found.first().is_some_and(|first| *first != originals[0]);
+                assert_eq!(copies.len(), usize::from(is_damaged), "round {round}");
+                for copy in copies {
+                    assert_eq!(fs::read(&copy).unwrap(), bytes, "round {round}");
+                    fs::remove_file(copy).unwrap();
+                }
+                let after = fs::read(&path).unwrap();
+                assert_eq!(blocks(&after).concat(), after, "round {round}");
+            }
+            Err(error) => {
+                assert!(good.is_empty() && error.kind() == ErrorKind::InvalidData, "round {round}: {error}");
+                assert_eq!(fs::read(&path).unwrap(), bytes, "what is no journal stays as it is");
+                refused += 1;
+            }
+        }
+    }
+    assert!(refused < 1_000, "{refused} had nothing left to read");
+}
+
+#[test]
+fn what_is_damaged_is_named_with_its_offset_and_every_cursor_hears_a_gap() {
+    let dir = Scratch::new();
+    let path = dir.path("events");
+    let server = serve(with_journal(&path));
+    let first = server.hub().publish("a", Event::new("one")).unwrap();
+    server.hub().publish("a", Event::new("two")).unwrap();
+    let last = server.hub().publish("a", Event::new("three")).unwrap();
+    drop(server);
+    let mut bytes = fs::read(&path).unwrap();
+    let offset: usize = blocks(&bytes)[..2].iter().map(Vec::len).sum();
+    bytes[offset + 8] = b'!';
+    fs::write(&path, &bytes).unwrap();
+    let process = Process::start(&["--journal", &path]);
+    wait_for("the log", || process.log().contains("kept 2 events").then_some(()));
+    assert!(
+        process.log().contains(&format!("1 of its blocks cannot be read, at bytes [{offset}]")),
+        "{}",
+        process.log()
+    );
+    assert!(process.log().contains(".damaged."), "{}", process.log());
+    for cursor in [first, last] {
+        let (mut stream, _) = Wire::subscribe(process.addr, &format!("/events/a?last_event_id={cursor}"), "");
+        assert!(stream.event().unwrap().is_gap(), "after {cursor}");
+        if cursor == first {
+            assert_eq!(stream.event().unwrap().data(), "three");
+        }
+    }
+}
+
+#[test]
+fn a_journal_without_its_beginning_tells_every_cursor_of_a_gap() {
+    let dir = Scratch::new();
+    let path = dir.path("events");
+    let server = serve(with_journal(&path));
+    let ids: Vec<Id> = (0..4).map(|n| server.hub().publish("a", Event::new(n.to_string())).unwrap()).collect();
+    drop(server);
+    let all = blocks(&fs::read(&path).unwrap());
+    fs::write(&path, all[3..].concat()).unwrap(); // as copying and truncating, or tail, would leave it
+    let server = serve(with_journal(&path));
+    let (mut stream, _) = Wire::subscribe(server.addr().unwrap(), &format!("/events/a?last_event_id={}", ids[0]), "");
+    assert!(stream.event().unwrap().is_gap());
+    assert_eq!((stream.event().unwrap().data(), stream.event().unwrap().data()), ("2", "3"));
+}
+
+#[test]
+fn what_stands_in_the_place_of_the_lock_is_not_overwritten() {
+    let dir = Scratch::new();
+    fs::write(dir.path("letter"), "dear reader").unwrap();
+    std::os::unix::fs::symlink(dir.path("letter"), dir.path("events.lock")).unwrap();
+    let error = Server::bind("127.0.0.1:0", with_journal(&dir.path("events"))).err().unwrap();
+    assert!(error.to_string().contains("events.lock"), "{error}");
+    assert_eq!(fs::read_to_string(dir.path("letter")).unwrap(), "dear reader");
+}
+
+#[test]
+fn a_second_server_on_the_same_journal_is_told_who_holds_it() {
+    let dir = Scratch::new();
+    let path = dir.path("events");
+    let first = Process::start(&["--journal", &path]);
+    let second = Command::new(env!("CARGO_BIN_EXE_brooklet"))
+        .args(["--listen", "127.0.0.1:0", "--journal", &path])
+        .stdin(Stdio::null())
+        .output()
+        .unwrap();
+    let said = String::from_utf8(second.stderr).unwrap();
+    assert_eq!(second.status.code(), Some(1), "{said}");
+    assert!(said.contains(&format!("process {} ", first.child.id())) && said.contains(&path), "{said}");
+    drop(first); // kill -9: the lock goes with the process
+    drop(Process::start(&["--journal", &path]));
+}
+
+#[test]
+fn dropping_the_handle_gives_the_journal_free_though_a_hub_lives_on() {
+    let dir = Scratch::new();
+    let path = dir.path("events");
+    let server = serve(with_journal(&path));
+    let hub = server.hub();
+    hub.publish("a", Event::new("one")).unwrap();
+    assert_eq!(
+        Server::bind("127.0.0.1:0", with_journal(&path)).err().unwrap().kind(),
+        ErrorKind::ResourceBusy,
+        "held by this process"
+    );
+    drop(server);
+    assert_eq!(hub.publish("a", Event::new("two")).unwrap_err().kind(), ErrorKind::NotConnected);
+    let server = serve(with_journal(&path));
+    assert_eq!(kept(server.addr().unwrap(), "a").len(), 1);
+}
+
+#[test]
+fn what_cannot_be_a_journal_is_refused_with_a_clear_error_and_left_alone() {
+    let dir = Scratch::new();
+    fs::write(dir.path("text"), "a letter\n\nto someone\n\n").unwrap();
+    for (path, part) in [
+        (dir.0.to_str().unwrap().to_string(), "directory"),
+        (dir.path("missing/events"), "No such file"),
+        ("/dev/null".into(), "no regular file"),
+        (dir.path("text"), "no journal"),
+    ] {
+        let error = Server::bind("127.0.0.1:0", with_journal(&path)).err().unwrap().to_string();
+        assert!(error.contains(part) && error.contains(&path), "{error}");
+    }
+    assert_eq!(fs::read_to_string(dir.path("text")).unwrap(), "a letter\n\nto someone\n\n");
+    let error = Server::bind("127.0.0.1:0", Config { fsync: true, ..Config::default() }).err().unwrap();
+    assert_eq!(error.kind(), ErrorKind::InvalidInput);
+}
+
+#[test]
+fn a_journal_that_has_grown_is_written_anew_and_forgets_nothing_that_matters() {
+    let dir = Scratch::new();
+    let path = dir.path("events");
+    let config = Config { keep_events: 10, ..with_journal(&path) };
+    let server = serve(config.clone());
+    let first = server.hub().publish("a", Event::new("first")).unwrap();
+    server.hub().publish("rare", Event::new("kept").key("k")).unwrap();
+    fs::set_permissions(&path, std::os::unix::fs::PermissionsExt::from_mode(0o640)).unwrap();
+    let body = "x".repeat(50_000);
+    let mut largest = 0;
+    for _ in 0..300 {
+        server.hub().publish("a", Event::new(body.clone())).unwrap();
+        largest = largest.max(fs::metadata(&path).unwrap().len());
+    }
+    assert!((1_000_000..2 * 500_000 + 1_200_000).contains(&largest), "{largest}");
+    let mode = std::os::unix::fs::PermissionsExt::mode(&fs::metadata(&path).unwrap().permissions());
+    assert_eq!(mode & 0o777, 0o640, "its permissions stay");
+    drop(server);
+    let server = serve(config);
+    assert_eq!(kept(server.addr().unwrap(), "a").len(), 10);
+    assert_eq!(kept(server.addr().unwrap(), "rare").len(), 1);
+    let (mut stream, _) = Wire::subscribe(server.addr().unwrap(), &format!("/events/a?last_event_id={first}"), "");
+    assert!(stream.event().unwrap().is_gap());
+    let (mut stream, _) = Wire::subscribe(server.addr().unwrap(), &format!("/events/rare?last_event_id={first}"), "");
+    assert!(!stream.event().unwrap().is_gap(), "this topic has let nothing go");
+    let files: Vec<_> = fs::read_dir(&dir.0).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+    assert_eq!(files.len(), 2, "{files:?}");
+}
+
+/// Found by fuzzing: the mark for topics that are gone raised the marks of those that came after it in the file.
+#[test]
+fn writing_anew_does_not_raise_what_a_topic_has_let_go() {
+    let dir = Scratch::new();
+    let path = dir.path("events");
+    let config = Config { keep_events: 3, keep_bytes: 300_000, ..with_journal(&path) };
+    let server = serve(config.clone());
+    let (_, start) = Wire::subscribe(server.addr().unwrap(), "/events/any", "");
+    let body = "x".repeat(60_000);
+    let publish = |topic: &str, count: usize| {
+        for _ in 0..count {
+            server.hub().publish(topic, Event::new(body.clone())).unwrap();
+        }
+    };
+    publish("gone", 1);
+    server.hub().publish("rare", Event::new("kept")).unwrap();
+    publish("first", 3);
+    publish("second", 1); // the budget is used up, and the oldest of all goes, with its topic
+    assert_eq!(kept(server.addr().unwrap(), "gone").len(), 0);
+    publish("first", 60);
+    assert!(fs::metadata(&path).unwrap().len() < 2_500_000, "it was written anew");
+    drop(server);
+    let server = serve(config);
+    for (topic, is_gap) in [("gone", true), ("first", true), ("rare", false)] {
+        let target = format!("/events/{topic}?last_event_id={start}");
+        let (mut stream, _) = Wire::subscribe(server.addr().unwrap(), &target, "");
+        assert_eq!(stream.event().unwrap().is_gap(), is_gap, "{topic}");
+    }
+}
+
+#[test]
+fn a_crash_at_any_step_of_writing_anew_leaves_one_whole_journal() {
+    if !has("strace") {
+        return;
+    }
+    // With a journal that exists, only a connection's own thread makes these calls, so their counts tell the step: the
+    // 41st write is the first of the new file.
+    for (call, nth) in [("unlink", 1), ("write", 43), ("fsync", 1), ("rename", 1), ("fsync", 2)] {
+        let dir = Scratch::new();
+        let path = dir.path("events");
+        let config = Config { keep_events: 10, ..with_journal(&path) };
+        drop(serve(config.clone()));
+        let mut traced = Traced::start(&[&format!("{call}:signal=KILL:when={nth}")], &path, &["--keep-events", "10"]);
+        let (mut wire, mut last, body) = (Wire::connect(traced.process.addr), None, "x".repeat(50_000));
+        for count in 0.. {
+            assert!(count < 100, "{call} {nth} was never reached");
+            let request = format!("POST /events/a HTTP/1.1\r\nHost: localhost\r\nContent-Length: 50000\r\n\r\n{body}");
+            let sent = wire.socket.write_all(request.as_bytes()).is_ok();
+            let Some(head) = Some(()).filter(|()| sent).and_then(|()| wire.take_until(b"\r\n\r\n")) else { break };
+            assert!(head.starts_with(b"HTTP/1.1 200"));
+            last = wire.take_until(b"\n").map(|id| str::from_utf8(&id).unwrap().trim().parse::<Id>().unwrap());
+        }
+        traced.process.child.wait().unwrap();
+        let before = fs::metadata(&path).unwrap().len();
+        let server = serve(config);
+        let found = kept(server.addr().unwrap(), "a");
+        assert_eq!(found.last().map(|frame| id_of(frame)), last, "{call} {nth}: the last that was answered");
+        assert_eq!(found.len(), 10, "{call} {nth}");
+        assert_eq!(before > 2_000_000, (call, nth) != ("fsync", 2), "{call} {nth}: the old one, or the new one");
+        server.hub().publish("a", Event::new(body)).unwrap();
+        assert_eq!(kept(server.addr().unwrap(), "a").len(), 10);
+        drop(traced);
+        let files: Vec<_> = fs::read_dir(&dir.0).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+        assert_eq!(files.len(), 2, "{call} {nth}: {files:?}");
+    }
+}
+
+/// Runs the command on a file system of its own, of 2 MB; `None` where the system does not let a test have one.
+fn on_a_small_disk(dir: &Scratch, options: &str, flags: &str) -> Option<Command> {
+    if !(has("unshare") && shell("unshare -rm true") || left_out("a file system of its own (unshare -rm)")) {
+        return None;
+    }
+    fs::create_dir(dir.path("disk")).unwrap();
+    let script = format!(
+        "mount -t tmpfs -o size=2m tmpfs $1/disk && head -c 1000000 /dev/zero >$1/disk/filler && {options} {{
+             (until [ -e $1/trigger ] || ! [ -d $1 ]; do sleep 0.05; done; rm -f $1/disk/filler) &
+             exec $2 --listen 127.0.0.1:0 --journal $1/disk/events {flags}
+         }}"
+    );
+    let mut command = Command::new("unshare");
+    command.args(["-rm", "sh", "-c", &script, "sh", dir.0.to_str().unwrap(), env!("CARGO_BIN_EXE_brooklet")]);
+    Some(command)
+}
+
+#[test]
+fn a_full_disk_is_answered_with_507_and_works_again_once_there_is_room() {
+    let dir = Scratch::new();
+    let Some(mut command) = on_a_small_disk(&dir, "", "--keep-events 100000") else { return };
+    let process = Process::from(&mut command);
+    let journal = format!("/proc/{}/root{}", process.child.id(), dir.path("disk/events"));
+    let (mut stream, _) = Wire::subscribe(process.addr, "/events/a", "");
+    let (mut wire, body) = (Wire::connect(process.addr), "x".repeat(10_000));
+    let mut ids: Vec<Id> = Vec::new();
+    let refused = loop {
+        let answer = publish(&mut wire, "/events/a", &body);
+        if answer.status != 200 {
+            break answer;
+        }
+        ids.push(answer.body.trim().parse().unwrap());
+        assert!(ids.len() < 1_000, "the disk is never full");
+    };
+    assert_eq!((refused.status, refused.header("retry-after")), (507, Some("3")), "{refused:?}");
+    assert!(refused.body.contains("No space left on device"), "{refused:?}");
+    for _ in 0..3 {
+        assert_eq!(publish(&mut wire, "/events/a", &body).status, 507);
+    }
+    let lines = "PUT /events/a HTTP/1.1\r\nHost: localhost\r\nContent-Length: 20000\r\n\r\n".to_string()
+        + &"y\n".repeat(10_000);
+    let mut put = Wire::connect(process.addr);
+    put.send(lines.as_bytes());
+    let answer = put.answer();
+    assert_eq!(answer.status, 507, "{answer:?}");
+    let count: usize =
+        answer.body.split("published ").nth(1).unwrap().split([',', '\n']).next().unwrap().parse().unwrap();
+    let bytes = fs::read(&journal).unwrap();
+    assert_eq!(blocks(&bytes).concat(), bytes, "the half-written event is cut back");
+    assert_eq!(blocks(&bytes).len(), 1 + ids.len() + count, "what was answered is there, and nothing else");
+    assert_eq!(get(process.addr, "/health").status, 200);
+
+    fs::write(dir.path("trigger"), "").unwrap();
+    let after: Id = wait_for("room", || {
+        let answer = publish(&mut wire, "/events/a", &body);
+        (answer.status == 200).then(|| answer.body.trim().parse().unwrap())
+    });
+    for id in &ids {
+        assert_eq!(stream.event().unwrap().id(), *id);
+    }
+    for _ in 0..count {
+        assert_eq!(stream.event().unwrap().data(), "y");
+    }
+    assert_eq!(stream.event().unwrap().id(), after, "what was refused is sent to nobody");
+    let bytes = fs::read(&journal).unwrap();
+    assert_eq!(blocks(&bytes).concat(), bytes);
+}
+
+#[test]
+fn a_disk_that_cannot_be_written_is_an_error_at_the_start() {
+    let dir = Scratch::new();
+    let Some(mut command) = on_a_small_disk(&dir, "mount -o remount,ro $1/disk &&", "") else { return };
+    fs::write(dir.path("trigger"), "").unwrap();
+    let output = command.stdin(Stdio::null()).output().unwrap();
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(1), "{said}");
+    assert!(said.contains("Read-only file system") && said.contains("disk/events"), "{said}");
+}
+
+#[test]
+fn a_clock_set_back_by_an_hour_does_not_set_ids_back() {
+    if !has("faketime") {
+        return;
+    }
+    let dir = Scratch::new();
+    let path = dir.path("events");
+    let first = Process::start(&["--journal", &path]);
+    let before: Id = post(first.addr, "/events/a", "x").body.trim().parse().unwrap();
+    drop(first);
+    let mut faketime = Command::new("faketime");
+    faketime.args(["-f", "-1h", env!("CARGO_BIN_EXE_brooklet"), "--listen", "127.0.0.1:0", "--journal", &path]);
+    let second = Process::from(faketime.env("FAKETIME_DONT_FAKE_MONOTONIC", "1"));
+    let date = get(second.addr, "/health").header("date").unwrap().to_string();
+    let after: Vec<Id> = (0..3).map(|_| post(second.addr, "/events/a", "x").body.trim().parse().unwrap()).collect();
+    assert!(before < after[0] && after.is_sorted_by(|a, b| a < b), "{before} then {after:?}, at {date}");
+    assert_eq!(after[0].ms, before.ms, "the clock really was behind at {date}");
+}
+
+/// The command under strace, which makes system calls fail. Calls are counted for each thread by itself, and a connection
+/// has a thread of its own.
+struct Traced {
+    process: Process,
+    calls: String,
+    pid: String,
+}
+
+impl Traced {
+    fn start(inject: &[&str], journal: &str, flags: &[&str]) -> Traced {
+        let calls = format!("{journal}.calls");
+        let mut strace = Command::new("strace");
+        strace.args(["-f", "-o", &calls, "-e", "trace=write,fsync,fdatasync,rename,unlink"]);
+        for what in inject {
+            strace.args(["-e", &format!("inject={what}")]);
+        }
+        strace.args([env!("CARGO_BIN_EXE_brooklet"), "--listen", "127.0.0.1:0", "--journal", journal]).args(flags);
+        let process = Process::from(&mut strace);
+        let holder = fs::read_to_string(format!("{journal}.lock")).unwrap();
+        Traced { process, calls, pid: holder.trim().strip_prefix("process ").unwrap().into() }
+    }
+
+    fn count(&self, call: &str) -> usize {
+        fs::read_to_string(&self.calls).unwrap().lines().filter(|line| line.contains(&format!(" {call}("))).count()
+    }
+}
+
+impl Drop for Traced {
+    fn drop(&mut self) {
+        shell(&format!("kill -9 {} 2>/dev/null", self.pid)); // strace alone would leave the server running
+        wait_for("the server to be gone", || (!fs::exists(format!("/proc/{}", self.pid)).unwrap()).then_some(()));
+        let _ = fs::remove_file(&self.calls);
+    }
+}
+
+#[test]
+fn a_failed_write_is_not_answered_with_200_and_not_sent() {
+    if !has("strace") {
+        return;
+    }
+    let dir = Scratch::new();
+    let path = dir.path("events");
+    drop(serve(with_journal(&path)));
+    let traced = Traced::start(&["write:error=ENOSPC:when=5"], &path, &[]);
+    let (mut stream, _) = Wire::subscribe(traced.process.addr, "/events/a", "");
+    let mut wire = Wire::connect(traced.process.addr);
+    for _ in 0..4 {
+        assert_eq!(publish(&mut wire, "/events/a", "one").status, 200);
+    }
+    let refused = publish(&mut wire, "/events/a?key=k", "two");
+    assert_eq!(refused.status, 507, "{refused:?}");
+    assert!(refused.body.contains("No space left on device"), "{refused:?}");
+    assert_eq!(publish(&mut wire, "/events/a?key=k", "three").status, 200, "the key of what was refused is free");
+    for data in ["one", "one", "one", "one", "three"] {
+        assert_eq!(stream.event().unwrap().data(), data);
+    }
+    assert!(traced.process.log().contains("No space left on device"), "{}", traced.process.log());
+    assert_eq!(blocks(&fs::read(&path).unwrap()).len(), 6);
+}
+
+#[test]
+fn a_failed_sync_is_never_tried_again_as_if_nothing_were_lost() {
+    if !has("strace") {
+        return;
+    }
+    let dir = Scratch::new();
+    let path = dir.path("events");
+    // The second sync of an event fails; then the first time that the journal is written anew fails, too.
+    drop(serve(with_journal(&path)));
+    let traced = Traced::start(&["fdatasync:error=EIO:when=2", "fsync:error=EIO:when=1"], &path, &["--fsync"]);
+    let (mut stream, _) = Wire::subscribe(traced.process.addr, "/events/a", "");
+    let mut wire = Wire::connect(traced.process.addr);
+    assert_eq!(publish(&mut wire, "/events/a", "one").status, 200);
+    let refused = publish(&mut wire, "/events/a", "two");
+    assert!(refused.status == 507 && refused.body.contains("Input/output error"), "{refused:?}");
+    let refused = publish(&mut wire, "/events/a", "three");
+    assert!(refused.status == 507 && refused.body.contains("Input/output error"), "{refused:?}");
+    assert_eq!(traced.count("fdatasync"), 3, "one at the start, two for events: it was not simply tried again");
+    assert_eq!(traced.count("rename"), 0);
+    wait_for("the journal to be written anew", || {
+        let answer = publish(&mut wire, "/events/a", "four");
+        (answer.status == 200).then_some(())
+    });
+    assert_eq!((traced.count("rename"), traced.count("fdatasync")), (1, 4));
+    assert_eq!(stream.event().unwrap().data(), "one");
+    assert_eq!(stream.event().unwrap().data(), "four");
+    drop(traced);
+    let server = serve(with_journal(&path));
+    let found = kept(server.addr().unwrap(), "a");
+    assert!(found.len() == 2 && found[1].ends_with(b"data: four\n\n"), "{}", found.len());
+}
+
+#[test]
+fn publishers_that_wait_at_the_same_time_share_one_sync_and_stay_in_order() {
+    if !has("strace") {
+        return;
+    }
+    const PUBLISHERS: usize = 32;
+    let dir = Scratch::new();
+    let path = dir.path("events");
+    drop(serve(with_journal(&path)));
+    let traced = Traced::start(&["fdatasync:delay_enter=300000"], &path, &["--fsync"]);
+    let addr = traced.process.addr;
+    let (mut stream, _) = Wire::subscribe(addr, "/events/a", "");
+    let start = Arc::new(Barrier::new(PUBLISHERS));
+    let publishers: Vec<_> = (0..PUBLISHERS)
+        .map(|n| {
+            let (start, mut wire) = (start.clone(), Wire::connect(addr));
+            thread::spawn(move || {
+                start.wait();
+                publish(&mut wire, "/events/a", &n.to_string()).body.trim().parse::<Id>().unwrap()
+            })
+        })
+        .collect();
+    let ids: BTreeSet<Id> = publishers.into_iter().map(|publisher| publisher.join().unwrap()).collect();
+    assert_eq!(ids.len(), PUBLISHERS);
+    for id in ids {
+        assert_eq!(stream.event().unwrap().id(), id, "in the order of the ids");
+    }
+    let syncs = traced.count("fdatasync");
+    assert!(syncs < PUBLISHERS / 2, "{syncs} syncs");
+    // A body of many lines that are there at once is one sync, too.
+    let mut wire = Wire::connect(addr);
+    wire.send(
+        format!("PUT /events/a HTTP/1.1\r\nHost: localhost\r\nContent-Length: 40\r\n\r\n{}", "y\n".repeat(20))
+            .as_bytes(),
+    );
+    assert!(wire.answer().body.starts_with("published 20, "));
+    assert!(traced.count("fdatasync") <= syncs + 3, "{} syncs for 20 lines", traced.count("fdatasync") - syncs);
+}
+
+#[test]
+fn a_repeat_waits_for_the_first_where_that_is_still_being_written() {
+    if !has("strace") {
+        return;
+    }
+    let dir = Scratch::new();
+    let path = dir.path("events");
+    drop(serve(with_journal(&path)));
+    // The second sync is slow and then fails: those who wait for it must not be told otherwise than who published it.
+    let traced = Traced::start(&["fdatasync:error=EIO:delay_enter=500000:when=2"], &path, &["--fsync"]);
+    let addr = traced.process.addr;
+    let mut first = Wire::connect(addr);
+    assert_eq!(publish(&mut first, "/events/a", "zero").status, 200);
+    first.send(b"POST /events/a?key=k HTTP/1.1\r\nHost: localhost\r\nContent-Length: 3\r\n\r\none");
+    wait_for("the first to be in the journal", || fs::read_to_string(&path).unwrap().contains("key: k").then_some(()));
+    let mut second = Wire::connect(addr);
+    second.send(b"POST /events/a?key=k HTTP/1.1\r\nHost: localhost\r\nContent-Length: 3\r\n\r\ntwo");
+    assert_eq!((first.answer().status, second.answer().status), (507, 507));
+    let id = wait_for("the journal to be written anew", || {
+        let answer = publish(&mut first, "/events/a?key=k", "three");
+        (answer.status == 200).then_some(answer.body)
+    });
+    assert_eq!(publish(&mut second, "/events/a?key=k", "four").body, id);
+    assert_eq!(metric(addr, "published_total"), 2);
+}
+
+#[test]
+fn who_watches_sees_how_far_a_long_recovery_has_come() {
+    if !has("script") {
+        return;
+    }
+    let dir = Scratch::new();
+    let path = dir.path("events");
+    let server = serve(with_journal(&path));
+    for _ in 0..200 {
+        server.hub().publish("a", Event::new("x".repeat(1_000))).unwrap();
+    }
+    drop(server);
+    let command = format!("{} --listen 127.0.0.1:0 --journal {path}", env!("CARGO_BIN_EXE_brooklet"));
+    let mut script = Command::new("script");
+    let mut script =
+        script.args(["-qfec", &command, "/dev/null"]).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+    let (mut terminal, mut shown) = (script.stdout.take().unwrap(), Vec::new());
+    let deadline = Instant::now() + PATIENCE;
+    while !String::from_utf8_lossy(&shown).contains("kept 200 events") {
+        let mut chunk = [0; 4096];
+        let got = std::io::Read::read(&mut terminal, &mut chunk).unwrap();
+        shown.extend_from_slice(&chunk[..got]);
+        assert!(got > 0 && Instant::now() < deadline, "{}", String::from_utf8_lossy(&shown));
+    }
+    let shown = String::from_utf8_lossy(&shown);
+    assert!(shown.contains("\rreading the journal: 50 %") && shown.contains("journal "), "{shown}");
+    assert!(shown.contains("read 200 events"), "{shown}");
+    shell(&format!(
+        "kill {}",
+        fs::read_to_string(format!("{path}.lock")).unwrap().trim().strip_prefix("process ").unwrap()
+    ));
+    script.wait().unwrap();
+}
