@@ -1,0 +1,275 @@
+//! Who gets in: tokens, origins, hosts, and what a browser asks before it does.
+
+mod common;
+
+use brooklet::{Config, Server, Token};
+use common::*;
+use std::fs;
+use std::io::ErrorKind;
+use std::net::SocketAddr;
+use std::process::{Command, Stdio};
+
+fn token(text: &str) -> Token {
+    text.parse().unwrap()
+}
+
+/// One request with these header lines, each with its CRLF; Host is localhost unless they say another.
+fn ask(addr: SocketAddr, method: &str, target: &str, fields: &str) -> Answer {
+    let host = if fields.contains("Host: ") { "" } else { "Host: localhost\r\n" };
+    let length = if method == "POST" || method == "PUT" { "Content-Length: 2\r\n" } else { "" };
+    let mut wire = Wire::connect(addr);
+    wire.send(format!("{method} {target} HTTP/1.1\r\n{host}{length}{fields}\r\n").as_bytes());
+    if !length.is_empty() {
+        let _ = std::io::Write::write_all(&mut wire.socket, b"x\n");
+    }
+    let head = wire.head();
+    let status = head.split(' ').nth(1).unwrap().parse().unwrap();
+    let length = header(&head, "content-length").map_or(0, |value| value.parse().unwrap());
+    let body = if method == "HEAD" { String::new() } else { String::from_utf8(wire.take(length)).unwrap() };
+    Answer { status, head, body }
+}
+
+#[test]
+fn each_token_opens_its_own_doors_and_no_other() {
+    let (publish_tokens, subscribe_tokens) = (["write-1", "write-2"].map(token), ["read-1", "read-2"].map(token));
+    let (publish_tokens, subscribe_tokens) = (publish_tokens.to_vec(), subscribe_tokens.to_vec());
+    let server = Server::bind("127.0.0.1:0", Config { publish_tokens, subscribe_tokens, ..Config::default() }).unwrap();
+    server.stream("/mine", |stream| stream.comment("here")).unwrap();
+    server.page("/page", "text/plain", "page").unwrap();
+    let server = server.spawn().unwrap();
+    let addr = server.addr().unwrap();
+    let bearer = |token: &str| format!("Authorization: Bearer {token}\r\n");
+    let cookie = |token: &str| format!("Cookie: theme=dark; brooklet_token={token}; x=y\r\n");
+    for (method, target, good, bad) in [
+        ("POST", "/events/a", ["write-1", "write-2"], ["read-1", "write-3"]),
+        ("PUT", "/events/a", ["write-1", "write-2"], ["read-1", "write-11"]),
+        ("GET", "/events/a", ["read-1", "read-2"], ["write-1", "read-"]),
+        ("HEAD", "/events/a", ["read-1", "read-2"], ["write-1", "READ-1"]),
+        ("GET", "/mine", ["read-1", "read-2"], ["write-1", "wrong"]),
+        ("GET", "/metrics", ["read-1", "read-2"], ["write-1", "read-1x"]),
+    ] {
+        for good in good {
+            assert_eq!(ask(addr, method, target, &bearer(good)).status, 200, "{method} {target} {good}");
+            assert_eq!(ask(addr, method, target, &cookie(good)).status, 200, "{method} {target} {good} as a cookie");
+            let both = bearer("wrong") + &cookie(good);
+            assert_eq!(ask(addr, method, target, &both).status, 200, "{method} {target}: one of two is good");
+        }
+        for bad in bad {
+            for fields in [bearer(bad), cookie(bad)] {
+                let answer = ask(addr, method, target, &fields);
+                assert_eq!(answer.status, 403, "{method} {target} {bad}");
+                assert!(!answer.body.contains(bad) && !answer.head.contains(bad), "{answer:?}");
+            }
+        }
+        for fields in
+            ["", "Authorization: Basic d3JpdGUtMTp4\r\n", "Authorization: write-1\r\n", "Cookie: token=write-1\r\n"]
+        {
+            let answer = ask(addr, method, target, fields);
+            assert_eq!(answer.status, 401, "{method} {target} {fields}");
+            assert!(answer.header("www-authenticate").unwrap().starts_with("Bearer"), "{answer:?}");
+        }
+    }
+    for target in ["/health", "/page"] {
+        assert_eq!(ask(addr, "GET", target, "").status, 200, "{target} is open");
+    }
+    assert_eq!(ask(addr, "OPTIONS", "/events/a", "").status, 204, "a preflight carries no token");
+}
+
+#[test]
+fn who_may_not_publish_need_not_send_the_body() {
+    let server = serve(Config { publish_tokens: vec![token("secret")], ..Config::default() });
+    let mut wire = Wire::connect(server.addr().unwrap());
+    wire.send(b"POST /events/a HTTP/1.1\r\nHost: localhost\r\nExpect: 100-continue\r\nContent-Length: 60000\r\n\r\n");
+    let answer = wire.answer();
+    assert_eq!((answer.status, answer.header("connection")), (401, Some("close")));
+    assert_eq!(metric(server.addr().unwrap(), "published_total"), 0);
+}
+
+#[test]
+fn tokens_come_from_flags_files_and_the_environment_and_stand_in_no_log() {
+    let dir = Scratch::new();
+    fs::write(dir.path("tokens"), "from-file-1\nfrom-file-2\n").unwrap();
+    let file = format!("@{}", dir.path("tokens"));
+    let flags = ["--listen", "127.0.0.1:0", "--log", "debug", "--publish-token", "from-flag", "--publish-token", &file];
+    let mut command = Command::new(env!("CARGO_BIN_EXE_brooklet"));
+    command
+        .args(flags)
+        .env("BROOKLET_PUBLISH_TOKEN", "from-env-1 from-env-2")
+        .env("BROOKLET_SUBSCRIBE_TOKEN", "reader");
+    let process = Process::from(&mut command);
+    for token in ["from-flag", "from-file-1", "from-file-2", "from-env-1", "from-env-2"] {
+        let fields = format!("Authorization: Bearer {token}\r\n");
+        assert_eq!(ask(process.addr, "POST", "/events/a", &fields).status, 200, "{token}");
+    }
+    assert_eq!(ask(process.addr, "POST", "/events/a", "Authorization: Bearer guess-1\r\n").status, 403);
+    assert_eq!(ask(process.addr, "GET", "/events/a", "Cookie: brooklet_token=guess-2\r\n").status, 403);
+    wait_for("the log", || (process.log().matches(" 403").count() == 2).then_some(()));
+    for secret in ["from-", "reader", "guess-"] {
+        assert!(!process.log().contains(secret), "{}", process.log());
+    }
+    let config = Config { publish_tokens: vec![token("very-secret")], ..Config::default() };
+    assert!(!format!("{config:?}").contains("very-secret"));
+}
+
+#[test]
+fn a_token_that_cannot_be_one_stops_the_start_and_is_not_shown() {
+    for (flags, environment) in [
+        (&["--publish-token", "has space;semicolon-secret"][..], None),
+        (&["--publish-token", ""], None),
+        (&["--subscribe-token", "@/nowhere/at/all"], None),
+        (&[], Some("")),
+        (&[], Some("semi;colon-secret")),
+    ] {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_brooklet"));
+        command.args(["--listen", "127.0.0.1:0"]).args(flags).stdin(Stdio::null());
+        if let Some(text) = environment {
+            command.env("BROOKLET_PUBLISH_TOKEN", text);
+        }
+        let output = command.output().unwrap();
+        let said = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(2), "{flags:?} {environment:?}: {said}");
+        assert!(said.contains("token") && !said.contains("-secret"), "{said}");
+    }
+}
+
+#[test]
+fn beyond_loopback_it_starts_only_with_a_publish_token_or_when_told() {
+    let bind = |config| Server::bind("0.0.0.0:0", config).map(drop).map_err(|error| error.kind());
+    assert_eq!(bind(Config::default()), Err(ErrorKind::PermissionDenied));
+    let subscribe_tokens = vec![token("x")];
+    assert_eq!(bind(Config { subscribe_tokens, ..Config::default() }), Err(ErrorKind::PermissionDenied));
+    assert_eq!(bind(Config { publish_tokens: vec![token("x")], ..Config::default() }), Ok(()));
+    assert_eq!(bind(Config { open: true, ..Config::default() }), Ok(()));
+}
+
+#[test]
+fn on_loopback_only_names_of_loopback_and_of_allowed_origins_are_answered() {
+    let allow_origins = vec!["https://app.example".into(), "null".into(), "*".into()];
+    let server = serve(Config { allow_origins, ..Config::default() });
+    let addr = server.addr().unwrap();
+    for host in [
+        "localhost",
+        "LOCALHOST:9",
+        "127.0.0.1",
+        "127.1.2.3:80",
+        "[::1]:3000",
+        "a.localhost",
+        "app.example",
+        "App.Example:81",
+    ] {
+        assert_eq!(ask(addr, "GET", "/health", &format!("Host: {host}\r\n")).status, 200, "{host}");
+    }
+    for host in
+        ["evil.example", "localhost.evil.example", "127.0.0.1.evil.example", "app.example.evil", "[::2]", "10.0.0.1"]
+    {
+        for (method, target) in
+            [("GET", "/events/a"), ("POST", "/events/a"), ("GET", "/health"), ("OPTIONS", "/events/a")]
+        {
+            let answer = ask(addr, method, target, &format!("Host: {host}\r\nOrigin: http://{host}\r\n"));
+            assert_eq!(answer.status, 403, "{host} {method} {target}");
+            assert!(method == "HEAD" || answer.body.contains("--allow-origin"), "{answer:?}");
+        }
+    }
+    assert_eq!(metric(addr, "published_total"), 0);
+    // Beyond loopback, the names that lead here are not known.
+    let server = Server::bind("0.0.0.0:0", Config { open: true, ..Config::default() }).unwrap().spawn().unwrap();
+    let addr = SocketAddr::from(([127, 0, 0, 1], server.addr().unwrap().port()));
+    assert_eq!(ask(addr, "GET", "/health", "Host: any.example\r\n").status, 200);
+}
+
+#[test]
+fn a_page_of_another_origin_cannot_publish_unless_it_is_allowed() {
+    let server = serve(Config { allow_origins: vec!["https://app.example".into(), "*".into()], ..Config::default() });
+    let addr = server.addr().unwrap();
+    let port = addr.port();
+    for origin in [
+        "https://evil.example",
+        "null",
+        "https://app.example.evil",
+        "http://app.example",
+        "https://app.example:8443",
+        "http://localhost:1",
+        "http://127.0.0.1",
+        "HTTPS://APP.EXAMPLE",
+        "*",
+        "",
+    ] {
+        for method in ["POST", "PUT"] {
+            let answer = ask(addr, method, "/events/a", &format!("Origin: {origin}\r\n"));
+            assert_eq!(answer.status, 403, "{method} {origin}");
+        }
+    }
+    assert_eq!(metric(addr, "published_total"), 0);
+    for (count, origin) in
+        ["https://app.example".into(), format!("http://localhost:{port}"), format!("http://[::1]:{port}")]
+            .iter()
+            .enumerate()
+    {
+        assert_eq!(ask(addr, "POST", "/events/a", &format!("Origin: {origin}\r\n")).status, 200, "{origin}");
+        assert_eq!(metric(addr, "published_total"), count as u64 + 1);
+    }
+    let own = format!("Host: localhost:{port}\r\nOrigin: http://localhost:{port}\r\n");
+    assert_eq!(ask(addr, "POST", "/events/a", &own).status, 200, "its own page");
+}
+
+#[test]
+fn only_allowed_origins_may_read_and_only_those_by_name_with_credentials() {
+    let allow_origins = ["https://app.example", "null"].map(String::from).to_vec();
+    let named = serve(Config { allow_origins, ..Config::default() });
+    let all = serve(Config { allow_origins: vec!["*".into(), "https://app.example".into()], ..Config::default() });
+    let none = serve_default();
+    let own = format!("http://127.0.0.1:{}", named.addr().unwrap().port());
+    for (server, origin, allowed, credentials) in [
+        (&named, "https://app.example", Some("https://app.example"), true),
+        (&named, "null", Some("null"), true),
+        (&named, &own, Some(&*own), true),
+        (&named, "https://evil.example", None, false),
+        (&all, "https://app.example", Some("https://app.example"), true),
+        (&all, "https://evil.example", Some("*"), false),
+        (&all, "null", Some("*"), false),
+        (&none, "https://app.example", None, false),
+        (&none, "null", None, false),
+    ] {
+        // A stream, a stream that is sent away, an answer, an error: a page must be able to read each.
+        for target in ["/events/a", "/events/a?poll=1ms", "/health", "/nowhere"] {
+            let answer = ask(server.addr().unwrap(), "GET", target, &format!("Origin: {origin}\r\n"));
+            assert_eq!(answer.header("access-control-allow-origin"), allowed, "{origin} {target}");
+            let told = answer.header("access-control-allow-credentials");
+            assert_eq!(told, credentials.then_some("true"), "{origin} {target}");
+            let varies = !std::ptr::eq(server, &none);
+            assert_eq!(answer.header("vary"), varies.then_some("Origin"), "{origin} {target}");
+        }
+    }
+    assert_eq!(ask(named.addr().unwrap(), "GET", "/events/a", "").header("access-control-allow-origin"), None);
+}
+
+#[test]
+fn a_preflight_is_told_what_a_page_may_send() {
+    let allow_origins = vec!["https://app.example".into(), "*".into()];
+    let server = serve(Config { allow_origins, publish_tokens: vec![token("x")], ..Config::default() });
+    let asks = |origin: &str| {
+        let fields = format!(
+            "Origin: {origin}\r\nAccess-Control-Request-Method: POST\r\n\
+             Access-Control-Request-Headers: authorization,last-event-id\r\n"
+        );
+        ask(server.addr().unwrap(), "OPTIONS", "/events/a", &fields)
+    };
+    let answer = asks("https://app.example");
+    assert_eq!((answer.status, answer.header("access-control-allow-credentials")), (204, Some("true")));
+    assert_eq!(answer.header("access-control-allow-methods"), Some("GET, HEAD, POST, PUT"));
+    let fields = answer.header("access-control-allow-headers").unwrap();
+    assert!(["Authorization", "Last-Event-ID", "Content-Type"].iter().all(|field| fields.contains(field)), "{fields}");
+    let answer = asks("https://elsewhere.example");
+    assert_eq!(answer.header("access-control-allow-origin"), Some("*"));
+    assert_eq!(answer.header("access-control-allow-methods"), Some("GET, HEAD"), "reading only");
+    assert_eq!(answer.header("access-control-allow-credentials"), None);
+    assert!(!answer.header("access-control-allow-headers").unwrap().contains("Authorization"));
+}
+
+#[test]
+fn what_is_no_origin_stops_the_start() {
+    for origin in ["app.example", "https://app.example/", "https://", "https://App.example", "https://a b", "**", ""] {
+        let error = Server::bind("127.0.0.1:0", Config { allow_origins: vec![origin.into()], ..Config::default() });
+        assert_eq!(error.err().map(|error| error.kind()), Some(ErrorKind::InvalidInput), "{origin:?}");
+    }
+}
