@@ -1,0 +1,132 @@
+//! What reads bytes from outside, without a server around it, for the fuzz targets. Part of the library under `cfg(fuzzing)`
+//! alone. Each function panics where something does not hold.
+#![allow(missing_docs)]
+
+use super::*;
+
+fn small() -> Config {
+    let (head_bytes, body_bytes, line_bytes, keep_events, keep_bytes) = (2_000, 500, 300, 5, 4_000);
+    let keep_age = Duration::MAX; // what is too old depends on when one looks
+    Config { head_bytes, body_bytes, line_bytes, keep_events, keep_bytes, keep_age, ..Config::default() }
+}
+
+/// A connection whose peer has gone, so that reading ends at once.
+fn gone() -> &'static Connection {
+    static GONE: OnceLock<Connection> = OnceLock::new();
+    GONE.get_or_init(|| {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let socket = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let (peer, address) = listener.accept().unwrap();
+        drop(peer);
+        Connection::new(0, address, socket)
+    })
+}
+
+fn reader(bytes: &[u8]) -> Reader<'static> {
+    Reader { c: gone(), buffer: bytes.to_vec(), start: 0, deadline: None, timeout: None }
+}
+
+/// Requests on one connection, with their bodies, until one is refused.
+pub fn requests(bytes: &[u8]) {
+    let (mut reader, config) = (reader(bytes), small());
+    while let Ok(Some(mut request)) = Request::read(&mut reader, &config) {
+        request.expects_continue = false;
+        assert!(request.host.as_deref().is_none_or(is_authority));
+        assert!(request.path.starts_with('/') || request.path == "*");
+        if let Some(names) = request.path.strip_prefix("/events/") {
+            streams(&request, names);
+        }
+        if request.method == "PUT" {
+            let Request { body, .. } = &mut request;
+            lines(&mut reader, body, &config);
+        } else if let Ok(body) = request.read_body(&mut reader, &config) {
+            assert!(body.len() <= config.body_bytes);
+        }
+        if !request.body.is_over() || request.close {
+            return;
+        }
+    }
+}
+
+/// A chunked body alone, as lines and in one piece.
+pub fn body(bytes: &[u8]) {
+    let config = small();
+    let chunked = || Body { left: 0, chunked: true, in_chunks: false };
+    lines(&mut reader(bytes), &mut chunked(), &config);
+    let (mut reader, mut body, mut out) = (reader(bytes), chunked(), Vec::new());
+    while body.read(&mut reader, &mut out).unwrap_or(false) {}
+    assert!(out.len() <= bytes.len() && reader.start <= reader.buffer.len());
+}
+
+fn lines(reader: &mut Reader, body: &mut Body, config: &Config) {
+    let mut lines = Lines { reader, body, config, text: Vec::new(), start: 0 };
+    while let Ok(Some(line)) = lines.next() {
+        assert!(line.len() <= config.line_bytes && !line.contains(&b'\n'));
+    }
+}
+
+fn streams(request: &Request, names: &str) {
+    if let Ok(Opening::Topics { names, .. }) = open_topics(request, names) {
+        assert!((1..=TOPICS_PER_STREAM).contains(&names.len()));
+        assert!(names.iter().all(|name| check_topic(name).is_ok()));
+    }
+}
+
+/// The target of a request: what it decodes to, encoded again, is read as the same.
+pub fn target(text: &str) {
+    let Ok((path, query, host)) = parse_target("GET", text) else { return };
+    assert!(host.as_deref().is_none_or(is_authority) && path.starts_with('/'));
+    let encode = |text: &str| text.bytes().map(|byte| format!("%{byte:02x}")).collect::<String>();
+    let parts: Vec<_> = query.0.iter().map(|(name, value)| format!("{}={}", encode(name), encode(value))).collect();
+    let path_again: Vec<_> = path.split('/').map(encode).collect();
+    let again = format!("{}?{}", path_again.join("/"), parts.join("&"));
+    let (second_path, second_query, _) = parse_target("GET", &again).ok().expect("what was read once");
+    assert_eq!((second_path, second_query.0), (path, query.0));
+}
+
+/// Cursors, `since`, lengths of time, hosts, tokens: what is read is written, and read again as the same.
+pub fn cursor(text: &str) {
+    if let Ok(id) = text.parse::<Id>() {
+        assert_eq!(id.to_string().parse::<Id>().unwrap(), id);
+        assert!(id.next(0) > id || id.ms == u64::MAX);
+        assert!(id.before() < id || id == Id::default());
+    }
+    if let Ok(time) = parse_duration(text) {
+        assert_eq!(parse_duration(&format!("{}ms", time.as_millis())).unwrap(), time);
+    }
+    let mut request = Request::parse(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n").ok().expect("a plain request");
+    request.query = Query(vec![("since".into(), text.into()), ("poll".into(), text.into())]);
+    streams(&request, "a");
+    request.query = Query(Vec::new());
+    request.last_event_id = Some(text.into());
+    streams(&request, text);
+    let config = Config { allow_origins: vec![text.into()], ..Config::default() };
+    if config.check().is_ok() && text.contains("://") {
+        assert!(is_authority(text.split_once("://").unwrap().1));
+    }
+    let _ = (text.parse::<Token>(), is_loopback(split_port(text).0), check_topic(text));
+    if let Some(rest) = skip_quoted(text) {
+        assert!(text.ends_with(rest));
+    }
+}
+
+/// A journal. Under `cfg(fuzzing)` no sum is compared, or hardly a block would be looked at; what is kept of it, written
+/// anew with its right sums, is read as the same.
+pub fn journal(bytes: &[u8]) {
+    let (config, mut kept) = (small(), Kept::new(Id::default()));
+    let found = Found::read(bytes, bytes.len() as u64, &mut kept, &config).unwrap();
+    assert!(found.whole <= bytes.len() as u64 && found.events + found.damaged <= found.blocks);
+    assert!(kept.bytes <= config.keep_bytes && kept.topics.values().all(|topic| !topic.events.is_empty()));
+    assert_eq!(kept.events, kept.topics.values().map(|topic| topic.events.len()).sum::<usize>());
+    let blocks = |kept: &Kept| {
+        let mut blocks: Vec<_> = kept.for_journal().iter().map(|event| event.block.to_vec()).collect();
+        blocks[1..].sort(); // the marks are in no order of their own
+        blocks
+    };
+    let whole: Vec<u8> = kept.for_journal().iter().flat_map(|event| event.block.to_vec()).collect();
+    let mut again = Kept::new(Id::default());
+    let second = Found::read(&whole[..], whole.len() as u64, &mut again, &config).unwrap();
+    assert_eq!((second.damaged, second.whole), (0, whole.len() as u64));
+    assert_eq!((again.newest, again.forgotten, again.bytes), (kept.newest, kept.forgotten, kept.bytes));
+    assert!(blocks(&kept) == blocks(&again), "written anew, read, and written anew again");
+}
