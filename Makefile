@@ -1,24 +1,52 @@
 # brooklet: `make run` and `make test` are all a newcomer needs.
-.PHONY: run test smoke bench build fmt clean need-cargo
+.PHONY: run setup test smoke siege doctor doctor-test clients bench fuzz build fmt clean need-cargo
 
 # Builds, then serves on http://127.0.0.1:3000 until Ctrl-C.
 run: need-cargo
 	@cargo build --release --quiet && exec target/release/brooklet
 
-# Formatting, lints, all tests, and the README's own curl lines. Some tests open a thousand connections at once.
+# Installs what the tests use beside Rust (Debian). What is missing, they leave out, and say so.
+setup:
+	sh tests/setup.sh
+
+# Formatting, lints, all tests, the README's own curl lines, a short siege, the doctor, other people's clients, proxies and a browser. Some
+# tests open a thousand connections at once. What a part needs and is not there leaves that part out, and says so.
 test: need-cargo
 	cargo fmt --check
 	cargo clippy --all-targets -- --deny warnings
 	ulimit -n $$(ulimit -Hn); cargo test
 	$(MAKE) --no-print-directory smoke
+	ulimit -n $$(ulimit -Hn); SIEGE=short sh tests/siege.sh
+	$(MAKE) --no-print-directory doctor-test
+	$(MAKE) --no-print-directory clients
 
 # Every command of the README, word for word, against a server on a free port.
 smoke: build
 	sh tests/smoke.sh
 
+# A thousand slow connections of each kind, a minute each, and what they mean for others: ten minutes, with slowhttptest.
+siege: build
+	ulimit -n $$(ulimit -Hn); sh tests/siege.sh
+
+# What does a proxy do to the streams at URL=http://host/prefix? Its other settings: make doctor.
+doctor:
+	@sh tests/doctor.sh
+
+# The doctor behind an nginx that is wrong in every way it knows, and one that is right.
+doctor-test: build
+	sh tests/doctor-test.sh
+
+# What people really use: clients in other languages, nginx and Caddy, Chromium. Installs their packages into target/clients.
+clients: build
+	sh tests/clients/run.sh
+
 # What a delivery costs beside what the kernel charges for it: a table and a plot, in two minutes.
 bench: need-cargo
 	ulimit -n $$(ulimit -Hn); cargo bench --bench bench
+
+# Fuzzes all that reads bytes from outside: five targets, a minute each (SECONDS_EACH=60), with a C++ compiler.
+fuzz: need-cargo
+	sh tests/fuzz/run.sh
 
 # The release build, in target/release/brooklet.
 build: need-cargo
