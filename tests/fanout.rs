@@ -343,7 +343,9 @@ fn a_closed_subscriber_is_noticed_without_an_event() {
 fn a_herd_that_comes_back_at_once_is_caught_up_without_sending_anyone_away() {
     let server = serve(Config { connections: 10, subscribers: 600, ..Config::default() });
     let addr = server.addr().unwrap();
-    let (_, base) = Wire::subscribe(addr, "/events/a", "");
+    let (first, base) = Wire::subscribe(addr, "/events/a", "");
+    first.close();
+    wait_for_metric(addr, "subscribers", 0); // or it would have the place of one of the 600
     (0..100).for_each(|n| assert!(server.hub().publish("a", numbered(n, 100)).is_ok()));
     let request = format!("GET /events/a HTTP/1.1\r\nHost: localhost\r\nLast-Event-ID: {base}\r\n\r\n");
     let mut herd: Vec<Wire> = (0..600).map(|_| Wire::connect(addr)).collect();
