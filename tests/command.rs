@@ -28,8 +28,7 @@ fn the_articles_stream_has_exactly_these_bytes_and_its_counter_goes_on_after_the
     }
     assert!(last_id >= before + 6_900, "once a second, not faster");
     stream.close();
-    let line =
-        wait_for("the log line", || process.log().lines().find(|line| line.contains("closed")).map(String::from));
+    let line = process.wait_for_log("closed");
     for part in
         ["peer=127.0.0.1:", "path=\"/test\"", "reason=\"the peer closed the connection\"", "seconds=", "events=7"]
     {
@@ -192,7 +191,7 @@ fn both_ways_to_write_a_flag_work() {
     let process = Process::start(&["--retry=1234ms", "--lifetime", "1h", "--open", "--log=debug"]);
     assert_eq!(Wire::stream(process.addr, "/events/a", "").block().unwrap().retry, Some(1234));
     get(process.addr, "/health");
-    wait_for("the debug line", || process.log().contains("GET \"/health\" 200").then_some(()));
+    process.wait_for_log("GET \"/health\" 200");
 }
 
 #[test]
@@ -200,7 +199,7 @@ fn limits_that_the_system_does_not_allow_are_lowered_with_a_warning() {
     let binary = env!("CARGO_BIN_EXE_brooklet");
     let script = format!("ulimit -n 256; exec {binary} --listen 127.0.0.1:0");
     let process = Process::from(Command::new("sh").args(["-c", &script]));
-    let line = wait_for("the warning", || process.log().lines().next().map(String::from));
+    let line = process.wait_for_log("");
     assert!(line.contains("the limit is on open files (ulimit -n)"), "{line}");
     let mut streams = Vec::new();
     let mut sent_away = 0;

@@ -442,7 +442,7 @@ fn where_descriptors_run_out_under_way_those_inside_are_served_on_and_it_recover
     assert!(limit("64:20000"));
     let mut crowd = idle_crowd(process.addr, 200);
     assert_idle(&process);
-    assert!(process.log().contains("accepting failed: Too many open files"), "{}", process.log());
+    process.wait_for_log("accepting failed: Too many open files");
     // Who keeps it waiting makes room, so others come through, in time.
     for _ in 0..3 {
         bystander.probe();

@@ -234,7 +234,7 @@ fn a_reader_that_takes_nothing_is_closed_after_the_stall_time_and_costs_no_proce
         put.send(format!("{:x}\r\n{lines}\r\n", lines.len()).as_bytes());
         (metric(process.addr, "subscribers") == 0).then_some(())
     });
-    wait_for("the log", || process.log().contains("the peer took nothing in the stall time").then_some(()));
+    process.wait_for_log("the peer took nothing in the stall time");
 }
 
 #[test]

@@ -334,13 +334,9 @@ fn what_is_damaged_is_named_with_its_offset_and_every_cursor_hears_a_gap() {
     bytes[offset + 8] = b'!';
     fs::write(&path, &bytes).unwrap();
     let process = Process::start(&["--journal", &path]);
-    wait_for("the log", || process.log().contains("kept 2 events").then_some(()));
-    assert!(
-        process.log().contains(&format!("1 of its blocks cannot be read, at bytes [{offset}]")),
-        "{}",
-        process.log()
-    );
-    assert!(process.log().contains(".damaged."), "{}", process.log());
+    for line in ["kept 2 events", &format!("1 of its blocks cannot be read, at bytes [{offset}]"), ".damaged."] {
+        process.wait_for_log(line);
+    }
     for cursor in [first, last] {
         let (mut stream, _) = Wire::subscribe(process.addr, &format!("/events/a?last_event_id={cursor}"), "");
         assert!(stream.event().unwrap().is_gap(), "after {cursor}");
@@ -679,7 +675,7 @@ fn a_failed_write_is_not_answered_with_200_and_not_sent() {
     for data in ["one", "one", "one", "one", "three"] {
         assert_eq!(stream.event().unwrap().data(), data);
     }
-    assert!(traced.process.log().contains("No space left on device"), "{}", traced.process.log());
+    traced.process.wait_for_log("No space left on device");
     assert_eq!(blocks(&fs::read(&path).unwrap()).len(), 6);
 }
 

@@ -360,6 +360,19 @@ impl Process {
         self.log.lock().unwrap().clone()
     }
 
+    /// Waits for a line of the log, which has a thread of its own, that holds `text`.
+    pub fn wait_for_log(&self, text: &str) -> String {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let log = self.log();
+            if let Some(line) = log.lines().find(|line| line.contains(text)) {
+                return line.into();
+            }
+            assert!(Instant::now() < deadline, "no {text:?} in the log: {log}");
+            thread::sleep(Duration::from_millis(2));
+        }
+    }
+
     pub fn signal(&self, name: &str) {
         assert!(shell(&format!("kill -{name} {}", self.child.id())));
     }
@@ -407,6 +420,7 @@ impl Process {
         assert!(self.child.try_wait().unwrap().is_none(), "it has ended before: {}", self.log());
         self.signal("TERM");
         let status = self.child.wait().unwrap();
+        wait_for("the rest of the log", || (Arc::strong_count(&self.log) == 1).then_some(()));
         let log = self.log();
         assert!(status.success(), "{status}: {log}");
         assert!(!log.contains("panicked") && !log.contains("memory allocation"), "{log}");
