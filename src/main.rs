@@ -4,6 +4,8 @@ use brooklet::{Config, Event, Log, Server, Token, parse_duration};
 use std::io::{self, ErrorKind, Write};
 use std::net::{SocketAddr, ToSocketAddrs};
 use std::process::{self, ExitCode};
+use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
+use std::thread::{self, Thread};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 const HELP: &str = "\
@@ -168,29 +170,32 @@ impl Command {
             }
             Ok(())
         })?;
-        let (stop, stopped) = crossbeam_channel::bounded(1);
-        stop_on_signals(stop.clone())?;
+        stop_on_signals(thread::current())?;
         let server = server.spawn()?;
         let url = format!("http://{}", server.addr()?);
         say(&format!("brooklet listens on {url} (open it in a browser; Ctrl-C stops it)\n  curl -N {url}/test\n"));
-        let _ = stopped.recv();
-        drop(stopped); // from here on a second signal finds nobody to tell
+        while !STOPPING.load(SeqCst) {
+            thread::park();
+        }
         server.stop();
         Ok(())
     }
 }
 
+static STOPPING: AtomicBool = AtomicBool::new(false);
+
 /// The first Ctrl-C or SIGTERM stops the server in order, the second at once.
-fn stop_on_signals(stop: crossbeam_channel::Sender<()>) -> io::Result<()> {
+fn stop_on_signals(serving: Thread) -> io::Result<()> {
     if hangup_is_ignored() {
         // Under nohup the server outlives its terminal. ctrlc would take the hang-up for a request to stop, so its handler
         // stays out, and SIGTERM ends the process without farewell.
         return Ok(());
     }
     let handler = move || {
-        if stop.try_send(()).is_err() {
+        if STOPPING.swap(true, SeqCst) {
             process::exit(130);
         }
+        serving.unpark();
     };
     ctrlc::set_handler(handler).map_err(io::Error::other)
 }

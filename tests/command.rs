@@ -165,7 +165,7 @@ fn a_bad_flag_is_told_what_was_expected() {
     }
     for (flags, said) in [
         (&["--head-time=0s"][..], "a time limit of 0"),
-        (&["--heartbeat=2s"], "a heartbeat of at least 3.5s"),
+        (&["--heartbeat=2s"], "a heartbeat of at least 3500ms"),
         (&["--connections=0"], "give at least 1"),
         (&["--lanes=1000"], "1000 lanes"),
         (&["--listen", "0.0.0.0:0"], "is beyond loopback, so whoever reaches it could publish"),

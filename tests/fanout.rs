@@ -7,6 +7,7 @@ use common::*;
 use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
+use std::sync::mpsc;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -96,12 +97,18 @@ fn turning_live_while_others_publish_neither_loses_nor_repeats() {
     });
 }
 
-/// Publishes to sixteen topics in bursts of one topic and in alternation, each event saying its topic and number.
-fn publish_to_sixteen(hub: &Hub, total: usize, sizes: [usize; 3]) -> HashMap<String, Vec<Id>> {
+/// Publishes to sixteen topics in bursts of one topic and in alternation, each event saying its topic, `total` of them and
+/// then more until it is `enough`, up to ten times as many.
+fn publish_to_sixteen(
+    hub: &Hub,
+    total: usize,
+    sizes: [usize; 3],
+    enough: impl Fn() -> bool,
+) -> HashMap<String, Vec<Id>> {
     let mut random = Random(11);
     let mut published: HashMap<String, Vec<Id>> = HashMap::new();
     let mut n = 0;
-    while n < total {
+    while n < total || (n < 10 * total && !enough()) {
         let topic = format!("t{}", random.below(16));
         for _ in 0..[1, 1, 2, 40][random.below(4)] {
             let bytes = sizes[random.below(3)];
@@ -145,7 +152,8 @@ fn a_stream_of_sixteen_topics_loses_nothing_while_it_is_pushed_behind_again_and_
     let addr = server.addr().unwrap();
     let (_, first) = Wire::subscribe(addr, "/events/a", "");
     let hub = server.hub();
-    let publisher = thread::spawn(move || publish_to_sixteen(&hub, 4_000, [10, 500, 3_000]));
+    let enough = move || metric(addr, "woken_total") >= 5;
+    let publisher = thread::spawn(move || publish_to_sixteen(&hub, 4_000, [10, 500, 3_000], enough));
     let got = follow_sixteen(addr, first, true);
     let mut expected: Vec<(String, Id)> = Vec::new();
     for (topic, ids) in publisher.join().unwrap() {
@@ -167,7 +175,7 @@ fn events_that_are_let_go_under_a_stream_of_sixteen_topics_are_never_a_silent_ho
         let addr = server.addr().unwrap();
         let (_, first) = Wire::subscribe(addr, "/events/a", "");
         let hub = server.hub();
-        let publisher = thread::spawn(move || publish_to_sixteen(&hub, 4_000, [10, 5_000, 20_000]));
+        let publisher = thread::spawn(move || publish_to_sixteen(&hub, 4_000, [10, 5_000, 20_000], || true));
         let got = follow_sixteen(addr, first, cuts);
         let published = publisher.join().unwrap();
         let ids: Vec<Id> = got.iter().flatten().map(|(_, id)| *id).collect();
@@ -247,10 +255,14 @@ fn a_hundred_readers_that_stall_change_nothing_for_the_others() {
     let mut stalled: Vec<Wire> = (0..100).map(|n| narrow(addr, 4_096, (n % 2 == 0).then_some(1_448))).collect();
     stalled.iter_mut().for_each(|wire| open(wire, "/events/a"));
     wait_for_metric(addr, "subscribers", 120);
+    let (go_on, may_go_on) = mpsc::channel();
     let feeder = thread::spawn(move || {
         let mut put = Wire::connect(addr);
         put.send(b"PUT /events/a HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n");
         for n in 0..20_000 {
+            if n % 2_000 == 0 {
+                may_go_on.recv().unwrap(); // the others have seen all so far, so nothing is let go before they see it
+            }
             let line = format!("{n} {}\n", "x".repeat(1_000));
             put.send(format!("{:x}\r\n{line}\r\n", line.len()).as_bytes());
         }
@@ -276,7 +288,10 @@ fn a_hundred_readers_that_stall_change_nothing_for_the_others() {
             }
         })
     });
-    others.read_until(20_000);
+    for n in 0..10 {
+        go_on.send(()).unwrap();
+        others.read_until(2_000 * (n + 1));
+    }
     feeder.join().unwrap();
     let grown = process.status("VmRSS").saturating_sub(before);
     assert!(grown < budget_kb + 16 * 1024, "{grown} kB for a budget of {budget_kb} kB");
