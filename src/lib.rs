@@ -43,6 +43,7 @@
 //! | `Core::kept` | shortly, never during I/O | the kept events and the table of topics |
 //! | `Connection::state` | during one non-blocking write | whose the socket is, and the cursor |
 //! | `Shared::guests`, `Shared::routes` | shortly, under no other lock | which connections are open; what is at a path |
+//! | `LogQueue::lines`, the date of now | shortly, and nothing is locked under it | what the log's thread has to write |
 //!
 //! No lock is held while waiting for a peer. A panic under a lock does not take the others along: they enter the
 //! poisoned lock, since every update here leaves its data whole.
