@@ -6,7 +6,7 @@ use brooklet::{Config, Event, Hub, Id, Server};
 use common::*;
 use std::collections::HashMap;
 use std::net::SocketAddr;
-use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::SeqCst};
 use std::sync::mpsc;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -97,34 +97,30 @@ fn turning_live_while_others_publish_neither_loses_nor_repeats() {
     });
 }
 
-/// Publishes to sixteen topics in bursts of one topic and in alternation, each event saying its topic, `total` of them and
-/// then more until it is `enough`, up to ten times as many.
-fn publish_to_sixteen(
-    hub: &Hub,
-    total: usize,
-    sizes: [usize; 3],
-    enough: impl Fn() -> bool,
-) -> HashMap<String, Vec<Id>> {
-    let mut random = Random(11);
-    let mut published: HashMap<String, Vec<Id>> = HashMap::new();
-    let mut n = 0;
-    while n < total || (n < 10 * total && !enough()) {
+/// Publishes to sixteen topics in bursts of one topic and in alternation, each event saying its topic.
+fn publish_to_sixteen(hub: &Hub, random: &mut Random, total: usize, sizes: [usize; 3]) -> Vec<(String, Id)> {
+    let mut published = Vec::new();
+    while published.len() < total {
         let topic = format!("t{}", random.below(16));
         for _ in 0..[1, 1, 2, 40][random.below(4)] {
-            let bytes = sizes[random.below(3)];
-            let id = hub.publish(&topic, Event::new(format!("{topic} {}", "x".repeat(bytes))).name("e")).unwrap();
-            published.entry(topic.clone()).or_default().push(id);
-            n += 1;
+            let event = Event::new(format!("{topic} {}", "x".repeat(sizes[random.below(3)]))).name("e");
+            published.push((topic.clone(), hub.publish(&topic, event).unwrap()));
         }
         thread::sleep(Duration::from_micros(300));
     }
-    hub.publish("t0", Event::new("end").name("end")).unwrap();
     published
+}
+
+/// How far a reader has come, and whether it shall take nothing.
+#[derive(Default)]
+struct Pace {
+    got: AtomicUsize,
+    held: AtomicBool,
 }
 
 /// Follows sixteen topics through a narrow socket, now fast and now slow, cut off now and then. Returns what it got: the
 /// topic and id of each event, and `None` for each gap.
-fn follow_sixteen(addr: SocketAddr, first: Id, cuts: bool) -> Vec<Option<(String, Id)>> {
+fn follow_sixteen(addr: SocketAddr, first: Id, cuts: bool, pace: &Pace) -> Vec<Option<(String, Id)>> {
     let target = format!("/events/{}", (0..16).map(|n| format!("t{n}")).collect::<Vec<_>>().join(","));
     let (mut random, mut got, mut cursor) = (Random(13), Vec::new(), first);
     loop {
@@ -139,6 +135,10 @@ fn follow_sixteen(addr: SocketAddr, first: Id, cuts: bool) -> Vec<Option<(String
                 Some("end") => return got,
                 _ => got.push(Some((seen.data().split(' ').next().unwrap().to_string(), cursor))),
             }
+            pace.got.store(got.len(), SeqCst);
+            while pace.held.load(SeqCst) {
+                thread::sleep(Duration::from_millis(1));
+            }
             if random.below(60) == 0 {
                 thread::sleep(Duration::from_millis(20)); // in which the buffers fill, and it falls behind
             }
@@ -148,21 +148,33 @@ fn follow_sixteen(addr: SocketAddr, first: Id, cuts: bool) -> Vec<Option<(String
 
 #[test]
 fn a_stream_of_sixteen_topics_loses_nothing_while_it_is_pushed_behind_again_and_again() {
-    let server = serve(Config { keep_events: 100_000, ..Config::default() });
+    let server = serve(Config { keep_events: 1_000_000, keep_bytes: 1 << 30, ..Config::default() });
     let addr = server.addr().unwrap();
     let (_, first) = Wire::subscribe(addr, "/events/a", "");
-    let hub = server.hub();
-    let enough = move || metric(addr, "woken_total") >= 5;
-    let publisher = thread::spawn(move || publish_to_sixteen(&hub, 4_000, [10, 500, 3_000], enough));
-    let got = follow_sixteen(addr, first, true);
-    let mut expected: Vec<(String, Id)> = Vec::new();
-    for (topic, ids) in publisher.join().unwrap() {
-        expected.extend(ids.into_iter().map(|id| (topic.clone(), id)));
-    }
-    expected.sort_by_key(|(_, id)| *id);
+    let pace = Pace::default();
+    let (got, published) = thread::scope(|scope| {
+        let reader = scope.spawn(|| follow_sixteen(addr, first, true, &pace));
+        let (mut random, mut published) = (Random(11), Vec::new());
+        // Once the reader has had everything, it is live, or about to be; then it takes nothing, while more is published
+        // than sockets hold.
+        for _ in 0..40 {
+            published.extend(publish_to_sixteen(&server.hub(), &mut random, 700, [10, 500, 3_000]));
+            wait_for("the reader to have had everything", || {
+                (pace.got.load(SeqCst) == published.len() || reader.is_finished()).then_some(())
+            });
+            pace.held.store(true, SeqCst);
+            published.extend(publish_to_sixteen(&server.hub(), &mut random, 400, [20_000; 3]));
+            pace.held.store(false, SeqCst);
+            if metric(addr, "woken_total") >= 5 {
+                break;
+            }
+        }
+        server.hub().publish("t0", Event::new("end").name("end")).unwrap();
+        (reader.join().unwrap(), published)
+    });
     let got: Vec<(String, Id)> = got.into_iter().map(|event| event.expect("no gap: everything is kept")).collect();
-    assert_eq!(got.len(), expected.len());
-    assert!(got == expected);
+    assert_eq!(got.len(), published.len());
+    assert!(got == published);
     assert!(metric(addr, "woken_total") >= 5, "it was never behind: the test shows nothing");
 }
 
@@ -175,9 +187,16 @@ fn events_that_are_let_go_under_a_stream_of_sixteen_topics_are_never_a_silent_ho
         let addr = server.addr().unwrap();
         let (_, first) = Wire::subscribe(addr, "/events/a", "");
         let hub = server.hub();
-        let publisher = thread::spawn(move || publish_to_sixteen(&hub, 4_000, [10, 5_000, 20_000], || true));
-        let got = follow_sixteen(addr, first, cuts);
-        let published = publisher.join().unwrap();
+        let publisher = thread::spawn(move || {
+            let published = publish_to_sixteen(&hub, &mut Random(11), 4_000, [10, 5_000, 20_000]);
+            hub.publish("t0", Event::new("end").name("end")).unwrap();
+            published
+        });
+        let got = follow_sixteen(addr, first, cuts, &Pace::default());
+        let mut published: HashMap<String, Vec<Id>> = HashMap::new();
+        for (topic, id) in publisher.join().unwrap() {
+            published.entry(topic).or_default().push(id);
+        }
         let ids: Vec<Id> = got.iter().flatten().map(|(_, id)| *id).collect();
         assert!(ids.windows(2).all(|pair| pair[0] < pair[1]), "once, and in order");
         let places: HashMap<Id, usize> =
