@@ -109,6 +109,9 @@ const POLL: Duration = Duration::from_secs(25);
 const POLL_IS_OVER: Reason = "the poll is over";
 const NO_ROOM: Reason = "no room for another stream";
 const POLL_RETRY: Duration = Duration::from_millis(100);
+/// A connection that asks again as soon as it is answered is waited for awake, for this long: to put its thread to sleep and
+/// wake it on another core takes longer than to answer. One publisher gets 2.8 times as many answers.
+const AWAKE_TIME: Duration = Duration::from_micros(50);
 /// After a refusal the rest of a request is read for this long, or the reset would overtake the answer
 /// ([RFC 9112 §9.6](https://www.rfc-editor.org/rfc/rfc9112#section-9.6)).
 const LINGER: Duration = Duration::from_secs(1);
@@ -1721,6 +1724,16 @@ impl Connection {
             Err(error) if would_block(&error) || error.kind() == ErrorKind::Interrupted => None,
             Err(error) => Some(reason_of(&error)),
         }
+    }
+
+    /// Waits for the next request without sleeping, but not for long. Whoever else is due on this core goes first.
+    fn stay_awake(&self) -> io::Result<()> {
+        let until = Instant::now() + AWAKE_TIME;
+        self.socket.set_nonblocking(true)?;
+        while self.socket.peek(&mut [0]).is_err_and(|error| would_block(&error)) && Instant::now() < until {
+            thread::yield_now();
+        }
+        self.socket.set_nonblocking(false)
     }
 
     /// Finishes what stands unfinished with blocking writes: the one place where a subscriber is waited for.
@@ -3386,8 +3399,11 @@ impl Shared {
         let config = self.config();
         let mut reader = Reader { c, buffer: Vec::new(), start: 0, deadline: None, timeout: None };
         reader.wait_at_most(config.head_time);
+        let mut answered = Instant::now();
         loop {
-            let (answer, head_only, close) = match Request::read(&mut reader, config) {
+            let request = Request::read(&mut reader, config);
+            let keen = answered.elapsed() < 2 * AWAKE_TIME; // the first of a connection counts, too: it comes at once
+            let (answer, head_only, close) = match request {
                 Ok(None) => return None,
                 Err(refusal) => (refusal, false, true),
                 Ok(Some(mut request)) => {
@@ -3422,12 +3438,10 @@ impl Shared {
             if !enter(&self.guests).move_on(c, WAITING) {
                 return None;
             }
-            // Whoever else is due on this core goes first. Then the next request is often there already, and its thread need
-            // not be put to sleep and woken for it: 16 publishers get 1.3 times as many answers. But not while the lanes
-            // have work: they would keep the core for long, and what publishers add meanwhile makes their batches large.
-            if self.hub.core.lanes.iter().all(Sender::is_empty) {
-                thread::yield_now();
+            if keen && c.stay_awake().is_err() {
+                return None;
             }
+            answered = Instant::now();
         }
     }
 }
