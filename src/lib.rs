@@ -20,7 +20,7 @@
 //!                 publish: number it, keep it, hand it to every lane (crossbeam channel, bounded)
 //!                                       │
 //!   ┌───────────────────────────────────┴───────────────────────┐
-//!   ▼ lane thread (one a core)                                   ▼ kept events (of each topic)
+//!   ▼ lane thread (half the cores have one)                      ▼ kept events (of each topic)
 //!  LIVE: one non-blocking write of the encoded bytes            BEHIND: replays everything after its cursor,
 //!  straight into the socket                                     on the connection's own thread
 //!   ├── would block ──▶ BEHIND       BEHIND ── nothing newer is kept ──▶ LIVE
@@ -192,7 +192,9 @@ pub struct Config {
     pub journal: Option<PathBuf>,
     /// Events survive the machine, too: publishing returns once the disk has them (no).
     pub fsync: bool,
-    /// Lane threads (0, the default: one a core).
+    /// Lane threads (0, the default: one for every two cores, since publishers, the network and whatever else the machine
+    /// is for need some, too, and an event wakes every lane). One a core brings a crowd's last event sooner, for 15 % more
+    /// processor time.
     pub lanes: usize,
     /// What is written to stderr (nothing; the command's default is `info`).
     pub log: Log,
@@ -3051,7 +3053,7 @@ impl Server {
         let doorbell = TcpStream::from(std::os::fd::OwnedFd::from(listener.try_clone()?));
         let log = Arc::new(Logger::start(config.log)?);
         let cores = thread::available_parallelism().map_or(1, |cores| cores.get());
-        let lane_count = if config.lanes == 0 { cores } else { config.lanes };
+        let lane_count = if config.lanes == 0 { cores.div_ceil(2) } else { config.lanes };
         let config = fit_to_system(config, lane_count, &log);
         let (mut lanes, mut threads, counters) = (Vec::new(), Vec::new(), Arc::new(Counters::default()));
         for n in 0..lane_count {

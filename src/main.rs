@@ -44,7 +44,7 @@ flags, with their defaults (times: 500ms 15s 10m 24h; sizes: 900 64KiB 1MiB)
   --topics N             10000            topic names in use at once
   --journal FILE         none             what is published survives the process
   --fsync                                 and the machine
-  --lanes N              one a core       threads that write to subscribers
+  --lanes N              half the cores   threads that write to subscribers
   --log off|info|debug   info             to stderr
   --help  --version
 ";
