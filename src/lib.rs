@@ -1396,7 +1396,7 @@ impl Core {
                 continue;
             };
             drop(order);
-            self.write_batch(journal.as_mut().ok_or_else(stopped)?);
+            self.write_batch(journal.as_mut().ok_or_else(stopped)?); // it is closed only when nothing waits
             drop(journal);
             order = enter(&self.order);
             self.settled.notify_all();
@@ -1431,6 +1431,25 @@ impl Core {
                 self.show(&waiting.topic, waiting.event, waiting.key);
             }
             let _ = waiting.outcome.set(result.clone());
+        }
+    }
+
+    /// Once nothing waits for the journal any more, another server may have it, though the program still holds a hub. A
+    /// disk that is stuck keeps it: whoever is writing cannot be stopped.
+    fn close_journal(&self, deadline: Instant) {
+        let mut order = enter(&self.order);
+        loop {
+            if order.waiting.is_empty()
+                && let Some(mut journal) = try_enter(&self.journal)
+            {
+                *journal = None;
+                return;
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return;
+            }
+            order = self.settled.wait_timeout(order, left).unwrap_or_else(PoisonError::into_inner).0;
         }
     }
 
@@ -3200,19 +3219,15 @@ impl Handle {
         for acceptor in self.acceptors.drain(..) {
             let _ = acceptor.join();
         }
-        let left = shared.say_goodbye();
+        let deadline = Instant::now() + STOP_TIME;
+        let left = shared.say_goodbye(deadline);
         for lane in &shared.hub.core.lanes {
             let _ = lane.send(ToLane::Stop);
         }
         for lane in self.lanes.drain(..) {
             let _ = lane.join();
         }
-        let core = &shared.hub.core;
-        if let Some(mut journal) = try_enter(&core.journal) {
-            *journal = None; // another server may have it now, though the program still holds a hub
-        }
-        let _order = enter(&core.order);
-        core.settled.notify_all();
+        shared.hub.core.close_journal(deadline);
         shared.log.finish();
         left
     }
@@ -3304,7 +3319,7 @@ impl Shared {
 
     /// Ends every connection: streams with their reconnection time, publishers with their answer; who waits for a
     /// request may still ask for the server's health meanwhile. Returns how many did not end in time.
-    fn say_goodbye(&self) -> usize {
+    fn say_goodbye(&self, deadline: Instant) -> usize {
         let started = Instant::now();
         let guests = enter(&self.guests);
         let at_work: Vec<_> = guests.places[BUSY..].iter().flatten().map(|(_, c)| c.clone()).collect();
@@ -3317,7 +3332,7 @@ impl Shared {
         for c in enter(&self.guests).everyone() {
             let _ = c.socket.shutdown(Shutdown::Both); // wakes who waits for a request, or a slow peer
         }
-        self.wait_while(started + STOP_TIME, |guests| guests.threads > 0);
+        self.wait_while(deadline, |guests| guests.threads > 0);
         let guests = enter(&self.guests);
         let left = guests.threads;
         if left > 0 {

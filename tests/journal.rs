@@ -407,6 +407,42 @@ fn dropping_the_handle_gives_the_journal_free_though_a_hub_lives_on() {
 }
 
 #[test]
+fn programs_that_publish_while_the_server_stops_are_told_and_the_journal_is_free() {
+    let dir = Scratch::new();
+    for round in 0..100 {
+        let config = Config { fsync: round % 2 == 0, ..with_journal(&dir.path(&format!("events{round}"))) };
+        let server = serve(config.clone());
+        let (hub, back) = (server.hub(), Arc::new(Mutex::new(Vec::new())));
+        for _ in 0..16 {
+            let (hub, back) = (hub.clone(), back.clone());
+            thread::spawn(move || {
+                let mut last = Id::default();
+                let error = loop {
+                    match hub.publish("a", Event::new("x".repeat(20_000))) {
+                        Ok(id) => last = id,
+                        Err(error) => break error,
+                    }
+                };
+                back.lock().unwrap().push((last, error.kind()));
+            });
+        }
+        wait_for("something to be published", || {
+            (fs::metadata(config.journal.as_ref()?).ok()?.len() > 500_000).then_some(())
+        });
+        drop(server);
+        wait_for(&format!("all publishers to be answered in round {round}"), || {
+            (back.lock().unwrap().len() == 16).then_some(())
+        });
+        let told = back.lock().unwrap().clone();
+        assert!(told.iter().all(|(_, kind)| *kind == ErrorKind::NotConnected), "{told:?}");
+        let server = serve(config); // though `hub` is still there
+        let found: BTreeSet<Id> = kept(server.addr().unwrap(), "a").iter().map(|frame| id_of(frame)).collect();
+        assert!(told.iter().all(|(last, _)| *last == Id::default() || found.contains(last)), "round {round}");
+        drop(hub);
+    }
+}
+
+#[test]
 fn what_cannot_be_a_journal_is_refused_with_a_clear_error_and_left_alone() {
     let dir = Scratch::new();
     fs::write(dir.path("text"), "a letter\n\nto someone\n\n").unwrap();
