@@ -186,7 +186,8 @@ pub struct Config {
     pub keep_bytes: usize,
     /// How long an event is kept (24 h).
     pub keep_age: Duration,
-    /// Topic names in use at once (10,000): those with subscribers or kept events. A quarter is left for publishing.
+    /// Topic names in use at once (10,000): those with subscribers or kept events. A quarter is left for publishing. With a
+    /// journal, each publisher that waits for it may bring one more.
     pub topics: usize,
     /// The file in which events survive the process (none). What is published is in it, and it is read at the start.
     pub journal: Option<PathBuf>,
@@ -952,7 +953,9 @@ impl Journal {
         let lock = lock(&beside(&path, ".lock"))?;
         let file = open(&path)?; // again: whoever had the lock may have renamed another one there
         if config.fsync {
-            file.sync_data()?; // what an earlier process wrote may not be safe yet, and is shown from here on
+            // What an earlier process wrote and named may not be safe yet, and is shown from here on.
+            file.sync_data()?;
+            sync_directory_of(&path)?;
         }
         let size = file.metadata()?.len();
         let found = Found::read(&file, size, kept, config)?;
@@ -1070,7 +1073,7 @@ impl Journal {
         self.file = renamed.inspect_err(|_| drop(fs::remove_file(&new_path)))?;
         self.length = blocks.iter().map(|event| event.block.len() as u64).sum();
         (self.needed, self.health) = (self.length, Health::Unsynced); // until the name, too, is on the disk
-        File::open(self.path.parent().unwrap_or(&self.path))?.sync_all()?;
+        sync_directory_of(&self.path)?;
         self.health = Health::Whole;
         Ok(())
     }
@@ -1085,6 +1088,10 @@ impl Journal {
         new.sync_all()?;
         Ok(new)
     }
+}
+
+fn sync_directory_of(path: &Path) -> io::Result<()> {
+    File::open(path.parent().unwrap_or(path))?.sync_all()
 }
 
 fn beside(path: &Path, suffix: &str) -> PathBuf {
@@ -1108,7 +1115,8 @@ fn lock(path: &Path) -> io::Result<File> {
             return Err(io::Error::new(ErrorKind::ResourceBusy, reason));
         }
     }
-    if !holder.is_empty() && !holder.starts_with("process ") {
+    // A power cut may leave zeros of it.
+    if !holder.trim_matches('\0').is_empty() && !holder.starts_with("process ") {
         return invalid(format!("{} is something else than its lock: move it away", path.display()));
     }
     let who = format!("process {}\n", std::process::id());
@@ -1397,8 +1405,11 @@ impl Core {
             };
             drop(order);
             self.write_batch(journal.as_mut().ok_or_else(stopped)?); // it is closed only when nothing waits
-            drop(journal);
             order = enter(&self.order);
+            if order.stopped && order.waiting.is_empty() {
+                *journal = None; // stopping found it taken, and may not have waited for so long
+            }
+            drop(journal);
             self.settled.notify_all();
         }
         match outcome.get() {
@@ -1434,8 +1445,8 @@ impl Core {
         }
     }
 
-    /// Once nothing waits for the journal any more, another server may have it, though the program still holds a hub. A
-    /// disk that is stuck keeps it: whoever is writing cannot be stopped.
+    /// Once nothing waits for the journal any more, another server may have it, though the program still holds a hub. Where
+    /// the disk takes longer than stopping may, whoever is writing closes it afterwards.
     fn close_journal(&self, deadline: Instant) {
         let mut order = enter(&self.order);
         loop {
@@ -1832,7 +1843,7 @@ fn write_now(mut socket: &TcpStream, bytes: &[u8]) -> io::Result<usize> {
 
 /// What a read or write says that would have to wait, or has waited for its timeout.
 fn would_block(error: &io::Error) -> bool {
-    matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut)
+    error.kind() == ErrorKind::WouldBlock // `TimedOut` is the kernel giving up on the peer
 }
 
 fn reason_of(error: &io::Error) -> Reason {
@@ -2054,7 +2065,7 @@ impl Reader<'_> {
         const CHUNK: usize = 4096;
         let left = self.deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
         if left.is_some_and(|left| left.is_zero()) {
-            return Err(ErrorKind::TimedOut.into());
+            return Err(ErrorKind::WouldBlock.into());
         }
         // In whole milliseconds, so that a request after a request need not tell the system the same again.
         let timeout = left.map(|left| Duration::from_millis(left.as_millis() as u64 + 1));
@@ -3020,7 +3031,8 @@ pub struct Server {
 }
 
 /// A running server. Dropping it stops everything: streams get a reconnection time and their end, and after a second at
-/// most every thread is gone, but for handlers that do not return (they find their socket closed).
+/// most every thread has done its work, but for handlers that do not return (they find their socket closed), programs' own
+/// threads that wait for a stuck disk, and the log's where stderr takes nothing.
 pub struct Handle {
     shared: Arc<Shared>,
     listener: Arc<TcpListener>,
