@@ -132,6 +132,7 @@ const JOURNAL_RETRY: Duration = Duration::from_secs(1);
 /// Lines of the log that wait for stderr, and how long stopping waits for them.
 const LOG_LINES: usize = 1024;
 const LOG_TIME: Duration = Duration::from_millis(30);
+/// More than any machine has cores.
 const MOST_LANES: usize = 256;
 /// Ten years: no time is longer, so that none overflows a clock.
 const LONGEST: Duration = Duration::from_secs(10 * 365 * 24 * 3600);
@@ -237,25 +238,22 @@ impl Config {
     fn check(&self) -> io::Result<()> {
         let Config { head_time, body_time, idle_time, heartbeat, lifetime, stall_time, retry, .. } = *self;
         let times = [head_time, body_time, idle_time, heartbeat, lifetime, stall_time];
-        if times.iter().any(|time| time.as_millis() == 0) {
-            return invalid("a time limit of 0 leaves no time for anything: give at least 1ms".into());
-        } else if times.iter().chain([&retry]).any(|time| *time > LONGEST) {
-            return invalid("a time limit of more than ten years is none: give at most 87600h".into());
-        } else if heartbeat < 2 * SWEEP {
-            return invalid(format!(
-                "silence is looked for every {} ms: give a heartbeat of at least {}ms",
-                SWEEP.as_millis(),
-                2 * SWEEP.as_millis()
-            ));
-        } else if self.connections == 0 {
-            return invalid("without any connections nobody could ask for a stream: give at least 1".into());
-        } else if self.lanes > MOST_LANES {
-            return invalid(format!(
-                "{} lanes are more than any machine has cores: give at most {MOST_LANES}",
-                self.lanes
-            ));
-        } else if self.fsync && self.journal.is_none() {
-            return invalid("only a journal can be synced: give --journal FILE, too".into());
+        let too_short = times.iter().any(|time| time.as_millis() == 0);
+        let too_long = times.iter().chain([&retry]).any(|time| *time > LONGEST);
+        for (is_wrong, reason) in [
+            (too_short, "a time limit of 0 leaves no time for anything: give at least 1ms"),
+            (too_long, "a time limit of more than ten years is none: give at most 87600h"),
+            (heartbeat < 2 * SWEEP, "silence is looked for every 1750 ms: give a heartbeat of at least 3500ms"),
+            (self.connections == 0, "without any connections nobody could ask for a stream: give at least 1"),
+            (
+                self.lanes > MOST_LANES,
+                &format!("{} lanes are more than any machine has cores: give at most 256", self.lanes),
+            ),
+            (self.fsync && self.journal.is_none(), "only a journal can be synced: give --journal FILE, too"),
+        ] {
+            if is_wrong {
+                return invalid(reason);
+            }
         }
         for origin in self.allow_origins.iter().filter(|origin| !["*", "null"].contains(&origin.as_str())) {
             let authority = origin.split_once("://").map_or("", |(_, authority)| authority);
@@ -295,12 +293,10 @@ impl FromStr for Token {
 
     fn from_str(text: &str) -> io::Result<Token> {
         // RFC 6750 §2.1; a cookie may hold all of these, too.
-        match !text.is_empty() && text.bytes().all(|b| b.is_ascii_alphanumeric() || b"-._~+/=".contains(&b)) {
-            true => Ok(Token(text.into())),
-            false => {
-                invalid("a token is made of A-Z a-z 0-9 - . _ ~ + / =, such as `openssl rand -hex 16` prints".into())
-            }
+        if text.is_empty() || !text.bytes().all(|b| b.is_ascii_alphanumeric() || b"-._~+/=".contains(&b)) {
+            return invalid("a token is made of A-Z a-z 0-9 - . _ ~ + / =, such as `openssl rand -hex 16` prints");
         }
+        Ok(Token(text.into()))
     }
 }
 
@@ -346,8 +342,8 @@ pub fn parse_duration(text: &str) -> io::Result<Duration> {
     }
 }
 
-fn invalid<T>(reason: String) -> io::Result<T> {
-    Err(io::Error::new(ErrorKind::InvalidInput, reason))
+fn invalid<T>(reason: impl Into<String>) -> io::Result<T> {
+    Err(io::Error::new(ErrorKind::InvalidInput, reason.into()))
 }
 
 /// What came from outside, made fit for a one-line message: quoted, escaped and cut.
@@ -475,11 +471,9 @@ impl Event {
     }
 
     fn check(&self) -> io::Result<()> {
-        if let Some(name) = self.name.as_deref().filter(|name| name.len() > EVENT_NAME_BYTES) {
-            return invalid(format!(
-                "an event name of {} bytes, where at most {EVENT_NAME_BYTES} are taken",
-                name.len()
-            ));
+        let length = self.name.as_ref().map_or(0, String::len);
+        if length > EVENT_NAME_BYTES {
+            return invalid(format!("an event name of {length} bytes, where at most {EVENT_NAME_BYTES} are taken"));
         }
         for (field, text) in [("event name", &self.name), ("id", &self.id), ("key", &self.key)] {
             if let Some(text) = text.as_deref().filter(|t| t.contains(['\r', '\n', '\0'])) {
@@ -947,7 +941,7 @@ impl Journal {
         let started = Instant::now();
         let open = |path| OpenOptions::new().read(true).append(true).create(true).mode(0o600).open(path);
         if !open(path)?.metadata()?.is_file() {
-            return invalid("it is no regular file".into());
+            return invalid("it is no regular file");
         }
         let path = path.canonicalize()?; // a link stays one, however often the journal is renamed
         let lock = lock(&beside(&path, ".lock"))?;
@@ -1487,15 +1481,15 @@ impl Core {
         event.check()?;
         let limit = self.config.data_bytes();
         if event.name.as_deref() == Some("gap") {
-            return invalid("the event name gap is the server's own: choose another".into());
+            return invalid("the event name gap is the server's own: choose another");
         } else if event.id.is_some() {
-            return invalid("a topic numbers its events itself: leave the id out".into());
+            return invalid("a topic numbers its events itself: leave the id out");
         } else if event.data.len() > limit {
             return invalid(format!("{} bytes of data, where at most {limit} are taken", event.data.len()));
         }
-        match event.key.as_deref() {
-            Some(key) if key.is_empty() || key.len() > KEY_BYTES => {
-                invalid(format!("a key of {} bytes, where 1 to {KEY_BYTES} are taken", key.len()))
+        match event.key.as_ref().map(String::len) {
+            Some(length) if !(1..=KEY_BYTES).contains(&length) => {
+                invalid(format!("a key of {length} bytes, where 1 to {KEY_BYTES} are taken"))
             }
             _ => Ok(()),
         }
@@ -1508,12 +1502,10 @@ fn stopped() -> io::Error {
 
 fn check_topic(name: &str) -> io::Result<()> {
     let fits = |b: u8| b.is_ascii_alphanumeric() || b"._~-".contains(&b);
-    match (1..=TOPIC_NAME_BYTES).contains(&name.len()) && name.bytes().all(fits) {
-        true => Ok(()),
-        false => {
-            invalid(format!("{} is no topic name: that is 1 to {TOPIC_NAME_BYTES} of A-Z a-z 0-9 . _ ~ -", shown(name)))
-        }
+    if (1..=TOPIC_NAME_BYTES).contains(&name.len()) && name.bytes().all(fits) {
+        return Ok(());
     }
+    invalid(format!("{} is no topic name: that is 1 to {TOPIC_NAME_BYTES} of A-Z a-z 0-9 . _ ~ -", shown(name)))
 }
 
 /// One of the threads that write to live subscribers. Each subscriber belongs to one lane, from before it first turns
@@ -2269,10 +2261,8 @@ impl Request {
             match reader.fill() {
                 Ok(got) if got > 0 => {}
                 Err(error) if would_block(&error) && !reader.unread().is_empty() => {
-                    return refuse(
-                        408,
-                        format!("the request's head did not come whole within {} ms", config.head_time.as_millis()),
-                    );
+                    let limit = config.head_time.as_millis();
+                    return refuse(408, format!("the request's head did not come whole within {limit} ms"));
                 }
                 _ => return Ok(None),
             }
@@ -2388,12 +2378,10 @@ impl Request {
         while more && body.len() <= limit {
             more = self.body.read(reader, &mut body)?;
         }
-        match self.body.is_over() && body.len() <= limit {
-            true => Ok(body),
-            false => {
-                refuse(413, format!("the body is longer than {limit} bytes (--body-bytes): send less, or lines by PUT"))
-            }
+        if self.body.is_over() && body.len() <= limit {
+            return Ok(body);
         }
+        refuse(413, format!("the body is longer than {limit} bytes (--body-bytes): send less, or lines by PUT"))
     }
 }
 
@@ -2490,6 +2478,11 @@ struct Answer {
 /// One line that says what was wrong and what would be right, and the end of the connection.
 fn refuse<T>(status: u16, reason: impl fmt::Display) -> Result<T, Answer> {
     Err(Answer::refusal(status, reason))
+}
+
+/// The same, where the request was understood: the connection goes on.
+fn decline<T>(status: u16, reason: impl fmt::Display) -> Result<T, Answer> {
+    Err(Answer::text(status, reason))
 }
 
 impl Answer {
@@ -2633,7 +2626,7 @@ impl Shared {
     fn reply(&self, reader: &mut Reader, request: &mut Request, path: &str) -> Result<Reply, Answer> {
         self.check_host(request)?;
         let Some(allow) = self.methods_of(path) else {
-            return Err(Answer::text(404, format!("there is nothing at {}: topics are at /events/NAME", shown(path))));
+            return decline(404, format!("there is nothing at {}: topics are at /events/NAME", shown(path)));
         };
         let topic = path.strip_prefix("/events/");
         match (request.method.as_str(), topic) {
@@ -2653,7 +2646,7 @@ impl Shared {
                 let reason = format!("{method} is not for {}: use one of {allow}", shown(path));
                 return Err(Answer::text(405, reason).header("Allow", allow));
             }
-            (method, _) => return Err(Answer::text(501, format!("the method {} is not known", shown(method)))),
+            (method, _) => return decline(501, format!("the method {} is not known", shown(method))),
         }
         let route = enter(&self.routes).iter().find(|(known, _)| known == path).map(|(_, route)| route.clone());
         if topic.is_some() || path == "/metrics" || matches!(route, Some(Route::Stream(_))) {
@@ -2690,9 +2683,10 @@ impl Shared {
         if self.loopback_port.is_none() || is_loopback(host) || self.config().allow_origins.iter().any(names_it) {
             return Ok(());
         }
-        let reason =
-            format!("{} is not this server: behind a proxy, start it with --allow-origin https://…", shown(host));
-        Err(Answer::refusal(403, reason))
+        refuse(
+            403,
+            format!("{} is not this server: behind a proxy, start it with --allow-origin https://…", shown(host)),
+        )
     }
 
     /// A page of another origin may publish only where that is allowed: its reader's browser may be inside a wall that
@@ -2704,8 +2698,7 @@ impl Shared {
         if is_own || self.is_allowed(origin) {
             return Ok(());
         }
-        let reason = format!("pages of {} may not publish: allow them with --allow-origin", shown(origin));
-        Err(Answer::text(403, reason))
+        decline(403, format!("pages of {} may not publish: allow them with --allow-origin", shown(origin)))
     }
 
     /// Named as allowed, or one of ours: all names of loopback at this server's own port are one origin.
@@ -2801,8 +2794,7 @@ impl Shared {
     /// The event that a request describes beside its body. Whatever is wrong there is said before the body is read.
     fn describe(&self, request: &Request, topic: &str, known: &[&str]) -> Result<Event, Answer> {
         if let Some((name, _)) = request.query.0.iter().find(|(name, _)| !known.contains(&name.as_str())) {
-            let reason = format!("the parameter {} is not known: {} are", shown(name), known.join(", "));
-            return Err(Answer::text(400, reason));
+            return decline(400, format!("the parameter {} is not known: {} are", shown(name), known.join(", ")));
         }
         let mut event = Event::new("");
         event.name = request.query.get("event").map(String::from);
@@ -2918,7 +2910,7 @@ fn check_token(known: &[Token], what: &str, request: &Request) -> Result<(), Ans
         let reason = format!("{what} needs a token: Authorization: Bearer TOKEN, or the cookie brooklet_token");
         return Err(Answer::text(401, reason).header("WWW-Authenticate", "Bearer realm=\"brooklet\""));
     }
-    Err(Answer::text(403, format!("this token is not good for {what}")))
+    decline(403, format!("this token is not good for {what}"))
 }
 
 fn is_loopback(host: &str) -> bool {
@@ -2984,10 +2976,7 @@ fn open_topics(request: &Request, list: &str) -> Result<Opening, Answer> {
         if names.iter().any(|known| known == name) {
             continue;
         } else if names.len() == TOPICS_PER_STREAM {
-            return Err(Answer::text(
-                400,
-                format!("a stream takes up to {TOPICS_PER_STREAM} topics, and these are more"),
-            ));
+            return decline(400, format!("a stream takes up to {TOPICS_PER_STREAM} topics, and these are more"));
         }
         names.push(name.into());
     }
@@ -3002,12 +2991,7 @@ fn open_topics(request: &Request, list: &str) -> Result<Opening, Answer> {
         Some(text) => match (parse_duration(text), text.parse()) {
             (Ok(time), _) => Start::Ago(time),
             (_, Ok(id)) => Start::Cursor(id),
-            _ => {
-                return Err(Answer::text(
-                    400,
-                    format!("since is earliest, a time such as 10m, or an id; not {}", shown(text)),
-                ));
-            }
+            _ => return decline(400, format!("since is earliest, a time such as 10m, or an id; not {}", shown(text))),
         },
     };
     // A page opened anew says `since`; one that comes back says where it was, and that wins.
