@@ -106,8 +106,6 @@ const LINES_AT_ONCE: usize = 128;
 const CHUNK_LINE_BYTES: usize = 256;
 /// How long `?poll` waits for its first event, and how soon the next poll comes.
 const POLL: Duration = Duration::from_secs(25);
-const POLL_IS_OVER: Reason = "the poll is over";
-const NO_ROOM: Reason = "no room for another stream";
 const POLL_RETRY: Duration = Duration::from_millis(100);
 /// A connection that asks again as soon as it is answered is waited for awake, for this long: to put its thread to sleep and
 /// wake it on another core takes longer than to answer. One publisher gets 2.8 times as many answers.
@@ -347,18 +345,10 @@ fn invalid<T>(reason: impl Into<String>) -> io::Result<T> {
 }
 
 /// What came from outside, made fit for a one-line message: quoted, escaped and cut.
-fn shown(text: &str) -> Shown<'_> {
-    Shown(text)
-}
-
-struct Shown<'a>(&'a str);
-
-impl fmt::Display for Shown<'_> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self.0.char_indices().nth(80) {
-            Some((cut, _)) => write!(f, "{:?}…", &self.0[..cut]),
-            None => write!(f, "{:?}", self.0),
-        }
+fn shown(text: &str) -> String {
+    match text.char_indices().nth(80) {
+        Some((cut, _)) => format!("{:?}…", &text[..cut]),
+        None => format!("{text:?}"),
     }
 }
 
@@ -618,24 +608,10 @@ enum Start {
     Malformed,
 }
 
-/// Events after a cursor that may have been let go.
-struct Gap {
-    after: Option<Id>,
-    oldest: Option<Id>,
-    id: Id,
-}
-
-impl Gap {
-    fn encode(&self) -> Encoded {
-        let json = |id: Option<Id>| id.map_or("null".into(), |id| format!("\"{id}\""));
-        let data = format!("{{\"after\":{},\"oldest\":{}}}", json(self.after), json(self.oldest));
-        Encoded::new(self.id, Event::new(data).name("gap").encode(Some(&self.id)))
-    }
-}
-
 /// What a subscriber that is behind gets next.
 enum Next {
-    Gap(Gap),
+    /// The event that says that others before it may have been let go.
+    Gap(Encoded),
     Events(Run),
     Nothing,
 }
@@ -820,13 +796,18 @@ impl Kept {
         self.topics(names).filter_map(|topic| topic.after(cursor).next()).map(|event| event.id).min()
     }
 
-    fn gap(&self, names: &[Arc<str>], after: Option<Id>, cursor: Id) -> Gap {
+    /// The event that says that something between the asked cursor and the oldest kept event may be missing. Its id is
+    /// just before that event, so whoever resumes from it gets all that is kept.
+    fn gap(&self, names: &[Arc<str>], asked: Option<Id>, cursor: Id) -> Encoded {
         let oldest = self.oldest_after(names, cursor);
-        Gap { after, oldest, id: oldest.map_or(self.let_go(names), Id::before) }
+        let id = oldest.map_or(self.let_go(names), Id::before);
+        let json = |id: Option<Id>| id.map_or("null".into(), |id| format!("\"{id}\""));
+        let data = format!("{{\"after\":{},\"oldest\":{}}}", json(asked), json(oldest));
+        Encoded::new(id, Event::new(data).name("gap").encode(Some(&id)))
     }
 
     /// The cursor a new stream starts after, and the gap it must hear first.
-    fn start(&self, names: &[Arc<str>], from: Start) -> (Id, Option<Gap>) {
+    fn start(&self, names: &[Arc<str>], from: Start) -> (Id, Option<Encoded>) {
         let (asked, cursor) = match from {
             Start::Now => return (self.newest, None),
             Start::Earliest => return (self.oldest_after(names, Id::default()).map_or(self.newest, Id::before), None),
@@ -1497,7 +1478,7 @@ impl Core {
 }
 
 fn stopped() -> io::Error {
-    io::Error::new(ErrorKind::NotConnected, "the server is stopping")
+    io::Error::new(ErrorKind::NotConnected, STOPPING)
 }
 
 fn check_topic(name: &str) -> io::Result<()> {
@@ -1642,6 +1623,10 @@ const HEARTBEAT: &[u8] = b":\n";
 /// Why something about a connection ended, for the log and for a handler.
 type Reason = &'static str;
 
+const STOPPING: Reason = "the server is stopping";
+const POLL_IS_OVER: Reason = "the poll is over";
+const NO_ROOM: Reason = "no room for another stream";
+
 struct Connection {
     serial: u64,
     /// Where it is in `Guests`, under whose lock these change.
@@ -1775,9 +1760,13 @@ impl Connection {
 
     /// Writes all of `bytes`, waiting for the peer, and leaves the socket in non-blocking mode, as lanes need it.
     fn write_waiting(&self, bytes: &[u8], deadline: Instant) -> Result<(), Reason> {
-        self.socket.set_nonblocking(false).map_err(|error| reason_of(&error))?;
+        self.set_nonblocking(false)?;
         self.write_whole(bytes, deadline)?;
-        self.socket.set_nonblocking(true).map_err(|error| reason_of(&error))
+        self.set_nonblocking(true)
+    }
+
+    fn set_nonblocking(&self, mode: bool) -> Result<(), Reason> {
+        self.socket.set_nonblocking(mode).map_err(|error| reason_of(&error))
     }
 
     /// Writes all of `bytes` to a socket in blocking mode, as long as the peer takes something in each stall time.
@@ -1787,10 +1776,9 @@ impl Connection {
             if written.as_ref().is_err_and(would_block) {
                 // The kernel wakes a blocked writer only once a third of its buffer is free, so less may have been
                 // taken.
-                let set_nonblocking = |mode| self.socket.set_nonblocking(mode).map_err(|error| reason_of(&error));
-                set_nonblocking(true)?;
+                self.set_nonblocking(true)?;
                 written = (&self.socket).write(bytes);
-                set_nonblocking(false)?;
+                self.set_nonblocking(false)?;
             }
             match written {
                 Ok(written) => bytes = &bytes[written..],
@@ -1871,13 +1859,11 @@ impl Subscription<'_> {
             if let Err(reason) = c.finish(self.deadline) {
                 return reason;
             } else if self.stopping.load(SeqCst) {
-                return c.end("the server is stopping", spread(retry, 50, 150));
+                return c.end(STOPPING, spread(retry, 50, 150));
             } else if Instant::now() >= self.deadline {
                 return c.end("the lifetime is over", retry);
             }
-            let state = enter(&c.state);
-            let (cursor, sent) = (state.cursor, state.sent);
-            drop(state);
+            let State { cursor, sent, .. } = *enter(&c.state);
             let kept = core.kept();
             match kept.next(&self.names, cursor, &self.told) {
                 Next::Nothing if self.poll_until.is_some_and(|until| sent > 0 || Instant::now() >= until) => {
@@ -1896,7 +1882,7 @@ impl Subscription<'_> {
                     self.told = kept.told(&self.names);
                     drop(kept);
                     core.counters.gaps.fetch_add(1, Relaxed);
-                    enter(&c.state).leave_unfinished(gap.encode(), 0);
+                    enter(&c.state).leave_unfinished(gap, 0);
                 }
                 Next::Events(run) => {
                     drop(kept);
@@ -2007,7 +1993,7 @@ impl Stream<'_> {
     fn check_open(&self) -> io::Result<()> {
         match enter(&self.c.state).phase {
             Phase::Closed(reason) => Err(io::Error::other(reason)),
-            _ if self.stopping.load(SeqCst) => Err(io::Error::other("the server is stopping")),
+            _ if self.stopping.load(SeqCst) => Err(io::Error::other(STOPPING)),
             _ => Ok(()),
         }
     }
@@ -2668,7 +2654,7 @@ impl Shared {
             None if path == "/metrics" => {
                 Reply::Answer(Answer::new(200, "text/plain; version=0.0.4", self.metrics().into_bytes()))
             }
-            None if self.stopping() => Reply::Answer(self.unavailable("the server is stopping")),
+            None if self.stopping() => Reply::Answer(self.unavailable(STOPPING)),
             None => Reply::Answer(Answer::text(200, "ok")),
         })
     }
@@ -2819,7 +2805,7 @@ impl Shared {
     /// Adds to a refusal how far it came. A body that stopping has cut off is not its sender's fault.
     fn blame(&self, refusal: Answer, so_far: &str) -> Answer {
         if self.stopping() {
-            return Answer { close: true, ..self.unavailable(format!("the server is stopping{so_far}")) };
+            return Answer { close: true, ..self.unavailable(format!("{STOPPING}{so_far}")) };
         }
         let reason = String::from_utf8_lossy(&refusal.body);
         Answer { body: format!("{}{so_far}\n", reason.trim_end()).into_bytes(), ..refusal }
@@ -2832,7 +2818,7 @@ impl Shared {
     /// Runs a stream to its end, and returns why it ended.
     fn stream(&self, c: &Arc<Connection>, head: String, opening: Opening) -> Cow<'static, str> {
         let lane = match self.move_to_streams(c) {
-            _ if self.stopping() => return self.send_away(c, &head, "the server is stopping").into(),
+            _ if self.stopping() => return self.send_away(c, &head, STOPPING).into(),
             None => return self.send_away(c, &head, NO_ROOM).into(),
             Some(number) => &self.hub.core.lanes[number % self.hub.core.lanes.len()],
         };
@@ -2845,7 +2831,7 @@ impl Shared {
                 drop(head);
                 let result = handler(&mut Stream { c, stopping: &self.stopping, query, last_event_id, stray: 0 });
                 if self.stopping() && enter(&c.state).phase == Phase::Behind {
-                    return c.end("the server is stopping", spread(self.config().retry, 50, 150)).into();
+                    return c.end(STOPPING, spread(self.config().retry, 50, 150)).into();
                 }
                 result.map_or_else(|error| error.to_string().into(), |()| "the handler returned".into())
             }
@@ -2879,7 +2865,7 @@ impl Shared {
         let _ = write!(head, "retry: {}\nid: {cursor}\n\n", retry.as_millis());
         let mut head = head.into_bytes();
         if let Some(gap) = &gap {
-            head.extend_from_slice(gap.encode().frame());
+            head.extend_from_slice(gap.frame());
             core.counters.gaps.fetch_add(1, Relaxed);
         }
         let mut state = enter(&c.state);
@@ -3434,8 +3420,10 @@ impl Shared {
                         Ok(Reply::Answer(answer)) | Err(answer) => answer,
                     };
                     answer.headers += &cors;
-                    let (peer, method, status) = (c.peer, &request.method, answer.status);
-                    self.log.line(Log::Debug, format_args!("{peer} {method} {} {status}", shown(&path)));
+                    if self.log.wanted >= Log::Debug {
+                        let (peer, method, status) = (c.peer, &request.method, answer.status);
+                        self.log.line(Log::Debug, format_args!("{peer} {method} {} {status}", shown(&path)));
+                    }
                     let close = request.close || answer.close || !request.body.is_over() || self.stopping();
                     (answer, is_head, close)
                 }
