@@ -570,6 +570,7 @@ impl Run {
 // that such topics had let go is one number, and counts for every topic that is not in the table. At the start that
 // number is the base, so whatever an earlier process had is a gap too.
 
+#[derive(Default)]
 struct Topic {
     name: Arc<str>,
     events: VecDeque<(Encoded, Option<Arc<str>>)>, // with their keys
@@ -586,6 +587,7 @@ impl Topic {
     }
 }
 
+#[derive(Default)]
 struct Kept {
     topics: HashMap<Arc<str>, Topic>,
     /// The oldest event of each topic that keeps any: the next to go is the first.
@@ -618,7 +620,7 @@ enum Next {
 
 impl Kept {
     fn new(base: Id) -> Kept {
-        Kept { topics: HashMap::new(), oldest: BTreeMap::new(), events: 0, bytes: 0, newest: base, forgotten: base }
+        Kept { newest: base, forgotten: base, ..Kept::default() }
     }
 
     fn check_room(&self, name: &str, limit: usize) -> io::Result<()> {
@@ -633,8 +635,7 @@ impl Kept {
     /// stay.
     fn topic(&mut self, name: &str) -> &mut Topic {
         let name: Arc<str> = name.into();
-        let (events, keys) = (VecDeque::new(), HashMap::new());
-        let new = Topic { name: name.clone(), events, keys, let_go: self.forgotten, subscribers: 0 };
+        let new = Topic { name: name.clone(), let_go: self.forgotten, ..Topic::default() };
         self.topics.entry(name).or_insert(new)
     }
 
@@ -1246,6 +1247,7 @@ struct Core {
     counters: Arc<Counters>,
 }
 
+#[derive(Default)]
 struct Order {
     /// The highest id that was ever given away.
     newest: Id,
@@ -2701,23 +2703,18 @@ impl Shared {
         let origins = &self.config().allow_origins;
         let all = origins.iter().any(|known| known == "*");
         let allowed = self.is_allowed(origin);
-        let mut lines = match (allowed, all) {
-            (true, _) => format!("Access-Control-Allow-Origin: {origin}\r\nAccess-Control-Allow-Credentials: true\r\n"),
-            (_, true) => "Access-Control-Allow-Origin: *\r\n".into(),
+        let (mut lines, methods, fields) = match (allowed, all) {
+            (true, _) => (
+                format!("Access-Control-Allow-Origin: {origin}\r\nAccess-Control-Allow-Credentials: true\r\n"),
+                "GET, HEAD, POST, PUT",
+                "Authorization, Cache-Control, Content-Type, Last-Event-ID",
+            ),
+            (_, true) => ("Access-Control-Allow-Origin: *\r\n".into(), "GET, HEAD", "Cache-Control, Last-Event-ID"),
             _ => return if origins.is_empty() { String::new() } else { "Vary: Origin\r\n".into() },
         };
         if request.method == "OPTIONS" {
-            let methods = if allowed { "GET, HEAD, POST, PUT" } else { "GET, HEAD" };
-            let fields = if allowed {
-                "Authorization, Cache-Control, Content-Type, Last-Event-ID"
-            } else {
-                "Cache-Control, Last-Event-ID"
-            };
-            let _ = write!(
-                lines,
-                "Access-Control-Allow-Methods: {methods}\r\nAccess-Control-Allow-Headers: {fields}\r\n\
-                 Access-Control-Max-Age: 600\r\n"
-            );
+            lines += &format!("Access-Control-Allow-Methods: {methods}\r\nAccess-Control-Allow-Headers: {fields}\r\n");
+            lines += "Access-Control-Max-Age: 600\r\n";
         }
         lines + "Vary: Origin\r\n"
     }
@@ -3070,7 +3067,7 @@ impl Server {
         let open = |path| Journal::open(path, &mut kept, &config, &log);
         let journal = config.journal.as_deref().map(open).transpose()?;
         counters.journal_bytes.store(journal.as_ref().map_or(0, |journal| journal.length), Relaxed);
-        let order = Order { newest: kept.newest, stopped: false, waiting: VecDeque::new(), waiting_bytes: 0 };
+        let order = Order { newest: kept.newest, ..Order::default() };
         let (journal, order, kept) = (Mutex::new(journal), Mutex::new(order), Mutex::new(kept));
         let hub =
             Hub { core: Arc::new(Core { config, journal, order, settled: Condvar::new(), kept, lanes, counters }) };
