@@ -9,7 +9,7 @@ run: need-cargo
 setup:
 	sh tests/setup.sh
 
-# Formatting, lints, all tests, the README's own curl lines, a short siege, the doctor, other people's clients, proxies and a browser. Some
+# Formatting, lints, all tests, the consoles of the README, a short siege, the doctor, other people's clients, proxies, a browser. Some
 # tests open a thousand connections at once. What a part needs and is not there leaves that part out, and says so.
 test: need-cargo
 	cargo fmt --check
@@ -20,7 +20,7 @@ test: need-cargo
 	$(MAKE) --no-print-directory doctor-test
 	$(MAKE) --no-print-directory clients
 
-# Every command of the README, word for word, against a server on a free port.
+# Every console block of the README, word for word, against a server on a free port.
 smoke: build
 	sh tests/smoke.sh
 

@@ -16,7 +16,7 @@ cd "$dir"
 
 "$brooklet" --listen 127.0.0.1:0 --log off >server.out &
 echo $! >server.pid
-until grep -q listens server.out; do sleep 0.05; done
+until grep -qs listens server.out; do sleep 0.05; done
 port=$(sed -n 's|.*http://127.0.0.1:\([0-9]*\) .*|\1|p' server.out)
 
 # The README says port 3000; curl's own configuration leads it to the port that the server has.
