@@ -242,6 +242,8 @@ impl Config {
             (too_short, "a time limit of 0 leaves no time for anything: give at least 1ms"),
             (too_long, "a time limit of more than ten years is none: give at most 87600h"),
             (heartbeat < 2 * SWEEP, "silence is looked for every 1750 ms: give a heartbeat of at least 3500ms"),
+            (self.head_bytes == 0, "no request fits into a head of 0 bytes: give some KiB"),
+            (self.topics == 0, "nothing can be published where no topic may be: give at least 1"),
             (self.connections == 0, "without any connections nobody could ask for a stream: give at least 1"),
             (
                 self.lanes > MOST_LANES,
@@ -254,9 +256,13 @@ impl Config {
             }
         }
         for origin in self.allow_origins.iter().filter(|origin| !["*", "null"].contains(&origin.as_str())) {
-            let authority = origin.split_once("://").map_or("", |(_, authority)| authority);
-            if !is_authority(authority) || origin.bytes().any(|b| b.is_ascii_uppercase()) {
+            let (scheme, authority) = origin.split_once("://").unwrap_or_default();
+            let is_scheme =
+                !scheme.is_empty() && scheme.bytes().all(|b| b.is_ascii_alphanumeric() || b"+-.".contains(&b));
+            if !is_scheme || !is_authority(authority) || origin.bytes().any(|b| b.is_ascii_uppercase()) {
                 return invalid(format!("{} is no origin: write https://app.example, null or *", shown(origin)));
+            } else if [("http", Some("80")), ("https", Some("443"))].contains(&(scheme, split_port(authority).1)) {
+                return invalid(format!("{} has the port that browsers leave out: leave it out, too", shown(origin)));
             }
         }
         Ok(())
@@ -1628,6 +1634,7 @@ type Reason = &'static str;
 const STOPPING: Reason = "the server is stopping";
 const POLL_IS_OVER: Reason = "the poll is over";
 const NO_ROOM: Reason = "no room for another stream";
+const NO_NAMES: Reason = "all topic names are in use";
 
 struct Connection {
     serial: u64,
@@ -2080,7 +2087,11 @@ impl Reader<'_> {
     fn chunk_line(&mut self) -> Result<String, Answer> {
         let mut seen = 0;
         loop {
-            if let Some(lf) = self.unread()[seen..].iter().position(|b| *b == b'\n') {
+            let lf = self.unread()[seen..].iter().position(|b| *b == b'\n');
+            if lf.map_or(self.unread().len(), |lf| seen + lf) > CHUNK_LINE_BYTES {
+                return refuse(400, format!("a chunk's line is longer than {CHUNK_LINE_BYTES} bytes"));
+            }
+            if let Some(lf) = lf {
                 let line = self.unread()[..seen + lf].strip_suffix(b"\r").map(String::from_utf8_lossy);
                 let line = line.filter(|line| !line.contains(|c: char| c.is_ascii_control() && c != '\t'));
                 let line = line.map(Cow::into_owned);
@@ -2088,9 +2099,6 @@ impl Reader<'_> {
                 return line.map_or_else(|| refuse(400, "a line of the chunked coding does not end with CRLF"), Ok);
             }
             seen = self.unread().len();
-            if seen > CHUNK_LINE_BYTES {
-                return refuse(400, format!("a chunk's line is longer than {CHUNK_LINE_BYTES} bytes"));
-            }
             self.fill_body()?;
         }
     }
@@ -2287,8 +2295,9 @@ impl Request {
                 "authorization" => &mut authorization,
                 "cookie" => {
                     let cookies = value();
-                    let named = cookies.split(';').filter_map(|cookie| cookie.trim().strip_prefix("brooklet_token="));
-                    tokens.extend(named.map(String::from));
+                    let named =
+                        cookies.split(';').filter_map(|cookie| skip_space(cookie).strip_prefix("brooklet_token="));
+                    tokens.extend(named.map(String::from).filter(|token| !token.is_empty()));
                     continue;
                 }
                 "last-event-id" => {
@@ -2440,7 +2449,7 @@ fn split_port(authority: &str) -> (&str, Option<&str>) {
 }
 
 fn percent_decode(text: &str) -> Result<String, Answer> {
-    let bad = || Answer::refusal(400, format!("{} is not percent-encoded UTF-8", shown(text)));
+    let bad = || Answer::refusal(400, &format!("{} is not percent-encoded UTF-8", shown(text)));
     let mut bytes = Vec::with_capacity(text.len());
     let mut rest = text.bytes();
     while let Some(mut byte) = rest.next() {
@@ -2465,7 +2474,7 @@ struct Answer {
 
 /// One line that says what was wrong and what would be right, and the end of the connection.
 fn refuse<T>(status: u16, reason: impl fmt::Display) -> Result<T, Answer> {
-    Err(Answer::refusal(status, reason))
+    Err(Answer::refusal(status, &reason))
 }
 
 /// The same, where the request was understood: the connection goes on.
@@ -2482,7 +2491,7 @@ impl Answer {
         Answer::new(status, "text/plain; charset=utf-8", format!("{line}\n").into_bytes())
     }
 
-    fn refusal(status: u16, reason: impl fmt::Display) -> Answer {
+    fn refusal(status: u16, reason: &dyn fmt::Display) -> Answer {
         Answer { close: true, ..Answer::text(status, reason) }
     }
 
@@ -2673,7 +2682,10 @@ impl Shared {
         }
         refuse(
             403,
-            format!("{} is not this server: behind a proxy, start it with --allow-origin https://…", shown(host)),
+            format!(
+                "{} is not this server: behind a proxy, start it with --allow-origin https://…, and pass that host on",
+                shown(host)
+            ),
         )
     }
 
@@ -2699,8 +2711,7 @@ impl Shared {
     /// The header lines that let a page of another origin read an answer;
     /// <https://fetch.spec.whatwg.org/#http-cors-protocol>
     fn cors(&self, request: &Request) -> String {
-        let Some(origin) = request.origin.as_deref() else { return String::new() };
-        let origins = &self.config().allow_origins;
+        let (origin, origins) = (request.origin.as_deref().unwrap_or_default(), &self.config().allow_origins);
         let all = origins.iter().any(|known| known == "*");
         let allowed = self.is_allowed(origin);
         let (mut lines, methods, fields) = match (allowed, all) {
@@ -2784,7 +2795,9 @@ impl Shared {
         event.key = request.query.get("key").map(String::from);
         if let Some(retry) = request.query.get("retry") {
             let number = retry.parse::<u32>().ok().filter(|_| retry.bytes().all(|b| b.is_ascii_digit()));
-            let reason = || Answer::text(400, format!("the retry {} is no number of milliseconds", shown(retry)));
+            let reason = || {
+                Answer::text(400, format!("the retry {} is no number of milliseconds up to {}", shown(retry), u32::MAX))
+            };
             event.retry = Some(Duration::from_millis(number.ok_or_else(reason)?.into()));
         }
         let checked = check_topic(topic).and_then(|()| self.hub.core.check(&event));
@@ -2848,7 +2861,7 @@ impl Shared {
         let mut kept = core.kept();
         let Ok(names) = kept.subscribe(names, config.topics) else {
             drop(kept);
-            return self.send_away(c, &head, "all topic names are in use");
+            return self.send_away(c, &head, NO_NAMES);
         };
         let (cursor, gap) = kept.start(&names, start);
         let told = kept.told(&names);
@@ -2925,7 +2938,7 @@ impl Lines<'_, '_> {
         loop {
             let lf = self.text[seen..].iter().position(|b| *b == b'\n');
             let end = lf.map_or(self.text.len(), |lf| seen + lf);
-            if end - self.start > self.config.line_bytes {
+            if end - self.start > self.config.line_bytes + usize::from(self.text[..end].ends_with(b"\r")) {
                 return refuse(413, format!("a line is longer than {} bytes (--line-bytes)", self.config.line_bytes));
             }
             if lf.is_some() {
@@ -3036,7 +3049,7 @@ impl Server {
     /// The address cannot be bound; it is beyond loopback and [`Config::open`] is not set
     /// ([`ErrorKind::PermissionDenied`]); a limit makes no sense ([`ErrorKind::InvalidInput`]); the journal cannot be
     /// used ([`ErrorKind::ResourceBusy`]: another process has it; [`ErrorKind::InvalidData`]: the file is none); or no
-    /// thread can be started.
+    /// thread can be started; or the system has no room for two connections ([`ErrorKind::QuotaExceeded`]).
     pub fn bind(address: impl ToSocketAddrs, config: Config) -> io::Result<Server> {
         config.check()?;
         let listener = TcpListener::bind(address)?;
@@ -3052,7 +3065,7 @@ impl Server {
         let log = Arc::new(Logger::start(config.log)?);
         let cores = thread::available_parallelism().map_or(1, |cores| cores.get());
         let lane_count = if config.lanes == 0 { cores.div_ceil(2) } else { config.lanes };
-        let config = fit_to_system(config, lane_count, &log);
+        let config = fit_to_system(config, lane_count, &log)?;
         let (mut lanes, mut threads, counters) = (Vec::new(), Vec::new(), Arc::new(Counters::default()));
         for n in 0..lane_count {
             let (sender, queue) = crossbeam_channel::bounded(QUEUE_SLOTS);
@@ -3401,7 +3414,12 @@ impl Shared {
             let keen = answered.elapsed() < 2 * AWAKE_TIME; // the first of a connection counts, too: it comes at once
             let (answer, head_only, close) = match request {
                 Ok(None) => return None,
-                Err(refusal) => (refusal, false, true),
+                Err(refusal) => {
+                    let is_head = reader.unread().starts_with(b"HEAD "); // its head is still there, since it was refused
+                    let reason = String::from_utf8_lossy(&refusal.body);
+                    self.log.line(Log::Debug, format_args!("{} {}: {}", c.peer, refusal.status, reason.trim_end()));
+                    (refusal, is_head, true)
+                }
                 Ok(Some(mut request)) => {
                     if !enter(&self.guests).move_on(c, BUSY) {
                         return None;
@@ -3410,6 +3428,7 @@ impl Shared {
                     let cors = self.cors(&request);
                     let mut answer = match self.reply(&mut reader, &mut request, &path) {
                         Ok(Reply::Stream(_)) if is_head => {
+                            self.log_request(c, &request, &path, 200);
                             let _ = c.write_whole(stream_head(&cors).as_bytes(), Instant::now() + LINGER);
                             return None;
                         }
@@ -3417,10 +3436,7 @@ impl Shared {
                         Ok(Reply::Answer(answer)) | Err(answer) => answer,
                     };
                     answer.headers += &cors;
-                    if self.log.wanted >= Log::Debug {
-                        let (peer, method, status) = (c.peer, &request.method, answer.status);
-                        self.log.line(Log::Debug, format_args!("{peer} {method} {} {status}", shown(&path)));
-                    }
+                    self.log_request(c, &request, &path, answer.status);
                     let close = request.close || answer.close || !request.body.is_over() || self.stopping();
                     (answer, is_head, close)
                 }
@@ -3444,6 +3460,15 @@ impl Shared {
     }
 }
 
+impl Shared {
+    /// A stream's line is written when it closes.
+    fn log_request(&self, c: &Connection, request: &Request, path: &str, status: u16) {
+        if self.log.wanted >= Log::Debug {
+            self.log.line(Log::Debug, format_args!("{} {} {} {status}", c.peer, request.method, shown(path)));
+        }
+    }
+}
+
 impl Drop for Guest {
     fn drop(&mut self) {
         let (c, shared) = (&self.c, &self.shared);
@@ -3456,7 +3481,7 @@ impl Drop for Guest {
                 "closed peer={peer} path={} reason={reason:?} seconds={seconds}.{tenths} events={sent}",
                 shown(path)
             );
-            let repeats = [POLL_IS_OVER, NO_ROOM].contains(&&**reason); // as fast as a flood
+            let repeats = [POLL_IS_OVER, NO_ROOM, NO_NAMES].contains(&&**reason); // as fast as a flood
             shared.log.line(if repeats { Log::Debug } else { Log::Info }, line);
         }
         let mut guests = enter(&shared.guests);
@@ -3600,7 +3625,7 @@ impl LogQueue {
 
 /// Lowers the limits on connections to what the system gives this process: a thread that cannot map its stack's guard
 /// aborts the process from inside its start-up, where no error can be caught, so it must not come to that.
-fn fit_to_system(mut config: Config, lanes: usize, log: &Logger) -> Config {
+fn fit_to_system(mut config: Config, lanes: usize, log: &Logger) -> io::Result<Config> {
     let read = |path: &str| std::fs::read_to_string(path).unwrap_or_default(); // elsewhere than on Linux: no lowering
     let open = std::fs::read_dir("/proc/self/fd").map_or(0, Iterator::count);
     let files = limit_of_system("Max open files").unwrap_or(usize::MAX).saturating_sub(open + 16);
@@ -3612,8 +3637,11 @@ fn fit_to_system(mut config: Config, lanes: usize, log: &Logger) -> Config {
         (mappings, "memory mappings (vm.max_map_count)"),
         (tasks, "tasks in its control group (pids.max)"),
     ];
-    let (room, what) = limits.into_iter().min().map_or((2, ""), |(room, what)| (room.max(2), what));
-    if config.subscribers.saturating_add(config.connections) > room {
+    let (room, what) = limits.into_iter().min().unwrap_or((usize::MAX, ""));
+    if room < 2 {
+        let reason = format!("there is no room for a stream and a connection beside it: the limit is on {what}");
+        return Err(io::Error::new(ErrorKind::QuotaExceeded, reason));
+    } else if config.subscribers.saturating_add(config.connections) > room {
         config.connections = config.connections.min(room / 8 + 1);
         config.subscribers = config.subscribers.min(room - config.connections);
         let (subscribers, connections) = (config.subscribers, config.connections);
@@ -3621,7 +3649,7 @@ fn fit_to_system(mut config: Config, lanes: usize, log: &Logger) -> Config {
             format_args!("room for {subscribers} streams and {connections} connections only: the limit is on {what}");
         log.line(Log::Info, line);
     }
-    config
+    Ok(config)
 }
 
 /// One of the limits that `ulimit` sets; `None` where it is unlimited, and elsewhere than on Linux.

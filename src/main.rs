@@ -20,7 +20,8 @@ brooklet: a Server-Sent Events server that curl is a complete client of
   tail -f app.log | curl -T - http://localhost:3000/events/log     each line
 
 flags, with their defaults (times: 500ms 15s 10m 24h; sizes: 900 64KiB 1MiB)
-  --listen ADDR          127.0.0.1:3000   beyond loopback: a token, or --open
+  --listen ADDR          127.0.0.1:3000   beyond loopback: a token to
+                                          publish, or --open
   --publish-token T      none             to publish: a token, or @FILE of some;
                                           or in $BROOKLET_PUBLISH_TOKEN
   --subscribe-token T    none             to read: likewise
@@ -34,7 +35,7 @@ flags, with their defaults (times: 500ms 15s 10m 24h; sizes: 900 64KiB 1MiB)
   --head-time TIME       10s              to send a whole head
   --body-time TIME       30s              to send a whole body, or a PUT's line
   --idle-time TIME       15s              between a connection's requests
-  --heartbeat TIME       15s              longest silence on a stream
+  --heartbeat TIME       15s              longest silence, 3.5s or more
   --lifetime TIME        10m              of a topic's stream, 80 to 100 % of it
   --stall-time TIME      10s              in which a slow reader takes something
   --retry TIME           3s               when pages reconnect
@@ -42,15 +43,18 @@ flags, with their defaults (times: 500ms 15s 10m 24h; sizes: 900 64KiB 1MiB)
   --keep-bytes SIZE      64MiB            kept of all topics together
   --keep-age TIME        24h              how long they are kept
   --topics N             10000            topic names in use at once
-  --journal FILE         none             what is published survives the process
-  --fsync                                 and the machine
+  --journal FILE         none             events survive the process in it
+  --fsync                off              and the machine, too
   --lanes N              half the cores   threads that write to subscribers
   --log off|info|debug   info             to stderr
   --help  --version
 ";
 
 fn main() -> ExitCode {
-    let mut command = match Command::parse(std::env::args().skip(1)) {
+    let args: Result<Vec<String>, _> = std::env::args_os().skip(1).map(|arg| arg.into_string()).collect();
+    let command =
+        args.map_err(|_| "the arguments are not UTF-8".into()).and_then(|args| Command::parse(args.into_iter()));
+    let mut command = match command {
         Ok(Some(command)) => command,
         Ok(None) => return ExitCode::SUCCESS,
         Err(reason) => return fail(2, &reason),
@@ -85,8 +89,10 @@ impl Command {
         for (flag, variable) in
             [("--publish-token", "BROOKLET_PUBLISH_TOKEN"), ("--subscribe-token", "BROOKLET_SUBSCRIBE_TOKEN")]
         {
-            if let Ok(text) = std::env::var(variable) {
-                command.set(flag, &mut || Ok(text.clone())).map_err(|reason| format!("{variable}: {reason}"))?;
+            if let Some(text) = std::env::var_os(variable) {
+                // Whoever cannot read a token must not leave the door open.
+                let mut text = || text.clone().into_string().map_err(|_| "it is not UTF-8".into());
+                command.set(flag, &mut text).map_err(|reason| format!("{variable}: {reason}"))?;
             }
         }
         while let Some(arg) = args.next() {
@@ -212,11 +218,12 @@ fn address(text: &str) -> Result<SocketAddr, String> {
     found.ok_or_else(|| format!("{text:?} is no address: write HOST:PORT, such as 127.0.0.1:8080"))
 }
 
-/// Tokens from a flag or the environment: in a row, or in a file that is named after an @.
+/// A token from a flag or the environment; or several, one a line, in a file that is named after an @.
 fn tokens(text: &str) -> Result<Vec<Token>, String> {
     let read = |path| std::fs::read_to_string(path).map_err(|error| format!("{path}: {error}"));
     let list = text.strip_prefix('@').map_or(Ok(text.into()), read)?;
-    let tokens: Result<Vec<Token>, _> = list.split_whitespace().map(str::parse).collect();
+    let lines = list.lines().map(str::trim).filter(|line| !line.is_empty());
+    let tokens: Result<Vec<Token>, _> = lines.map(str::parse).collect();
     tokens.map_err(|error| error.to_string()).and_then(|tokens| match tokens.is_empty() {
         true => Err("there is no token in it".into()),
         false => Ok(tokens),

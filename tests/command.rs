@@ -167,6 +167,11 @@ fn a_bad_flag_is_told_what_was_expected() {
         (&["--head-time=0s"][..], "a time limit of 0"),
         (&["--heartbeat=2s"], "a heartbeat of at least 3500ms"),
         (&["--connections=0"], "give at least 1"),
+        (&["--topics=0"], "give at least 1"),
+        (&["--head-bytes=0"], "give some KiB"),
+        (&["--allow-origin", "app.example"], "is no origin"),
+        (&["--allow-origin", "a b://app.example"], "is no origin"),
+        (&["--allow-origin", "https://app.example:443"], "leave it out"),
         (&["--lanes=1000"], "1000 lanes"),
         (&["--listen", "0.0.0.0:0"], "is beyond loopback, so whoever reaches it could publish"),
     ] {
@@ -214,6 +219,14 @@ fn limits_that_the_system_does_not_allow_are_lowered_with_a_warning() {
     assert!(streams.len() > 150 && sent_away > 50, "{} and {sent_away}", streams.len());
     assert_eq!(post(process.addr, "/events/a", "to all").status, 200);
     assert!(streams.iter_mut().all(|wire| wire.event().unwrap().data() == "to all"));
+}
+
+#[test]
+fn where_the_system_has_no_room_at_all_it_does_not_start() {
+    let script = format!("ulimit -n 12; exec {} --listen 127.0.0.1:0", env!("CARGO_BIN_EXE_brooklet"));
+    let output = Command::new("sh").args(["-c", &script]).stdin(Stdio::null()).output().unwrap();
+    let error = String::from_utf8(output.stderr).unwrap();
+    assert!(!output.status.success() && error.contains("the limit is on open files (ulimit -n)"), "{error}");
 }
 
 #[test]

@@ -117,6 +117,7 @@ fn each_bad_request_gets_the_answer_of_the_table_and_the_next_connection_works()
         (400, "does not end with CRLF", body("/events/a", chunked, "5\nhello\r\n0\r\n\r\n")),
         (400, "longer than its size says", body("/events/a", chunked, "5\r\nhello!\r\n0\r\n\r\n")),
         (400, "a chunk's line is longer", body("/events/a", chunked, &format!("5;{}", "e".repeat(5_000)))),
+        (400, "a chunk's line is longer", body("/events/a", chunked, &format!("5;{}\r\nhello\r\n", "e".repeat(300)))),
         (400, "is no trailer field", body("/events/a", chunked, "0\r\nno field\r\n\r\n")),
         (408, "the body took too long", body("/events/a", &length(5), "hel")),
         (408, "the body took too long", body("/events/a", chunked, "5\r\nhel")),
@@ -250,6 +251,12 @@ fn head_answers_with_the_head_alone() {
         let head = wire.head();
         assert_eq!(head.contains("text/event-stream"), target.starts_with("/events"), "{head}");
         assert!(wire.rest().is_empty(), "{target}");
+    }
+    for (target, fields) in [("/?x=%zz", ""), ("/", "Host: localhost\r\n")] {
+        let mut wire = Wire::connect(server.addr().unwrap());
+        wire.send(format!("HEAD {target} HTTP/1.1\r\nHost: localhost\r\n{fields}\r\n").as_bytes());
+        assert!(wire.head().starts_with("HTTP/1.1 400 "), "{target}");
+        assert!(wire.rest().is_empty(), "what cannot be read is refused without a body, too");
     }
 }
 
