@@ -1396,7 +1396,7 @@ impl Core {
             self.settled.notify_all();
         }
         match outcome.get() {
-            Some(Err(reason)) => Err(io::Error::new(ErrorKind::StorageFull, reason.clone())),
+            Some(Err(reason)) => Err(io::Error::new(ErrorKind::StorageFull, format!("the journal failed: {reason}"))),
             _ => Ok(id),
         }
     }
