@@ -1322,17 +1322,12 @@ impl Core {
             }
             Ok(())
         };
-        let mut result = number_all();
-        for event in numbered {
-            match self.settle(event) {
-                Ok(id) => published.push(id),
-                Err(error) => {
-                    result = Err(error);
-                    break;
-                }
-            }
-        }
-        (published, result)
+        let all_numbered = number_all();
+        let all_settled = numbered.into_iter().try_for_each(|event| {
+            published.push(self.settle(event)?);
+            Ok(())
+        });
+        (published, all_settled.and(all_numbered))
     }
 
     fn order(&self) -> io::Result<MutexGuard<'_, Order>> {
@@ -2754,31 +2749,23 @@ impl Shared {
         request.invite_body(reader)?;
         reader.deadline = None;
         let c = reader.c;
-        let mut lines = Lines { reader, body: &mut request.body, config: self.config(), text: Vec::new(), start: 0 };
+        let mut lines = Lines::new(reader, &mut request.body, self.config());
         let (mut count, mut last) = (0, None);
         let result = loop {
-            let mut events = Vec::new();
-            let end = loop {
-                match lines.next().map(|line| line.map(String::from_utf8)) {
-                    Ok(Some(Ok(data))) => events.push(Event { data, ..event.clone() }),
-                    Ok(Some(Err(_))) => {
-                        break Some(refuse(400, format!("line {} is not UTF-8", count + events.len() + 1)));
-                    }
-                    Ok(None) => break Some(Ok(())),
-                    Err(refusal) => break Some(Err(refusal)),
-                }
-                if events.len() == LINES_AT_ONCE || !lines.has_more() {
-                    break None; // before waiting for more, what is there goes out, all in one write of the journal
-                }
-            };
+            let mut texts = Vec::new();
+            let more = lines.take_some(&mut texts);
+            let events = texts.into_iter().map(|data| Event { data, ..event.clone() }).collect();
             let place = c.place.load(Relaxed);
             enter(&self.guests).move_on(c, place); // who has something to say is not the first to make room
-            let (ids, result) = self.hub.core.publish_all(topic, events);
+            let (ids, published) = self.hub.core.publish_all(topic, events);
             (count, last) = (count + ids.len(), ids.last().copied().or(last));
-            if let Err(error) = result {
+            if let Err(error) = published {
                 break Err(Answer { close: true, ..self.not_published(&error) });
-            } else if let Some(end) = end {
-                break end;
+            }
+            match more {
+                Ok(true) => {}
+                Ok(false) => break Ok(()),
+                Err(refusal) => break Err(refusal),
             }
         };
         let summary = format!("published {count}{}", last.map_or(String::new(), |id| format!(", last id {id}")));
@@ -2925,11 +2912,27 @@ struct Lines<'a, 'b> {
     text: Vec<u8>,
     /// Where the line that is looked for begins in `text`.
     start: usize,
+    /// How many lines have been taken.
+    count: usize,
 }
 
-impl Lines<'_, '_> {
-    fn has_more(&self) -> bool {
-        self.text[self.start..].contains(&b'\n')
+impl<'a, 'b> Lines<'a, 'b> {
+    fn new(reader: &'a mut Reader<'b>, body: &'a mut Body, config: &'a Config) -> Lines<'a, 'b> {
+        Lines { reader, body, config, text: Vec::new(), start: 0, count: 0 }
+    }
+
+    /// Waits for a line, and takes those that came with it, too: they are published together, with one write of the
+    /// journal, before anyone waits for more. False with the last ones. What was taken before an error counts.
+    fn take_some(&mut self, texts: &mut Vec<String>) -> Result<bool, Answer> {
+        while let Some(line) = self.next()? {
+            self.count += 1;
+            let reason = |_| Answer::refusal(400, &format!("line {} is not UTF-8", self.count));
+            texts.push(String::from_utf8(line).map_err(reason)?);
+            if texts.len() == LINES_AT_ONCE || !self.text[self.start..].contains(&b'\n') {
+                return Ok(true);
+            }
+        }
+        Ok(false)
     }
 
     /// Waits for the next line. The last one may lack its LF, if the body ends whole.

@@ -59,7 +59,7 @@ pub fn body(bytes: &[u8]) {
 }
 
 fn lines(reader: &mut Reader, body: &mut Body, config: &Config) {
-    let mut lines = Lines { reader, body, config, text: Vec::new(), start: 0 };
+    let mut lines = Lines::new(reader, body, config);
     while let Ok(Some(line)) = lines.next() {
         assert!(line.len() <= config.line_bytes && !line.contains(&b'\n'));
     }
