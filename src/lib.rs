@@ -2117,8 +2117,26 @@ struct Body {
 }
 
 impl Body {
-    fn of_length(left: u64) -> Body {
-        Body { left, chunked: false, in_chunks: false }
+    /// The body that a head announces by these fields.
+    fn announced(length: Option<&str>, coding: Option<&str>, http10: bool) -> Result<Body, Answer> {
+        let (mut left, chunked) = (0, coding.is_some());
+        match (length, coding) {
+            (None, None) => {}
+            (Some(_), Some(_)) => return refuse(400, "Content-Length and Transfer-Encoding together say two things"),
+            (Some(length), None) => match length.parse() {
+                Ok(count) if length.bytes().all(|b| b.is_ascii_digit()) => left = count,
+                _ => return refuse(400, format!("{} is no Content-Length", shown(length))),
+            },
+            (None, Some(_)) if http10 => return refuse(400, "HTTP/1.0 has no Transfer-Encoding"),
+            (None, Some(coding)) if coding.eq_ignore_ascii_case("chunked") => {}
+            (None, Some(coding)) => {
+                // Where chunked is not the last, nobody can tell where the body ends (RFC 9112 §6.3).
+                let last = coding.rsplit_once(',').map_or("", |(_, last)| last.trim_matches([' ', '\t']));
+                let status = if last.eq_ignore_ascii_case("chunked") { 501 } else { 400 };
+                return refuse(status, format!("the transfer coding {} is not known: chunked is", shown(coding)));
+            }
+        }
+        Ok(Body { left, chunked, in_chunks: false })
     }
 
     fn is_over(&self) -> bool {
@@ -2317,24 +2335,7 @@ impl Request {
         }
         let bearer = authorization.as_deref().and_then(|value| value.split_once(' '));
         tokens.extend(bearer.filter(|(scheme, _)| scheme.eq_ignore_ascii_case("bearer")).map(|(_, t)| t.trim().into()));
-        let body = match (length, coding) {
-            (None, None) => Body::of_length(0),
-            (Some(_), Some(_)) => return refuse(400, "Content-Length and Transfer-Encoding together say two things"),
-            (Some(length), None) => match length.parse() {
-                Ok(count) if length.bytes().all(|b| b.is_ascii_digit()) => Body::of_length(count),
-                _ => return refuse(400, format!("{} is no Content-Length", shown(&length))),
-            },
-            (None, Some(_)) if http10 => return refuse(400, "HTTP/1.0 has no Transfer-Encoding"),
-            (None, Some(coding)) if coding.eq_ignore_ascii_case("chunked") => {
-                Body { left: 0, chunked: true, in_chunks: false }
-            }
-            (None, Some(coding)) => {
-                // Where chunked is not the last, nobody can tell where the body ends (RFC 9112 §6.3).
-                let last = coding.rsplit_once(',').map_or("", |(_, last)| last.trim_matches([' ', '\t']));
-                let status = if last.eq_ignore_ascii_case("chunked") { 501 } else { 400 };
-                return refuse(status, format!("the transfer coding {} is not known: chunked is", shown(&coding)));
-            }
-        };
+        let body = Body::announced(length.as_deref(), coding.as_deref(), http10)?;
         let expects_continue = match expect.filter(|_| !http10) {
             None => false,
             Some(what) if what.eq_ignore_ascii_case("100-continue") => true,
