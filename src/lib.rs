@@ -946,44 +946,54 @@ impl Journal {
                 format!("it is no journal, for none of its {size} bytes can be read as one: name another file");
             return Err(io::Error::new(ErrorKind::InvalidData, reason));
         }
-        let (health, fsync, log) = (Health::Whole, config.fsync, log.clone());
-        let needed = kept.journal_bytes();
         let mut journal = Journal {
             path,
             file,
             length: found.whole,
-            needed,
-            health,
+            needed: kept.journal_bytes(),
+            health: Health::Whole,
             tried_at: None,
-            fsync,
-            log,
+            fsync: config.fsync,
+            log: log.clone(),
             warned_at: AtomicU64::new(0),
             lock,
         };
-        if found.damaged > 0 || found.headless {
-            let copy = beside(&journal.path, &format!(".damaged.{}", now_ms()));
-            fs::hard_link(&journal.path, &copy).or_else(|_| fs::copy(&journal.path, &copy).map(drop))?;
-            let Found { damaged, damaged_at, .. } = &found;
-            let head = if found.headless { "its beginning is missing; " } else { "" };
-            journal.say(format_args!(
-                "{head}{damaged} of its blocks cannot be read, at bytes {damaged_at:?}; it is kept as {}",
-                copy.display()
-            ));
-        }
-        if size == 0 || found.damaged > 0 || found.headless {
-            // What came before, or stood there, is not known, so every topic may have lost something up to now.
-            kept.forget_all_before(Id { ms: now_ms(), seq: 0 });
-            journal.rewrite(&kept.for_journal())?;
-        } else if found.whole < size {
-            journal.cut_back()?;
-        }
-        let (events, cut, took) = (found.events, size - found.whole, started.elapsed().as_millis());
+        journal.repair(&found, size, kept)?;
+        let (events, took) = (found.events, started.elapsed().as_millis());
         let (left, topics) = (kept.events, kept.topics.len());
-        let cut = if cut > 0 { format!("; {cut} bytes of one that was not whole were cut off") } else { String::new() };
+        let cut = match size - found.whole {
+            0 => String::new(),
+            cut => format!("; {cut} bytes of one that was not whole were cut off"),
+        };
         journal.say(format_args!(
             "read {events} events, {size} bytes, in {took} ms; kept {left} events of {topics} topics{cut}"
         ));
         Ok(journal)
+    }
+
+    /// Makes the file one that can be appended to. What a dying process left half-written at its end is cut off. Where
+    /// more than that is damaged, the file is kept aside, and what could be read of it is written anew.
+    fn repair(&mut self, found: &Found, size: u64, kept: &mut Kept) -> io::Result<()> {
+        let is_damaged = found.damaged > 0 || found.headless;
+        if is_damaged {
+            let copy = beside(&self.path, &format!(".damaged.{}", now_ms()));
+            fs::hard_link(&self.path, &copy).or_else(|_| fs::copy(&self.path, &copy).map(drop))?;
+            let Found { damaged, damaged_at, .. } = found;
+            let head = if found.headless { "its beginning is missing; " } else { "" };
+            let copy = copy.display();
+            self.say(format_args!(
+                "{head}{damaged} of its blocks cannot be read, at bytes {damaged_at:?}; it is kept as {copy}"
+            ));
+        }
+        if is_damaged || size == 0 {
+            // What came before, or stood there, is not known, so every topic may have lost something up to now.
+            kept.forget_all_before(Id { ms: now_ms(), seq: 0 });
+            self.rewrite(&kept.for_journal())
+        } else if found.whole < size {
+            self.cut_back()
+        } else {
+            Ok(())
+        }
     }
 
     fn say(&self, what: fmt::Arguments) {
