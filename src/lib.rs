@@ -2305,46 +2305,42 @@ impl Request {
         }
         let http10 = parsed.version == Some(0);
         let (mut host, mut length, mut coding, mut expect, mut origin) = (None, None, None, None, None);
-        let (mut authorization, mut tokens, mut close, mut last_event_id) = (None, Vec::new(), http10, None);
+        let (mut authorization, mut cookies, mut connection, mut last_event_id) = (None, None, None, None);
         for field in parsed.headers.iter() {
-            // Optional white space is space and tab (RFC 9110 §5.6.3); `trim` alone would take more.
-            let value = || String::from_utf8_lossy(field.value).trim_matches([' ', '\t']).to_string();
-            let known = match field.name.to_ascii_lowercase().as_str() {
-                "host" => &mut host,
-                "content-length" => &mut length,
-                "transfer-encoding" => &mut coding,
-                "expect" => &mut expect,
-                "origin" => &mut origin,
-                "authorization" => &mut authorization,
-                "cookie" => {
-                    let cookies = value();
-                    let named =
-                        cookies.split(';').filter_map(|cookie| skip_space(cookie).strip_prefix("brooklet_token="));
-                    tokens.extend(named.map(String::from).filter(|token| !token.is_empty()));
-                    continue;
-                }
-                "last-event-id" => {
-                    // Twice, it is no cursor of ours, and gets a gap: a refusal would strand the browser.
-                    last_event_id = Some(last_event_id.map_or_else(value, |first: String| first + ", " + &value()));
-                    continue;
-                }
-                "connection" => {
-                    close |= value().split([',', ' ', '\t']).any(|option| option.eq_ignore_ascii_case("close"));
-                    continue;
-                }
+            // What may stand several times is joined to one value (RFC 9110 §5.3), the rest must stand once.
+            let (known, joint) = match field.name.to_ascii_lowercase().as_str() {
+                "host" => (&mut host, None),
+                "content-length" => (&mut length, None),
+                "transfer-encoding" => (&mut coding, None),
+                "expect" => (&mut expect, None),
+                "origin" => (&mut origin, None),
+                "authorization" => (&mut authorization, None),
+                "cookie" => (&mut cookies, Some("; ")),
+                "connection" => (&mut connection, Some(", ")),
+                // Two of these are no cursor of ours, and get a gap: a refusal would strand the browser.
+                "last-event-id" => (&mut last_event_id, Some(", ")),
                 _ => continue,
             };
-            if known.replace(value()).is_some() {
-                return refuse(400, format!("the field {} stands twice", field.name));
-            }
+            // Optional white space is space and tab (RFC 9110 §5.6.3); `trim` alone would take more.
+            let value = String::from_utf8_lossy(field.value).trim_matches([' ', '\t']).to_string();
+            *known = match (known.take(), joint) {
+                (None, _) => Some(value),
+                (Some(first), Some(joint)) => Some(first + joint + &value),
+                (Some(_), None) => return refuse(400, format!("the field {} stands twice", field.name)),
+            };
         }
         match &host {
             None if !http10 => return refuse(400, "the field Host is missing"),
             Some(host) if !is_authority(host) => return refuse(400, format!("{} is no Host", shown(host))),
             _ => {}
         }
+        let mut options = connection.iter().flat_map(|options| options.split([',', ' ', '\t']));
+        let close = http10 || options.any(|option| option.eq_ignore_ascii_case("close"));
+        let cookies = cookies.iter().flat_map(|cookies| cookies.split(';'));
+        let cookies = cookies.filter_map(|cookie| skip_space(cookie).strip_prefix("brooklet_token="));
         let bearer = authorization.as_deref().and_then(|value| value.split_once(' '));
-        tokens.extend(bearer.filter(|(scheme, _)| scheme.eq_ignore_ascii_case("bearer")).map(|(_, t)| t.trim().into()));
+        let bearer = bearer.filter(|(scheme, _)| scheme.eq_ignore_ascii_case("bearer")).map(|(_, token)| token.trim());
+        let tokens = cookies.chain(bearer).filter(|token| !token.is_empty()).map(String::from).collect();
         let body = Body::announced(length.as_deref(), coding.as_deref(), http10)?;
         let expects_continue = match expect.filter(|_| !http10) {
             None => false,
