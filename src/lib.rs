@@ -611,9 +611,8 @@ enum Start {
     Now,
     Earliest,
     Ago(Duration),
-    Cursor(Id),
-    /// A cursor that is none of ours. A refusal would strand the browser, so it is answered with a gap.
-    Malformed,
+    /// None where it cannot be read: a refusal would strand the browser, so it is answered with a gap.
+    After(Option<Id>),
 }
 
 /// What a subscriber that is behind gets next.
@@ -815,18 +814,14 @@ impl Kept {
 
     /// The cursor a new stream starts after, and the gap it must hear first.
     fn start(&self, names: &[Arc<str>], from: Start) -> (Id, Option<Encoded>) {
-        let (asked, cursor) = match from {
+        let asked = match from {
             Start::Now => return (self.newest, None),
             Start::Earliest => return (self.oldest_after(names, Id::default()).map_or(self.newest, Id::before), None),
-            Start::Ago(time) => {
-                let cursor = self.ago(time).min(self.newest);
-                (Some(cursor), cursor)
-            }
-            // From the future: an id of an earlier life of this server. All that is kept is new to it.
-            Start::Cursor(cursor) if cursor > self.newest => (Some(cursor), Id::default()),
-            Start::Cursor(cursor) => (Some(cursor), cursor),
-            Start::Malformed => (None, Id::default()),
+            Start::Ago(time) => Some(self.ago(time).min(self.newest)),
+            Start::After(cursor) => cursor,
         };
+        // From the future is an id of an earlier life of this server: all that is kept is new to its owner.
+        let cursor = asked.filter(|asked| *asked <= self.newest).unwrap_or_default();
         if asked == Some(cursor) && cursor >= self.let_go(names) {
             return (cursor, None);
         }
@@ -2996,7 +2991,7 @@ fn open_topics(request: &Request, list: &str) -> Result<Opening, Answer> {
         Some("earliest") => Start::Earliest,
         Some(text) => match (parse_duration(text), text.parse()) {
             (Ok(time), _) => Start::Ago(time),
-            (_, Ok(id)) => Start::Cursor(id),
+            (_, Ok(id)) => Start::After(Some(id)),
             _ => return decline(400, format!("since is earliest, a time such as 10m, or an id; not {}", shown(text))),
         },
     };
@@ -3004,7 +2999,7 @@ fn open_topics(request: &Request, list: &str) -> Result<Opening, Answer> {
     let parameters = CURSOR_PARAMETERS.map(|name| request.query.get(name));
     let cursors = [request.last_event_id.as_deref(), parameters[0], parameters[1]];
     let cursor = cursors.into_iter().flatten().find(|text| !text.is_empty());
-    let start = cursor.map_or(since, |text| text.parse().map_or(Start::Malformed, Start::Cursor));
+    let start = cursor.map_or(since, |text| Start::After(text.parse().ok()));
     Ok(Opening::Topics { names, start, poll })
 }
 
