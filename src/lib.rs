@@ -48,6 +48,13 @@
 //! No lock is held while waiting for a peer. A panic under a lock does not take the others along: they enter the
 //! poisoned lock, since every update here leaves its data whole.
 //!
+//! # For those new to threads in Rust
+//! An `Arc<T>` is a value with several owners, counted. A `Mutex<T>` holds a value that one thread at a time may touch:
+//! `enter(&mutex)` waits for its turn and returns a guard, through which the value is reached; the lock is free again when
+//! the guard goes out of scope or is given to `drop`. To wait on a `Condvar` frees the lock, sleeps until another thread
+//! notifies, and takes the lock again. An `Atomic…` is a number that needs no lock. A channel is a queue between threads;
+//! `bounded` ones let the sender wait while they are full. In this file, `c` is always a `Connection`.
+//!
 //! # Not for
 //! Two-way traffic (use WebSockets), TLS (put a proxy before it), events that need a database's queries.
 
@@ -90,9 +97,11 @@ const STRAY_BYTES: usize = 4 * 1024;
 const STACK_BYTES: usize = 128 * 1024;
 /// Threads that only accept and hand over: `std` listens with a backlog of 128, and a herd must not outrun it.
 const ACCEPTORS: usize = 2;
-/// Address space that must be left for a newcomer, where it is limited: for its thread, and for what all others allocate.
+/// Where address space is limited (`ulimit -v`), a newcomer is taken only while this much is free: for its thread, and for
+/// what all others allocate.
 const SPARE_SPACE_KB: u64 = 12 * 1024;
-/// Threads that may be ending beside those in their places; what the system allows has room for them.
+/// Whoever makes room for another loses its place at once, but its thread takes a moment to end. So many may be ending at
+/// the same time, beside those that have a place.
 const ENDING_THREADS: usize = 128;
 const TOPIC_NAME_BYTES: usize = 64;
 const TOPICS_PER_STREAM: usize = 16;
@@ -100,8 +109,8 @@ const KEY_BYTES: usize = 128;
 const EVENT_NAME_BYTES: usize = 256;
 const HEADER_LINES: usize = 100;
 const QUERY_PARAMETERS: usize = 100;
-/// Lines of a `PUT` that are published together. One of no bytes takes hundreds as an event, and each connection may send
-/// 4 KiB of them at the same time.
+/// Lines of a `PUT` that are published together. An empty line is one byte of the request but hundreds as an event, so
+/// 4 KiB of newlines from each of many connections would take much memory at the same time.
 const LINES_AT_ONCE: usize = 128;
 const CHUNK_LINE_BYTES: usize = 256;
 /// How long `?poll` waits for its first event, and how soon the next poll comes.
@@ -164,18 +173,20 @@ pub struct Config {
     pub body_bytes: usize,
     /// Bytes of one line of a `PUT` (64 KiB).
     pub line_bytes: usize,
-    /// To send a whole head, from its first byte on; also for a new connection's first byte (10 s).
+    /// Time to send a whole head, from its first byte on; also for a new connection's first byte (10 s).
     pub head_time: Duration,
-    /// To send a whole body; of a `PUT`, a line once begun (30 s).
+    /// Time to send a whole body; of a `PUT`, a line once begun (30 s).
     pub body_time: Duration,
-    /// Between the requests of a connection that is kept alive (15 s).
+    /// Time between the requests of a connection that is kept alive (15 s).
     pub idle_time: Duration,
     /// Longest silence on a stream of topics (15 s, at least 3.5 s): proxies cut silent streams, many after 60 s, some
     /// after 30. <https://html.spec.whatwg.org/multipage/server-sent-events.html#authoring-notes>
     pub heartbeat: Duration,
-    /// Of a topic's stream (10 min), each drawn from 80 to 100 % of it: ghosts behind a proxy cannot stay.
+    /// How long a stream of topics lasts at most (10 min; each stream draws its own time, 80 to 100 % of this): a proxy may
+    /// hold a stream open whose reader has long gone.
     pub lifetime: Duration,
-    /// In which a subscriber that is behind must take something (10 s; what its system had buffered may double it).
+    /// A subscriber that is behind and takes nothing in this time is closed (10 s; what its system had buffered may double
+    /// it).
     pub stall_time: Duration,
     /// Reconnection time that streams are told (3 s); spread over 50 to 150 % where many are sent away at once.
     pub retry: Duration,
@@ -509,12 +520,13 @@ impl Event {
 struct Encoded {
     id: Id,
     block: Arc<[u8]>,
-    head: usize,
+    /// Where in `block` the bytes begin that go out; before them stands what only the journal needs.
+    frame_at: usize,
 }
 
 impl Encoded {
     fn new(id: Id, frame: impl Into<Vec<u8>>) -> Encoded {
-        Encoded { id, block: frame.into().into(), head: 0 }
+        Encoded { id, block: frame.into().into(), frame_at: 0 }
     }
 
     fn for_journal(id: Id, topic: Option<&str>, key: Option<&str>, frame: &str) -> Encoded {
@@ -526,13 +538,13 @@ impl Encoded {
         }
         let sum = crc32([block.as_bytes(), frame.as_bytes()]);
         let _ = writeln!(block, "sum: {sum:08x}");
-        let head = block.len();
-        Encoded { id, block: (block + frame).into_bytes().into(), head }
+        let frame_at = block.len();
+        Encoded { id, block: (block + frame).into_bytes().into(), frame_at }
     }
 
     /// What goes out on the wire.
     fn frame(&self) -> &[u8] {
-        &self.block[self.head..]
+        &self.block[self.frame_at..]
     }
 }
 
@@ -602,6 +614,7 @@ struct Kept {
     bytes: usize,
     /// The newest id that subscribers may have seen, over all topics.
     newest: Id,
+    /// The newest id that was let go by topics which are not in the table any more.
     forgotten: Id,
 }
 
@@ -740,7 +753,7 @@ impl Kept {
 
     /// Takes in a block of the journal.
     fn restore(&mut self, block: Block, bytes: &[u8], config: &Config) {
-        let Block { id, topic, key, is_mark, head } = block;
+        let Block { id, topic, key, is_mark, frame_at } = block;
         match topic {
             None => self.forgotten = self.forgotten.max(id),
             Some(name) if is_mark => {
@@ -749,7 +762,7 @@ impl Kept {
             }
             Some(name) => {
                 self.expire(config.keep_age);
-                self.insert(name, Encoded { id, block: bytes.into(), head }, key.map(Arc::from), config);
+                self.insert(name, Encoded { id, block: bytes.into(), frame_at }, key.map(Arc::from), config);
             }
         }
         self.newest = self.newest.max(id);
@@ -829,8 +842,9 @@ impl Kept {
         (gap.id, Some(gap))
     }
 
-    /// What comes after `cursor` in all of these topics, in one order, up to one batch. The subscriber knows of what
-    /// each topic has let go up to `told`: one number for all would hide what one topic lets go behind another's back.
+    /// What comes after `cursor` in all of these topics, in one order, up to one batch. A gap comes first where a topic has
+    /// let go of something after the cursor that the subscriber was not told of. `told` is an id for each topic: with one
+    /// for all, a gap told for one topic would hide what another lets go later.
     fn next(&self, names: &[Arc<str>], cursor: Id, told: &[Id]) -> Next {
         if self.topics(names).zip(told).any(|(topic, told)| topic.let_go > cursor.max(*told)) {
             return Next::Gap(self.gap(names, Some(cursor), cursor));
@@ -885,13 +899,13 @@ struct Journal {
     file: File,
     /// Up to here, the file is whole blocks that were published.
     length: u64,
-    /// What it was long when it held nothing but what was kept.
+    /// How long it was when it held nothing but what was kept.
     needed: u64,
     health: Health,
     tried_at: Option<Instant>,
     fsync: bool,
     log: Arc<Logger>,
-    /// Apart from the server's, so that a flood outside does not drown what the journal has to say.
+    /// Its own limit of one warning a second: a flood of refused connections must not use up the journal's turn.
     warned_at: AtomicU64,
     /// The journal's own file is replaced now and then, so the lock is on one beside it.
     lock: File,
@@ -1131,7 +1145,7 @@ impl Found {
         let mut reader = BufReader::with_capacity(64 * 1024, file);
         let limit = config.keep_bytes.max(config.data_bytes().saturating_mul(8).saturating_add(4096));
         let watched = config.log > Log::Off && io::stderr().is_terminal();
-        let (mut found, mut bytes, mut newest, mut shown) = (Found::default(), Vec::new(), None, 0);
+        let (mut found, mut bytes, mut newest, mut percent_shown) = (Found::default(), Vec::new(), None, 0);
         while let Some(length) = read_block(&mut reader, &mut bytes, limit)? {
             match Block::parse(&bytes) {
                 // Nothing of ours goes back in the order.
@@ -1151,8 +1165,8 @@ impl Found {
             found.whole += length;
             found.blocks += 1;
             let percent = 100 * found.whole / size.max(1);
-            if watched && percent > shown {
-                shown = percent;
+            if watched && percent > percent_shown {
+                percent_shown = percent;
                 let _ = write!(io::stderr(), "\rreading the journal: {percent} %");
             }
         }
@@ -1164,8 +1178,8 @@ impl Found {
     }
 }
 
-/// Reads up to and with the next blank line, and returns how much that was; `None` where the file ends before. Of what
-/// is longer than `limit`, the rest is left out, and no sum will fit.
+/// Reads up to and with the next blank line, and returns how much that was; `None` where the file ends before. A block
+/// longer than `limit` is cut short, so that its sum will not fit.
 fn read_block(reader: &mut impl BufRead, block: &mut Vec<u8>, limit: usize) -> io::Result<Option<u64>> {
     block.clear();
     let (mut read, mut at_start) = (0, true);
@@ -1190,8 +1204,8 @@ struct Block<'a> {
     key: Option<&'a str>,
     /// It has no data: everything up to its id was let go.
     is_mark: bool,
-    /// What stands before the frame.
-    head: usize,
+    /// Where the frame begins, after what only the journal needs.
+    frame_at: usize,
 }
 
 impl Block<'_> {
@@ -1206,9 +1220,9 @@ impl Block<'_> {
         }
         let (id, rest) = field(field(frame, "event: ").1, "id: ");
         let is_mark = rest == "\n";
-        let head = text.len() - frame.len();
+        let frame_at = text.len() - frame.len();
         let good = topic.is_some() || (is_mark && key.is_none());
-        Some(Block { id: id?.parse().ok()?, topic, key, is_mark, head }).filter(|_| good)
+        Some(Block { id: id?.parse().ok()?, topic, key, is_mark, frame_at }).filter(|_| good)
     }
 }
 
@@ -1251,7 +1265,7 @@ struct Core {
     /// None without a journal, and once the server has stopped.
     journal: Mutex<Option<Journal>>,
     order: Mutex<Order>,
-    /// Told when the journal has come to rest.
+    /// Notified when a thread has finished writing the journal, so that those who wait for their events look again.
     settled: Condvar,
     kept: Mutex<Kept>,
     lanes: Vec<Sender<ToLane>>,
@@ -1260,7 +1274,7 @@ struct Core {
 
 #[derive(Default)]
 struct Order {
-    /// The highest id that was ever given away.
+    /// The highest id that was given to an event.
     newest: Id,
     stopped: bool,
     /// What the journal does not have yet, in the order of the ids.
@@ -2034,7 +2048,7 @@ struct Reader<'a> {
     buffer: Vec<u8>,
     start: usize,
     deadline: Option<Instant>,
-    /// What the socket was last told.
+    /// The read timeout that the socket was last given, if it was given any.
     timeout: Option<Option<Duration>>,
 }
 
@@ -2774,7 +2788,7 @@ impl Shared {
         result.map_err(|refusal| self.blame(refusal, &format!("; {summary}"))).map(|()| Answer::text(200, summary))
     }
 
-    /// The event that a request describes beside its body. Whatever is wrong there is said before the body is read.
+    /// The event that a request's query describes; its data comes with the body. What is wrong here is said before that.
     fn describe(&self, request: &Request, topic: &str, known: &[&str]) -> Result<Event, Answer> {
         if let Some((name, _)) = request.query.0.iter().find(|(name, _)| !known.contains(&name.as_str())) {
             return decline(400, format!("the parameter {} is not known: {} are", shown(name), known.join(", ")));
@@ -3040,11 +3054,13 @@ struct Guests {
     places: [VecDeque<(u64, Arc<Connection>)>; 4],
 }
 
-/// The places: before a request's head has come whole, until it is answered, the same for who has shown a token to publish,
-/// and for the rest of a stream's life.
+/// The place of a connection whose next request's head has not come whole.
 const WAITING: usize = 0;
+/// Its head has come: its body is read, or its answer written.
 const BUSY: usize = 1;
+/// The same, for a publisher that has shown its token.
 const TRUSTED: usize = 2;
+/// It is a stream, for the rest of its life.
 const STREAMS: usize = 3;
 
 impl Server {
@@ -3346,8 +3362,9 @@ impl Shared {
 }
 
 impl Guests {
-    /// Closes the connection that has been longest in its head, or idle; but where that one has only just come, seen against
-    /// how many there are, the one that has been longest with its body or its answer. Who has shown a token is the last.
+    /// Closes one connection for a newcomer; false where there are only streams. It is the one that has been waiting longest.
+    /// But where a crowd came at once, it has not been waiting for long either (fewer have come since than three quarters of
+    /// those that are here): then the one that has been busy longest goes. Who has shown a token goes last.
     fn make_room(&mut self) -> bool {
         let [waiting, busy, trusted, _] = &mut self.places;
         let recent = self.next_serial.saturating_sub((waiting.len() + busy.len()) as u64 * 3 / 4);
