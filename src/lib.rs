@@ -99,7 +99,7 @@ const STACK_BYTES: usize = 128 * 1024;
 const ACCEPTORS: usize = 2;
 /// Where address space is limited (`ulimit -v`), a newcomer is taken only while this much is free: for its thread, and for
 /// what all others allocate.
-const SPARE_SPACE_KB: u64 = 12 * 1024;
+const SPARE_SPACE_KB: usize = 12 * 1024;
 /// Whoever makes room for another loses its place at once, but its thread takes a moment to end. So many may be ending at
 /// the same time, beside those that have a place.
 const ENDING_THREADS: usize = 128;
@@ -2611,7 +2611,7 @@ struct Shared {
     /// The port, if the server is on loopback.
     loopback_port: Option<u16>,
     /// The limit on address space, if there is one.
-    address_space_kb: Option<u64>,
+    address_space_kb: Option<usize>,
     log: Arc<Logger>,
 }
 
@@ -3107,7 +3107,7 @@ impl Server {
             Hub { core: Arc::new(Core { config, journal, order, settled: Condvar::new(), kept, lanes, counters }) };
         let (routes, guests, someone_left, stopping) = Default::default();
         let loopback_port = Some(address.port()).filter(|_| address.ip().is_loopback());
-        let address_space_kb = limit_of_system("Max address space").map(|bytes| bytes as u64 / 1024);
+        let address_space_kb = number_in("/proc/self/limits", "Max address space").map(|bytes| bytes / 1024);
         let shared = Shared { hub, routes, guests, someone_left, stopping, loopback_port, address_space_kb, log };
         let (shared, listener) = (Arc::new(shared), Arc::new(listener));
         Ok(Server { handle: Handle { shared, listener, doorbell, acceptors: Vec::new(), lanes: threads } })
@@ -3313,10 +3313,8 @@ impl Shared {
     /// Whether there is address space for another thread: std aborts the process where its signal stack finds none.
     fn has_space(&self) -> bool {
         self.address_space_kb.is_none_or(|limit| {
-            let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
-            let taken =
-                status.lines().find_map(|line| line.strip_prefix("VmSize:")?.split_whitespace().next()?.parse().ok());
-            taken.is_some_and(|taken: u64| taken + SPARE_SPACE_KB <= limit)
+            let taken = number_in("/proc/self/status", "VmSize:");
+            taken.is_some_and(|taken| taken + SPARE_SPACE_KB <= limit)
         })
     }
 
@@ -3648,12 +3646,11 @@ impl LogQueue {
 /// Lowers the limits on connections to what the system gives this process: a thread that cannot map its stack's guard
 /// aborts the process from inside its start-up, where no error can be caught, so it must not come to that.
 fn fit_to_system(mut config: Config, lanes: usize, log: &Logger) -> io::Result<Config> {
-    let read = |path: &str| std::fs::read_to_string(path).unwrap_or_default(); // elsewhere than on Linux: no lowering
-    let open = std::fs::read_dir("/proc/self/fd").map_or(0, Iterator::count);
-    let files = limit_of_system("Max open files").unwrap_or(usize::MAX).saturating_sub(open + 16);
-    let mappings = read("/proc/sys/vm/max_map_count").trim().parse().unwrap_or(usize::MAX);
-    let mappings = mappings.saturating_sub(read("/proc/self/maps").lines().count() + 1024) / 4;
-    let tasks = tasks_left(read).saturating_sub(lanes + 16);
+    let open = fs::read_dir("/proc/self/fd").map_or(0, Iterator::count);
+    let files = number_in("/proc/self/limits", "Max open files").unwrap_or(usize::MAX).saturating_sub(open + 16);
+    let mappings = number_in("/proc/sys/vm/max_map_count", "").unwrap_or(usize::MAX);
+    let mappings = mappings.saturating_sub(system_file("/proc/self/maps").lines().count() + 1024) / 4;
+    let tasks = tasks_left().saturating_sub(lanes + 16);
     let limits = [
         (files, "open files (ulimit -n)"),
         (mappings, "memory mappings (vm.max_map_count)"),
@@ -3674,16 +3671,20 @@ fn fit_to_system(mut config: Config, lanes: usize, log: &Logger) -> io::Result<C
     Ok(config)
 }
 
-/// One of the limits that `ulimit` sets; `None` where it is unlimited, and elsewhere than on Linux.
-fn limit_of_system(name: &str) -> Option<usize> {
-    let limits = fs::read_to_string("/proc/self/limits").unwrap_or_default();
-    limits.lines().find_map(|line| line.strip_prefix(name)?.split_whitespace().next()?.parse().ok())
+/// What Linux says in a file of /proc or /sys. On other systems that is nothing, and no limit is lowered.
+fn system_file(path: impl AsRef<Path>) -> String {
+    fs::read_to_string(path).unwrap_or_default()
+}
+
+/// The number behind `name` in such a file; `None` where it is not there, or is the word for no limit.
+fn number_in(path: impl AsRef<Path>, name: &str) -> Option<usize> {
+    system_file(path).lines().find_map(|line| line.strip_prefix(name)?.split_whitespace().next()?.parse().ok())
 }
 
 /// How many tasks the control groups around this process leave it. Its own is written `0::/GROUP`, of version 1
 /// `8:pids:/GROUP`. <https://docs.kernel.org/admin-guide/cgroup-v2.html#pid>
-fn tasks_left(read: impl Fn(&str) -> String) -> usize {
-    let own = read("/proc/self/cgroup");
+fn tasks_left() -> usize {
+    let own = system_file("/proc/self/cgroup");
     let roots = own.lines().filter_map(|line| match line.split_once(':')?.1.split_once(":/")? {
         ("", group) => Some(("/sys/fs/cgroup", group)),
         ("pids", group) => Some(("/sys/fs/cgroup/pids", group)),
@@ -3692,8 +3693,7 @@ fn tasks_left(read: impl Fn(&str) -> String) -> usize {
     let groups =
         roots.flat_map(|(root, group)| Path::new(group).ancestors().map(move |group| Path::new(root).join(group)));
     let left = |group: PathBuf| {
-        let number = |file| read(&group.join(file).to_string_lossy()).trim().parse::<usize>().ok();
-        Some(number("pids.max")?.saturating_sub(number("pids.current")?)) // `max` is no limit
+        Some(number_in(group.join("pids.max"), "")?.saturating_sub(number_in(group.join("pids.current"), "")?))
     };
     groups.filter_map(left).min().unwrap_or(usize::MAX)
 }
