@@ -2345,11 +2345,7 @@ impl Request {
         }
         let mut options = connection.iter().flat_map(|options| options.split([',', ' ', '\t']));
         let close = http10 || options.any(|option| option.eq_ignore_ascii_case("close"));
-        let cookies = cookies.iter().flat_map(|cookies| cookies.split(';'));
-        let cookies = cookies.filter_map(|cookie| skip_space(cookie).strip_prefix("brooklet_token="));
-        let bearer = authorization.as_deref().and_then(|value| value.split_once(' '));
-        let bearer = bearer.filter(|(scheme, _)| scheme.eq_ignore_ascii_case("bearer")).map(|(_, token)| token.trim());
-        let tokens = cookies.chain(bearer).filter(|token| !token.is_empty()).map(String::from).collect();
+        let tokens = tokens_in(authorization.as_deref(), cookies.as_deref());
         let body = Body::announced(length.as_deref(), coding.as_deref(), http10)?;
         let expects_continue = match expect.filter(|_| !http10) {
             None => false,
@@ -2391,6 +2387,15 @@ impl Request {
         }
         refuse(413, format!("the body is longer than {limit} bytes (--body-bytes): send less, or lines by PUT"))
     }
+}
+
+/// The tokens that a head shows.
+fn tokens_in(authorization: Option<&str>, cookies: Option<&str>) -> Vec<String> {
+    let bearer = authorization.and_then(|value| value.split_once(' '));
+    let bearer = bearer.filter(|(scheme, _)| scheme.eq_ignore_ascii_case("bearer")).map(|(_, token)| token.trim());
+    let cookies = cookies.into_iter().flat_map(|cookies| cookies.split(';'));
+    let cookies = cookies.filter_map(|cookie| skip_space(cookie).strip_prefix("brooklet_token="));
+    cookies.chain(bearer).filter(|token| !token.is_empty()).map(String::from).collect()
 }
 
 /// Finds the empty line that ends a head, looking on from `seen`. A lone LF is refused: not everyone takes it for an
