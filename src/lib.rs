@@ -253,8 +253,8 @@ impl Config {
             (too_short, "a time limit of 0 leaves no time for anything: give at least 1ms"),
             (too_long, "a time limit of more than ten years is none: give at most 87600h"),
             (heartbeat < 2 * SWEEP, "silence is looked for every 1750 ms: give a heartbeat of at least 3500ms"),
-            (self.head_bytes == 0, "no request fits into a head of 0 bytes: give some KiB"),
-            (self.topics == 0, "nothing can be published where no topic may be: give at least 1"),
+            (self.head_bytes == 0, "no head has 0 bytes: give some KiB"),
+            (self.topics == 0, "without topics nothing is published: give at least 1"),
             (self.connections == 0, "without any connections nobody could ask for a stream: give at least 1"),
             (
                 self.lanes > MOST_LANES,
@@ -3663,7 +3663,7 @@ fn fit_to_system(mut config: Config, lanes: usize, log: &Logger) -> io::Result<C
     ];
     let (room, what) = limits.into_iter().min().unwrap_or((usize::MAX, ""));
     if room < 2 {
-        let reason = format!("there is no room for a stream and a connection beside it: the limit is on {what}");
+        let reason = format!("no room for two connections: the limit is on {what}");
         return Err(io::Error::new(ErrorKind::QuotaExceeded, reason));
     } else if config.subscribers.saturating_add(config.connections) > room {
         config.connections = config.connections.min(room / 8 + 1);
