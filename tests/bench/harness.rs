@@ -16,14 +16,14 @@ use std::process::{Child, Command, Stdio};
 /// A few seconds a row, so that all of it takes two minutes.
 const BY_SUBSCRIBERS: [Load; 4] = [
     Load { subscribers: 10, rate: 100, events: 200 },
-    Load { subscribers: 100, rate: 50, events: 150 },
+    Load { subscribers: 100, rate: 50, events: 100 },
     Load { subscribers: 1_000, rate: 20, events: 60 },
     Load { subscribers: 10_000, rate: 3, events: 12 },
 ];
 const BY_RATE: [Load; 5] = [
     Load { subscribers: 1_000, rate: 1, events: 4 },
-    Load { subscribers: 1_000, rate: 10, events: 30 },
-    Load { subscribers: 1_000, rate: 100, events: 300 },
+    Load { subscribers: 1_000, rate: 10, events: 20 },
+    Load { subscribers: 1_000, rate: 100, events: 200 },
     Load { subscribers: 1_000, rate: 1_000, events: 500 },
     Load { subscribers: 1_000, rate: load::AS_FAST_AS_IT_GOES, events: 1_500 },
 ];
