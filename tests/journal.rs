@@ -668,9 +668,17 @@ struct Traced {
 
 impl Traced {
     fn start(inject: &[&str], journal: &str, flags: &[&str]) -> Traced {
+        Traced::start_on(&[], inject, journal, flags)
+    }
+
+    /// Sees, counts and injects only the calls on these paths; with none, on all.
+    fn start_on(paths: &[&str], inject: &[&str], journal: &str, flags: &[&str]) -> Traced {
         let calls = format!("{journal}.calls");
         let mut strace = Command::new("strace");
         strace.args(["-f", "-o", &calls, "-e", "trace=write,fsync,fdatasync,rename,unlink"]);
+        for path in paths {
+            strace.args(["-P", path]);
+        }
         for what in inject {
             strace.args(["-e", &format!("inject={what}")]);
         }
@@ -723,32 +731,36 @@ fn a_failed_sync_is_never_tried_again_as_if_nothing_were_lost() {
     if !has("strace") {
         return;
     }
-    let dir = Scratch::new();
-    let path = dir.path("events");
-    // The second sync of an event fails; then the first time that the journal is written anew fails, too, at its directory:
-    // the first `fsync` of the main thread is that of the directory at the start.
-    drop(serve(with_journal(&path)));
-    let traced = Traced::start(&["fdatasync:error=EIO:when=2", "fsync:error=EIO:when=2"], &path, &["--fsync"]);
-    let (mut stream, _) = Wire::subscribe(traced.process.addr, "/events/a", "");
-    let mut wire = Wire::connect(traced.process.addr);
-    assert_eq!(publish(&mut wire, "/events/a", "one").status, 200);
-    let refused = publish(&mut wire, "/events/a", "two");
-    assert!(refused.status == 507 && refused.body.contains("Input/output error"), "{refused:?}");
-    let refused = publish(&mut wire, "/events/a", "three");
-    assert!(refused.status == 507 && refused.body.contains("Input/output error"), "{refused:?}");
-    assert_eq!(traced.count("fdatasync"), 3, "one at the start, two for events: it was not simply tried again");
-    assert_eq!(traced.count("rename"), 1);
-    wait_for("the journal to be written anew", || {
-        let answer = publish(&mut wire, "/events/a", "four");
-        (answer.status == 200).then_some(())
-    });
-    assert_eq!((traced.count("rename"), traced.count("fdatasync")), (2, 4));
-    assert_eq!(stream.event().unwrap().data(), "one");
-    assert_eq!(stream.event().unwrap().data(), "four");
-    drop(traced);
-    let server = serve(with_journal(&path));
-    let found = kept(server.addr().unwrap(), "a");
-    assert!(found.len() == 2 && found[1].ends_with(b"data: four\n\n"), "{}", found.len());
+    // The second sync of an event fails; then the first time that the journal is written anew fails, too: at the new file's
+    // own sync, or, once it has the name, at the directory's (which the main thread has synced once at the start).
+    for (at_directory, failing) in [(false, "fsync:error=EIO:when=1"), (true, "fsync:error=EIO:when=2")] {
+        let dir = Scratch::new();
+        let (path, new_path) = (dir.path("events"), dir.path("events.new"));
+        let paths: &[&str] = if at_directory { &[] } else { &[&path, &new_path] };
+        drop(serve(with_journal(&path)));
+        let traced = Traced::start_on(paths, &["fdatasync:error=EIO:when=2", failing], &path, &["--fsync"]);
+        let (mut stream, _) = Wire::subscribe(traced.process.addr, "/events/a", "");
+        let mut wire = Wire::connect(traced.process.addr);
+        assert_eq!(publish(&mut wire, "/events/a", "one").status, 200);
+        for refused in ["two", "three"] {
+            let refused = publish(&mut wire, "/events/a", refused);
+            assert!(refused.status == 507 && refused.body.contains("Input/output error"), "{refused:?}");
+        }
+        assert_eq!(traced.count("fdatasync"), 3, "one at the start, two for events: it was not simply tried again");
+        let renamed = usize::from(at_directory);
+        assert_eq!(traced.count("rename"), renamed);
+        wait_for("the journal to be written anew", || {
+            let answer = publish(&mut wire, "/events/a", "four");
+            (answer.status == 200).then_some(())
+        });
+        assert_eq!((traced.count("rename"), traced.count("fdatasync")), (renamed + 1, 4));
+        assert_eq!(stream.event().unwrap().data(), "one");
+        assert_eq!(stream.event().unwrap().data(), "four");
+        drop(traced);
+        let server = serve(with_journal(&path));
+        let found = kept(server.addr().unwrap(), "a");
+        assert!(found.len() == 2 && found[1].ends_with(b"data: four\n\n"), "{}", found.len());
+    }
 }
 
 #[test]
