@@ -1367,6 +1367,7 @@ impl Core {
         let key: Option<Arc<str>> = event.key.as_deref().map(Arc::from);
         let kept = self.kept();
         if let Some(key) = &key {
+            // It may repeat an event that is kept, or one that still waits for the journal.
             let first = kept.topics.get(topic).and_then(|topic| topic.keys.get(key));
             let is_first = |waiting: &&Waiting| waiting.topic == topic && waiting.key.as_ref() == Some(key);
             if let Some(first) = first {
@@ -1384,7 +1385,7 @@ impl Core {
         order.newest = id;
         let frame = event.encode(Some(&id));
         if self.config.journal.is_none() {
-            self.show(topic, Encoded::new(id, frame), key);
+            self.make_visible(topic, Encoded::new(id, frame), key);
             return Ok((id, None));
         }
         let event = Encoded::for_journal(id, Some(topic), key.as_deref(), &frame);
@@ -1394,8 +1395,8 @@ impl Core {
         Ok((id, Some(outcome)))
     }
 
-    /// Waits until an event is in the journal and visible. Whoever finds the journal at rest writes for all who wait,
-    /// so that they share the cost of it.
+    /// Waits until an event is in the journal and visible. Whoever finds the journal at rest becomes the writer, for all who
+    /// wait, so that they share the cost of it; the others sleep until it has finished, and look again.
     fn settle(&self, (id, outcome): Numbered) -> io::Result<Id> {
         let Some(outcome) = outcome else { return Ok(id) };
         let mut order = enter(&self.order);
@@ -1442,7 +1443,7 @@ impl Core {
         for waiting in settled {
             order.waiting_bytes -= waiting.event.block.len();
             if result.is_ok() {
-                self.show(&waiting.topic, waiting.event, waiting.key);
+                self.make_visible(&waiting.topic, waiting.event, waiting.key);
             }
             let _ = waiting.outcome.set(result.clone());
         }
@@ -1468,7 +1469,7 @@ impl Core {
     }
 
     /// Keeps an event, and hands it to every lane. Called in the order of the ids, under the order lock.
-    fn show(&self, topic: &str, event: Encoded, key: Option<Arc<str>>) {
+    fn make_visible(&self, topic: &str, event: Encoded, key: Option<Arc<str>>) {
         let followed = enter(&self.kept).insert(topic, event.clone(), key, &self.config);
         self.counters.published.fetch_add(1, Relaxed);
         let Some(name) = followed else { return };
@@ -1810,8 +1811,8 @@ impl Connection {
         while !bytes.is_empty() {
             let mut written = (&self.socket).write(bytes);
             if written.as_ref().is_err_and(would_block) {
-                // The kernel wakes a blocked writer only once a third of its buffer is free, so less may have been
-                // taken.
+                // The time has passed, but the peer may have taken something: the kernel wakes a blocked writer only
+                // once a third of its buffer is free. So try once more without waiting.
                 self.set_nonblocking(true)?;
                 written = (&self.socket).write(bytes);
                 self.set_nonblocking(false)?;
@@ -2059,6 +2060,7 @@ impl Stream<'_> {
 struct Reader<'a> {
     c: &'a Connection,
     buffer: Vec<u8>,
+    /// What stands before this in the buffer has been used.
     start: usize,
     deadline: Option<Instant>,
     /// The read timeout that the socket was last given, if it was given any.
@@ -2733,8 +2735,9 @@ impl Shared {
     /// Named as allowed, or one of ours: all names of loopback at this server's own port are one origin.
     fn is_allowed(&self, origin: &str) -> bool {
         let (host, port) = split_port(origin.strip_prefix("http://").unwrap_or_default());
-        let is_own = is_loopback(host) && self.loopback_port.is_some_and(|own| port.unwrap_or("80").parse() == Ok(own));
-        is_own && is_authority(host) || self.config().allow_origins.iter().any(|known| known == origin && known != "*")
+        let is_ours =
+            is_loopback(host) && self.loopback_port.is_some_and(|own| port.unwrap_or("80").parse() == Ok(own));
+        is_ours && is_authority(host) || self.config().allow_origins.iter().any(|known| known == origin && known != "*")
     }
 
     /// The header lines that let a page of another origin read an answer;
@@ -3123,10 +3126,18 @@ impl Server {
         let (journal, order, kept) = (Mutex::new(journal), Mutex::new(order), Mutex::new(kept));
         let hub =
             Hub { core: Arc::new(Core { config, journal, order, settled: Condvar::new(), kept, lanes, counters }) };
-        let (routes, guests, someone_left, stopping) = Default::default();
         let loopback_port = Some(address.port()).filter(|_| address.ip().is_loopback());
         let address_space_kb = number_in("/proc/self/limits", "Max address space").map(|bytes| bytes / 1024);
-        let shared = Shared { hub, routes, guests, someone_left, stopping, loopback_port, address_space_kb, log };
+        let shared = Shared {
+            hub,
+            routes: Mutex::default(),
+            guests: Mutex::default(),
+            someone_left: Condvar::new(),
+            stopping: AtomicBool::new(false),
+            loopback_port,
+            address_space_kb,
+            log,
+        };
         let (shared, listener) = (Arc::new(shared), Arc::new(listener));
         Ok(Server { handle: Handle { shared, listener, doorbell, acceptors: Vec::new(), lanes: threads } })
     }
@@ -3434,7 +3445,7 @@ impl Guest {
         }
         if let Some((path, head, opening)) = self.shared.requests(c) {
             self.path = Some(path);
-            self.reason = "the handler panicked".into(); // unless it gets past the next line
+            self.reason = "the handler panicked".into(); // what is logged if the next line never returns
             self.reason = self.shared.stream(&self.c, head, opening);
         }
     }
