@@ -535,9 +535,9 @@ impl Encoded {
         Encoded { id, block: frame.into().into(), frame_at: 0 }
     }
 
-    fn for_journal(id: Id, topic: Option<&str>, key: Option<&str>, frame: &str) -> Encoded {
+    fn for_journal(id: Id, fields: &[(&str, Option<&str>)], frame: &str) -> Encoded {
         let mut block = String::with_capacity(frame.len() + 96);
-        for (field, value) in [("topic", topic), ("key", key)] {
+        for (field, value) in fields {
             if let Some(value) = value {
                 block.extend([field, ": ", value, "\n"]);
             }
@@ -759,7 +759,7 @@ impl Kept {
 
     /// Takes in a block of the journal.
     fn restore(&mut self, block: Block, bytes: &[u8], config: &Config) {
-        let Block { id, topic, key, is_mark, frame_at } = block;
+        let Block { id, topic, key, is_mark, frame_at, .. } = block;
         match topic {
             None => self.forgotten = self.forgotten.max(id),
             Some(name) if is_mark => {
@@ -775,14 +775,14 @@ impl Kept {
     }
 
     /// What a journal holds that was written anew: what each topic has let go, and every kept event.
-    fn for_journal(&self) -> Vec<Encoded> {
-        let mark = |topic: Option<&str>, id| Encoded::for_journal(id, topic, None, &format!("id: {id}\n\n"));
+    fn for_journal(&self, boot: Option<&str>) -> Vec<Encoded> {
+        let mark = |field, value, id| Encoded::for_journal(id, &[(field, value)], &format!("id: {id}\n\n"));
         let (used, unused): (Vec<_>, Vec<_>) = self.topics.values().partition(|topic| !topic.events.is_empty());
         let forgotten = unused.iter().map(|topic| topic.let_go).fold(self.forgotten, Id::max);
         let mut events: Vec<_> = used.iter().flat_map(|topic| &topic.events).map(|(event, _)| event.clone()).collect();
         events.sort_unstable_by_key(|event| event.id);
-        let mut blocks = vec![mark(None, forgotten)];
-        blocks.extend(used.iter().map(|topic| mark(Some(&topic.name), topic.let_go)));
+        let mut blocks = vec![mark("boot", boot, forgotten)];
+        blocks.extend(used.iter().map(|topic| mark("topic", Some(&topic.name), topic.let_go)));
         blocks.append(&mut events);
         blocks
     }
@@ -897,7 +897,9 @@ fn try_enter<T>(lock: &Mutex<T>) -> Option<MutexGuard<'_, T>> {
 // topic has let go; without a topic, it speaks of every topic that is not in the file. A stream that ends early ends
 // with its last blank line, says the standard, and that is the whole of recovery. Nothing is changed in place: blocks
 // are appended, and what was let go disappears when the file is written anew beside itself and renamed. So whenever the
-// process or the machine dies, one whole journal has the name.
+// process or the machine dies, one whole journal has the name. Where it is not synced, only its end may be missing after
+// the machine's death, which nothing in the file shows: so its first block names the boot, and after another one all
+// topics count as let go up to now.
 
 struct Journal {
     path: PathBuf,
@@ -910,6 +912,9 @@ struct Journal {
     health: Health,
     tried_at: Option<Instant>,
     fsync: bool,
+    /// The run of the machine that it was begun in, unless everything is synced: should the machine die, the kernel may
+    /// not have written the end of it.
+    boot: Option<String>,
     log: Arc<Logger>,
     /// Its own limit of one warning a second: a flood of refused connections must not use up the journal's turn.
     warned_at: AtomicU64,
@@ -961,6 +966,8 @@ impl Journal {
                 format!("it is no journal, for none of its {size} bytes can be read as one: name another file");
             return Err(io::Error::new(ErrorKind::InvalidData, reason));
         }
+        let boot = Some(system_file("/proc/sys/kernel/random/boot_id").trim().to_string()).filter(|id| !id.is_empty());
+        let rebooted = found.boot.is_some() && found.boot != boot;
         let mut journal = Journal {
             path,
             file,
@@ -969,11 +976,12 @@ impl Journal {
             health: Health::Whole,
             tried_at: None,
             fsync: config.fsync,
+            boot: boot.filter(|_| !config.fsync),
             log: log.clone(),
             warned_at: AtomicU64::new(0),
             lock,
         };
-        journal.repair(&found, size, kept)?;
+        journal.repair(&found, size, kept, rebooted)?;
         let (events, took) = (found.events, started.elapsed().as_millis());
         let (left, topics) = (kept.events, kept.topics.len());
         let cut = match size - found.whole {
@@ -988,7 +996,7 @@ impl Journal {
 
     /// Makes the file one that can be appended to. What a dying process left half-written at its end is cut off. Where
     /// more than that is damaged, the file is kept aside, and what could be read of it is written anew.
-    fn repair(&mut self, found: &Found, size: u64, kept: &mut Kept) -> io::Result<()> {
+    fn repair(&mut self, found: &Found, size: u64, kept: &mut Kept, rebooted: bool) -> io::Result<()> {
         let is_damaged = found.damaged > 0 || found.headless;
         if is_damaged {
             let copy = beside(&self.path, &format!(".damaged.{}", now_ms()));
@@ -1000,10 +1008,18 @@ impl Journal {
                 "{head}{damaged} of its blocks cannot be read, at bytes {damaged_at:?}; it is kept as {copy}"
             ));
         }
-        if is_damaged || size == 0 {
+        if rebooted {
+            self.say(format_args!(
+                "the machine has died or restarted since, so the last seconds before may be missing"
+            ));
+        }
+        let may_lack_events = is_damaged || rebooted || size == 0;
+        if may_lack_events {
             // What came before, or stood there, is not known, so every topic may have lost something up to now.
             kept.forget_all_before(Id { ms: now_ms(), seq: 0 });
-            self.rewrite(&kept.for_journal())
+        }
+        if may_lack_events || found.boot != self.boot {
+            self.rewrite(&kept.for_journal(self.boot.as_deref()))
         } else if found.whole < size {
             self.cut_back()
         } else {
@@ -1057,13 +1073,13 @@ impl Journal {
             }
             Health::Unsynced => {
                 self.tried_at = Some(Instant::now());
-                let blocks = enter(kept).for_journal();
+                let blocks = enter(kept).for_journal(self.boot.as_deref());
                 return self.rewrite(&blocks);
             }
         }
         if self.length > 2 * self.needed.max(enter(kept).journal_bytes()) + JOURNAL_SLACK {
             self.needed = self.length; // should this fail, not again before it has doubled
-            let blocks = enter(kept).for_journal();
+            let blocks = enter(kept).for_journal(self.boot.as_deref());
             if let Err(error) = self.rewrite(&blocks) {
                 self.say(format_args!("cannot be written anew, and grows on: {error}"));
             }
@@ -1143,6 +1159,7 @@ struct Found {
     damaged_at: Vec<u64>,
     /// It does not begin as every journal does, with the mark of no topic: what came before is missing.
     headless: bool,
+    boot: Option<String>,
 }
 
 impl Found {
@@ -1156,7 +1173,9 @@ impl Found {
             match Block::parse(&bytes) {
                 // Nothing of ours goes back in the order.
                 Some(block) if block.is_mark || newest < Some(block.id) => {
-                    found.headless |= found.blocks == 0 && block.topic.is_some();
+                    if found.blocks == 0 {
+                        (found.headless, found.boot) = (block.topic.is_some(), block.boot.map(String::from));
+                    }
                     if !block.is_mark {
                         newest = Some(block.id);
                         found.events += 1;
@@ -1206,6 +1225,7 @@ fn read_block(reader: &mut impl BufRead, block: &mut Vec<u8>, limit: usize) -> i
 /// What a block of the journal says.
 struct Block<'a> {
     id: Id,
+    boot: Option<&'a str>,
     topic: Option<&'a str>,
     key: Option<&'a str>,
     /// It has no data: everything up to its id was let go.
@@ -1217,7 +1237,8 @@ struct Block<'a> {
 impl Block<'_> {
     fn parse(bytes: &[u8]) -> Option<Block<'_>> {
         let text = str::from_utf8(bytes).ok()?;
-        let (topic, rest) = field(text, "topic: ");
+        let (boot, rest) = field(text, "boot: ");
+        let (topic, rest) = field(rest, "topic: ");
         let (key, rest) = field(rest, "key: ");
         let before_sum = text.len() - rest.len();
         let (sum, frame) = field(rest, "sum: ");
@@ -1227,8 +1248,8 @@ impl Block<'_> {
         let (id, rest) = field(field(frame, "event: ").1, "id: ");
         let is_mark = rest == "\n";
         let frame_at = text.len() - frame.len();
-        let good = topic.is_some() || (is_mark && key.is_none());
-        Some(Block { id: id?.parse().ok()?, topic, key, is_mark, frame_at }).filter(|_| good)
+        let good = if topic.is_some() { boot.is_none() } else { is_mark && key.is_none() };
+        Some(Block { id: id?.parse().ok()?, boot, topic, key, is_mark, frame_at }).filter(|_| good)
     }
 }
 
@@ -1388,7 +1409,7 @@ impl Core {
             self.make_visible(topic, Encoded::new(id, frame), key);
             return Ok((id, None));
         }
-        let event = Encoded::for_journal(id, Some(topic), key.as_deref(), &frame);
+        let event = Encoded::for_journal(id, &[("topic", Some(topic)), ("key", key.as_deref())], &frame);
         let outcome = Arc::new(Outcome::new());
         order.waiting_bytes += event.block.len();
         order.waiting.push_back(Waiting { topic: topic.into(), event, key, outcome: outcome.clone() });

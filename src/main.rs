@@ -54,7 +54,7 @@ fn main() -> ExitCode {
     let args: Result<Vec<String>, _> = std::env::args_os().skip(1).map(|arg| arg.into_string()).collect();
     let command =
         args.map_err(|_| "the arguments are not UTF-8".into()).and_then(|args| Command::parse(args.into_iter()));
-    let mut command = match command {
+    let command = match command {
         Ok(Some(command)) => command,
         Ok(None) => return ExitCode::SUCCESS,
         Err(reason) => return fail(2, &reason),
@@ -158,8 +158,8 @@ impl Command {
         Ok(())
     }
 
-    fn run(&mut self) -> io::Result<()> {
-        let server = Server::bind(self.listen, self.config.clone()).map_err(|error| {
+    fn run(self) -> io::Result<()> {
+        let server = Server::bind(self.listen, self.config).map_err(|error| {
             let hint = if error.kind() == ErrorKind::AddrInUse { ": give another with --listen" } else { "" };
             io::Error::new(error.kind(), format!("cannot serve {}: {error}{hint}", self.listen))
         })?;

@@ -361,6 +361,48 @@ fn a_journal_without_its_beginning_tells_every_cursor_of_a_gap() {
     assert_eq!((stream.event().unwrap().data(), stream.event().unwrap().data()), ("2", "3"));
 }
 
+/// What the last seconds of a machine brought may be missing from a file that was not synced, and nothing in it shows that.
+#[test]
+fn after_another_boot_pages_hear_a_gap_unless_everything_was_synced() {
+    let dir = Scratch::new();
+    let path = dir.path("events");
+    let boot = fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap();
+    let head = || String::from_utf8(blocks(&fs::read(&path).unwrap())[0].clone()).unwrap();
+    let starts_with = |cursor: Id, fsync: bool| {
+        let server = serve(Config { fsync, ..with_journal(&path) });
+        let id = server.hub().publish("a", Event::new("next")).unwrap();
+        let target = format!("/events/a?last_event_id={cursor}");
+        let is_gap = Wire::subscribe(server.addr().unwrap(), &target, "").0.event().unwrap().is_gap();
+        (is_gap, id)
+    };
+    let in_another_boot = || {
+        let old = head();
+        let new = format!(
+            "boot: 00000000-0000-0000-0000-000000000000\nSUM\n{}",
+            old.split_once("id: ").map(|(_, id)| format!("id: {id}")).unwrap()
+        );
+        let new = new.replace("SUM", &format!("sum: {:08x}", crc32fast::hash(new.replace("SUM\n", "").as_bytes())));
+        let rest = fs::read(&path).unwrap().split_off(old.len());
+        fs::write(&path, [new.as_bytes(), &rest].concat()).unwrap();
+    };
+    drop(serve(with_journal(&path)));
+    let cursor = id_of(head().as_bytes());
+    let (is_gap, cursor) = starts_with(cursor, false);
+    assert!(!is_gap && head().starts_with(&format!("boot: {boot}sum: ")), "{}", head());
+    in_another_boot();
+    let (is_gap, cursor) = starts_with(cursor, false);
+    assert!(is_gap);
+    let (is_gap, cursor) = starts_with(cursor, false);
+    assert!(!is_gap, "what was written after the boot is there");
+    in_another_boot();
+    let (is_gap, cursor) = starts_with(cursor, true);
+    assert!(is_gap && head().starts_with("sum: "), "{}", head());
+    let (is_gap, cursor) = starts_with(cursor, true);
+    assert!(!is_gap);
+    let (is_gap, _) = starts_with(cursor, false);
+    assert!(!is_gap && head().starts_with("boot: "), "{}", head());
+}
+
 #[test]
 fn what_stands_in_the_place_of_the_lock_is_not_overwritten() {
     let dir = Scratch::new();
@@ -737,7 +779,7 @@ fn a_failed_sync_is_never_tried_again_as_if_nothing_were_lost() {
         let dir = Scratch::new();
         let (path, new_path) = (dir.path("events"), dir.path("events.new"));
         let paths: &[&str] = if at_directory { &[] } else { &[&path, &new_path] };
-        drop(serve(with_journal(&path)));
+        drop(serve(Config { fsync: true, ..with_journal(&path) })); // or the start would write it anew
         let traced = Traced::start_on(paths, &["fdatasync:error=EIO:when=2", failing], &path, &["--fsync"]);
         let (mut stream, _) = Wire::subscribe(traced.process.addr, "/events/a", "");
         let mut wire = Wire::connect(traced.process.addr);

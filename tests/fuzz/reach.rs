@@ -118,15 +118,16 @@ pub fn journal(bytes: &[u8]) {
     assert!(found.whole <= bytes.len() as u64 && found.events + found.damaged <= found.blocks);
     assert!(kept.bytes <= config.keep_bytes && kept.topics.values().all(|topic| !topic.events.is_empty()));
     assert_eq!(kept.events, kept.topics.values().map(|topic| topic.events.len()).sum::<usize>());
+    let boot = found.boot.as_deref();
     let blocks = |kept: &Kept| {
-        let mut blocks: Vec<_> = kept.for_journal().iter().map(|event| event.block.to_vec()).collect();
+        let mut blocks: Vec<_> = kept.for_journal(boot).iter().map(|event| event.block.to_vec()).collect();
         blocks[1..].sort(); // the marks are in no order of their own
         blocks
     };
-    let whole: Vec<u8> = kept.for_journal().iter().flat_map(|event| event.block.to_vec()).collect();
+    let whole: Vec<u8> = kept.for_journal(boot).iter().flat_map(|event| event.block.to_vec()).collect();
     let mut again = Kept::new(Id::default());
     let second = Found::read(&whole[..], whole.len() as u64, &mut again, &config).unwrap();
-    assert_eq!((second.damaged, second.whole), (0, whole.len() as u64));
+    assert_eq!((second.damaged, second.whole, &second.boot), (0, whole.len() as u64, &found.boot));
     assert_eq!((again.newest, again.forgotten, again.bytes), (kept.newest, kept.forgotten, kept.bytes));
     assert!(blocks(&kept) == blocks(&again), "written anew, read, and written anew again");
 }
