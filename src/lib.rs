@@ -1248,8 +1248,10 @@ impl Block<'_> {
         let (id, rest) = field(field(frame, "event: ").1, "id: ");
         let is_mark = rest == "\n";
         let frame_at = text.len() - frame.len();
+        let id: Id = id?.parse().ok()?;
         let good = if topic.is_some() { boot.is_none() } else { is_mark && key.is_none() };
-        Some(Block { id: id?.parse().ok()?, boot, topic, key, is_mark, frame_at }).filter(|_| good)
+        let leaves_room = id.seq <= u64::MAX / 2; // for the ids of all that may ever follow it
+        Some(Block { id, boot, topic, key, is_mark, frame_at }).filter(|_| good && leaves_room)
     }
 }
 

@@ -48,6 +48,12 @@ fn kept(addr: SocketAddr, topics: &str) -> Vec<Vec<u8>> {
     all[1..all.len() - 1].to_vec()
 }
 
+/// A block with the sum that it should have.
+fn sealed(fields: &str, frame: &str) -> String {
+    let sum = crc32fast::hash([fields, frame].concat().as_bytes());
+    format!("{fields}sum: {sum:08x}\n{frame}")
+}
+
 fn id_of(frame: &[u8]) -> Id {
     let text = str::from_utf8(frame).unwrap();
     text.lines().find_map(|line| line.strip_prefix("id: ")).unwrap().parse().unwrap()
@@ -361,6 +367,32 @@ fn a_journal_without_its_beginning_tells_every_cursor_of_a_gap() {
     assert_eq!((stream.event().unwrap().data(), stream.event().unwrap().data()), ("2", "3"));
 }
 
+/// Whatever is published has a higher id than all before, or it would not be found again.
+#[test]
+fn an_id_that_leaves_no_room_for_others_is_damage() {
+    let most = u64::MAX;
+    for last in [format!("id: {most}-{most}\ndata: x\n\n"), format!("id: 9-{most}\n\n")] {
+        let dir = Scratch::new();
+        let path = dir.path("events");
+        let all = [
+            sealed("", "id: 1-0\n\n"),
+            sealed("topic: a\n", &format!("id: {most}-7\ndata: one\n\n")),
+            sealed("topic: a\n", &last),
+        ];
+        fs::write(&path, all.concat()).unwrap();
+        for _ in 0..2 {
+            let server = serve(with_journal(&path));
+            let addr = server.addr().unwrap();
+            let (mut stream, _) = Wire::subscribe(addr, "/events/a", "");
+            let id = server.hub().publish("a", Event::new("next")).unwrap();
+            assert_eq!(stream.event().unwrap().id(), id);
+            assert_eq!(id_of(kept(addr, "a").last().unwrap()), id);
+        }
+        let server = serve(with_journal(&path));
+        assert_eq!(kept(server.addr().unwrap(), "a").len(), 3, "one, and both that were published");
+    }
+}
+
 /// What the last seconds of a machine brought may be missing from a file that was not synced, and nothing in it shows that.
 #[test]
 fn after_another_boot_pages_hear_a_gap_unless_everything_was_synced() {
@@ -377,11 +409,8 @@ fn after_another_boot_pages_hear_a_gap_unless_everything_was_synced() {
     };
     let in_another_boot = || {
         let old = head();
-        let new = format!(
-            "boot: 00000000-0000-0000-0000-000000000000\nSUM\n{}",
-            old.split_once("id: ").map(|(_, id)| format!("id: {id}")).unwrap()
-        );
-        let new = new.replace("SUM", &format!("sum: {:08x}", crc32fast::hash(new.replace("SUM\n", "").as_bytes())));
+        let frame = &old[old.find("id: ").unwrap()..];
+        let new = sealed("boot: 00000000-0000-0000-0000-000000000000\n", frame);
         let rest = fs::read(&path).unwrap().split_off(old.len());
         fs::write(&path, [new.as_bytes(), &rest].concat()).unwrap();
     };
