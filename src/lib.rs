@@ -2409,20 +2409,25 @@ impl Request {
         Ok(())
     }
 
-    fn read_body(&mut self, reader: &mut Reader, config: &Config) -> Result<Vec<u8>, Answer> {
+    fn read_body(&mut self, reader: &mut Reader, config: &Config, is_wanted: bool) -> Result<Vec<u8>, Answer> {
         let limit = config.body_bytes;
-        let mut body = Vec::new();
+        let (mut body, mut length) = (Vec::new(), 0);
         let mut more = self.body.left <= limit as u64;
         if more {
             self.invite_body(reader)?;
             reader.wait_at_most(config.body_time);
         }
-        while more && body.len() <= limit {
+        while more && length <= limit {
+            let old = body.len();
             more = self.body.read(reader, &mut body)?;
         }
-        if self.body.is_over() && body.len() <= limit {
+        if self.body.is_over() && length <= limit {
             return Ok(body);
         }
+            length += body.len() - old;
+            if !is_wanted {
+                body.clear(); // nobody shall fill the memory with what is of no use
+            }
         refuse(413, format!("the body is longer than {limit} bytes (--body-bytes): send less, or lines by PUT"))
     }
 }
@@ -2703,7 +2708,7 @@ impl Shared {
         if topic.is_some() || path == "/metrics" || matches!(route, Some(Route::Stream(_))) {
             check_token(&self.config().subscribe_tokens, "reading", request)?;
         }
-        request.read_body(reader, self.config())?;
+        request.read_body(reader, self.config(), false)?;
         if let Some(names) = topic {
             return open_topics(request, names).map(Reply::Stream);
         }
@@ -2796,7 +2801,7 @@ impl Shared {
 
     fn publish(&self, reader: &mut Reader, request: &mut Request, topic: &str) -> Result<Answer, Answer> {
         let mut event = self.describe(request, topic, &["event", "retry", "key"])?;
-        let body = request.read_body(reader, self.config()).map_err(|refusal| self.blame(refusal, ""))?;
+        let body = request.read_body(reader, self.config(), true).map_err(|refusal| self.blame(refusal, ""))?;
         event.data = String::from_utf8(body).map_err(|error| {
             Answer::text(400, format!("the body is not UTF-8 from byte {} on", error.utf8_error().valid_up_to()))
         })?;

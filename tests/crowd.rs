@@ -632,6 +632,22 @@ fn a_query_of_very_many_parameters_is_refused() {
     assert_eq!((refused.status, refused.body.as_str()), (400, "more than 100 parameters\n"));
 }
 
+/// Whoever only asks may send a body, too, and needs no token for it.
+#[test]
+fn bodies_that_are_of_no_use_are_not_kept() {
+    let process = Process::start(&["--publish-token", "t", "--subscribe-token", "t", "--body-bytes", "1MiB"]);
+    let (addr, memory) = (process.addr, process.status("VmHWM"));
+    let head = "GET /health HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000001\r\n\r\n";
+    let mut wires: Vec<Wire> = (0..40).map(|_| Wire::connect(addr)).collect();
+    wires.iter_mut().for_each(|wire| wire.send(format!("{head}{}", "x".repeat(1_000_000)).as_bytes()));
+    wires.iter_mut().for_each(|wire| wire.send(b"x")); // only now is any of them whole
+    assert!(wires.iter_mut().all(|wire| wire.answer().status == 200));
+    let more = process.status("VmHWM") - memory;
+    println!("bodies of no use: {more} kB more at most");
+    assert!(more < 4 * 1024, "{more} kB more");
+    process.finish();
+}
+
 /// Each line of no bytes takes hundreds as an event, with its copy of the name.
 #[test]
 fn lines_of_no_bytes_from_many_connections_at_once_stay_small() {
