@@ -3616,7 +3616,7 @@ impl Shared {
 }
 
 /// Lines for stderr, written by a thread of their own: a pipe that takes nothing must hold up neither streams nor
-/// stopping. What does not fit into the queue is left out.
+/// stopping. What does not fit into the queue is left out, and counted.
 struct Logger {
     wanted: Log,
     queue: Arc<LogQueue>,
@@ -3632,6 +3632,7 @@ struct LogQueue {
 
 impl Logger {
     fn start(wanted: Log) -> io::Result<Logger> {
+    left_out: AtomicU64,
         let queue = Arc::new(LogQueue::default());
         if wanted > Log::Off {
             let queue = queue.clone();
@@ -3674,11 +3675,17 @@ impl Drop for Logger {
 }
 
 impl LogQueue {
-    fn push(&self, line: Option<String>) {
+    fn push(&self, mut line: Option<String>) {
         let mut lines = enter(&self.lines);
-        if lines.len() < LOG_LINES || line.is_none() {
-            lines.push_back(line);
-            self.changed.notify_all();
+        if let Some(line) = &mut line {
+            if lines.len() >= LOG_LINES {
+                self.left_out.fetch_add(1, Relaxed);
+                return;
+            }
+            let left_out = self.left_out.swap(0, Relaxed);
+            if left_out > 0 {
+                let _ = write!(line, " ({left_out} lines before this one were left out)");
+            }
         }
     }
 

@@ -5,7 +5,10 @@ mod common;
 use base64::prelude::*;
 use common::*;
 use sha2::{Digest, Sha256};
-use std::process::{Command, Output, Stdio};
+use std::io::{BufRead, BufReader};
+use std::net::SocketAddr;
+use std::process::{Child, Command, Output, Stdio};
+use std::thread;
 use std::time::{Duration, Instant};
 
 fn run(flags: &[&str]) -> Output {
@@ -229,19 +232,52 @@ fn where_the_system_has_no_room_at_all_it_does_not_start() {
     assert!(!output.status.success() && error.contains("the limit is on open files (ulimit -n)"), "{error}");
 }
 
+/// A server whose stderr nobody reads.
+fn with_blocked_stderr() -> (Child, SocketAddr) {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_brooklet"));
+    command.args(["--listen", "127.0.0.1:0", "--log", "debug"]).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut child = command.spawn().unwrap();
+    let mut first = String::new();
+    BufReader::new(child.stdout.take().unwrap()).read_line(&mut first).unwrap();
+    let addr = first.split("http://").nth(1).and_then(|rest| rest.split(' ').next()?.parse().ok()).unwrap();
+    (child, addr)
+}
+
 #[test]
 fn a_blocked_stderr_holds_up_nothing() {
-    let binary = env!("CARGO_BIN_EXE_brooklet");
-    let mut command = Command::new(binary);
-    command.args(["--listen", "127.0.0.1:0", "--log", "debug"]).stdout(Stdio::piped()).stderr(Stdio::piped());
-    let mut child = command.spawn().unwrap(); // nobody reads its stderr
-    let mut first = String::new();
-    std::io::BufRead::read_line(&mut std::io::BufReader::new(child.stdout.take().unwrap()), &mut first).unwrap();
-    let addr = first.split("http://").nth(1).and_then(|rest| rest.split(' ').next()?.parse().ok()).unwrap();
+    let (mut child, addr) = with_blocked_stderr();
     let long = "x".repeat(8_000);
     for _ in 0..2_000 {
         assert_eq!(get(addr, &format!("/{long}")).status, 404);
     }
+    assert!(shell(&format!("kill {}", child.id())));
+    assert!(child.wait().unwrap().success());
+}
+
+#[test]
+fn lines_that_the_log_leaves_out_are_counted() {
+    let (mut child, addr) = with_blocked_stderr();
+    let padding = "x".repeat(70);
+    let ask = |n: usize| assert_eq!(get(addr, &format!("/{n}/{padding}")).status, 404);
+    (0..2_000).for_each(ask); // a pipe holds some 500 lines, the queue 1,024
+    let lines = BufReader::new(child.stderr.take().unwrap()).lines();
+    let found = thread::spawn(move || {
+        let mut lines = lines.map(Result::unwrap).enumerate();
+        lines.find(|(_, line)| line.contains("were left out"))
+    });
+    let mut next = 2_000;
+    while !found.is_finished() {
+        ask(next);
+        next += 1;
+        assert!(next < 10_000, "nothing is said of lines that were left out");
+    }
+    let (written, line) = found.join().unwrap().unwrap();
+    let number = |before: &str| -> usize {
+        let rest = line.split(before).nth(1).unwrap();
+        rest[..rest.find(|c: char| !c.is_ascii_digit()).unwrap()].parse().unwrap()
+    };
+    let (request, left_out) = (number("GET \"/"), number(" ("));
+    assert_eq!(written + left_out, request, "{line}");
     assert!(shell(&format!("kill {}", child.id())));
     assert!(child.wait().unwrap().success());
 }
