@@ -966,7 +966,7 @@ impl Journal {
                 format!("it is no journal, for none of its {size} bytes can be read as one: name another file");
             return Err(io::Error::new(ErrorKind::InvalidData, reason));
         }
-        let boot = Some(system_file("/proc/sys/kernel/random/boot_id").trim().to_string()).filter(|id| !id.is_empty());
+        let boot = Some(system_file(&"/proc/sys/kernel/random/boot_id").trim().to_string()).filter(|id| !id.is_empty());
         let rebooted = found.boot.is_some() && found.boot != boot;
         let mut journal = Journal {
             path,
@@ -984,7 +984,7 @@ impl Journal {
         journal.repair(&found, size, kept, rebooted)?;
         let (events, took) = (found.events, started.elapsed().as_millis());
         let (left, topics) = (kept.events, kept.topics.len());
-        let cut = match size - found.whole {
+        let cut = match size.saturating_sub(found.whole) {
             0 => String::new(),
             cut => format!("; {cut} bytes of one that was not whole were cut off"),
         };
@@ -1128,8 +1128,12 @@ fn lock(path: &Path) -> io::Result<File> {
     let named = |error: io::Error| io::Error::new(error.kind(), format!("{}: {error}", path.display()));
     let mut options = OpenOptions::new();
     let mut file = options.read(true).write(true).create(true).mode(0o600).open(path).map_err(named)?;
-    let mut holder = String::new();
-    let _ = (&file).take(100).read_to_string(&mut holder);
+    let mut holder = Vec::new();
+    let is_file = file.metadata().map_err(named)?.is_file();
+    if is_file {
+        let _ = (&file).take(100).read_to_end(&mut holder);
+    }
+    let holder = String::from_utf8_lossy(&holder);
     match file.try_lock() {
         Ok(()) => {}
         Err(fs::TryLockError::Error(error)) => return Err(named(error)),
@@ -1139,7 +1143,7 @@ fn lock(path: &Path) -> io::Result<File> {
         }
     }
     // A power cut may leave zeros of it.
-    if !holder.trim_matches('\0').is_empty() && !holder.starts_with("process ") {
+    if !is_file || !holder.trim_matches('\0').is_empty() && !holder.starts_with("process ") {
         return invalid(format!("{} is something else than its lock: move it away", path.display()));
     }
     let who = format!("process {}\n", std::process::id());
@@ -2420,14 +2424,14 @@ impl Request {
         while more && length <= limit {
             let old = body.len();
             more = self.body.read(reader, &mut body)?;
-        }
-        if self.body.is_over() && length <= limit {
-            return Ok(body);
-        }
             length += body.len() - old;
             if !is_wanted {
                 body.clear(); // nobody shall fill the memory with what is of no use
             }
+        }
+        if self.body.is_over() && length <= limit {
+            return Ok(body);
+        }
         refuse(413, format!("the body is longer than {limit} bytes (--body-bytes): send less, or lines by PUT"))
     }
 }
@@ -3006,7 +3010,8 @@ impl<'a, 'b> Lines<'a, 'b> {
         loop {
             let lf = self.text[seen..].iter().position(|b| *b == b'\n');
             let end = lf.map_or(self.text.len(), |lf| seen + lf);
-            if end - self.start > self.config.line_bytes + usize::from(self.text[..end].ends_with(b"\r")) {
+            let has_cr = self.text[..end].ends_with(b"\r");
+            if end - self.start > self.config.line_bytes.saturating_add(has_cr.into()) {
                 return refuse(413, format!("a line is longer than {} bytes (--line-bytes)", self.config.line_bytes));
             }
             if lf.is_some() {
@@ -3155,7 +3160,7 @@ impl Server {
         let hub =
             Hub { core: Arc::new(Core { config, journal, order, settled: Condvar::new(), kept, lanes, counters }) };
         let loopback_port = Some(address.port()).filter(|_| address.ip().is_loopback());
-        let address_space_kb = number_in("/proc/self/limits", "Max address space").map(|bytes| bytes / 1024);
+        let address_space_kb = number_in(&"/proc/self/limits", "Max address space").map(|bytes| bytes / 1024);
         let shared = Shared {
             hub,
             routes: Mutex::default(),
@@ -3370,7 +3375,7 @@ impl Shared {
     /// Whether there is address space for another thread: std aborts the process where its signal stack finds none.
     fn has_space(&self) -> bool {
         self.address_space_kb.is_none_or(|limit| {
-            let taken = number_in("/proc/self/status", "VmSize:");
+            let taken = number_in(&"/proc/self/status", "VmSize:");
             taken.is_some_and(|taken| taken + SPARE_SPACE_KB <= limit)
         })
     }
@@ -3459,7 +3464,7 @@ impl Guests {
 struct Guest {
     shared: Arc<Shared>,
     c: Arc<Connection>,
-    path: Option<String>, // once it is a stream
+    path: Option<String>, // for the log, once it is a stream
     reason: Cow<'static, str>,
     opened: Instant,
 }
@@ -3472,7 +3477,7 @@ impl Guest {
             return; // it has gone already
         }
         if let Some((path, head, opening)) = self.shared.requests(c) {
-            self.path = Some(path);
+            self.path = Some(shown(&path));
             self.reason = "the handler panicked".into(); // what is logged if the next line never returns
             self.reason = self.shared.stream(&self.c, head, opening);
         }
@@ -3539,7 +3544,7 @@ impl Shared {
     /// A stream's line is written when it closes.
     fn log_request(&self, c: &Connection, request: &Request, path: &str, status: u16) {
         if self.log.wanted >= Log::Debug {
-            self.log.line(Log::Debug, format_args!("{} {} {} {status}", c.peer, request.method, shown(path)));
+            self.log.line(Log::Debug, format_args!("{} {:.20} {} {status}", c.peer, request.method, shown(path)));
         }
     }
 }
@@ -3553,8 +3558,7 @@ impl Drop for Guest {
             let (seconds, tenths) = (open.as_secs(), open.subsec_millis() / 100);
             let (peer, reason) = (c.peer, &self.reason);
             let line = format_args!(
-                "closed peer={peer} path={} reason={reason:?} seconds={seconds}.{tenths} events={sent}",
-                shown(path)
+                "closed peer={peer} path={path} reason={reason:?} seconds={seconds}.{tenths} events={sent}"
             );
             let repeats = [POLL_IS_OVER, NO_ROOM, NO_NAMES].contains(&&**reason); // as fast as a flood
             shared.log.line(if repeats { Log::Debug } else { Log::Info }, line);
@@ -3628,11 +3632,11 @@ struct Logger {
 struct LogQueue {
     lines: Mutex<VecDeque<Option<String>>>,
     changed: Condvar,
+    left_out: AtomicU64,
 }
 
 impl Logger {
     fn start(wanted: Log) -> io::Result<Logger> {
-    left_out: AtomicU64,
         let queue = Arc::new(LogQueue::default());
         if wanted > Log::Off {
             let queue = queue.clone();
@@ -3687,6 +3691,8 @@ impl LogQueue {
                 let _ = write!(line, " ({left_out} lines before this one were left out)");
             }
         }
+        lines.push_back(line);
+        self.changed.notify_all();
     }
 
     /// A line leaves the queue once it is written.
@@ -3709,9 +3715,9 @@ impl LogQueue {
 /// aborts the process from inside its start-up, where no error can be caught, so it must not come to that.
 fn fit_to_system(mut config: Config, lanes: usize, log: &Logger) -> io::Result<Config> {
     let open = fs::read_dir("/proc/self/fd").map_or(0, Iterator::count);
-    let files = number_in("/proc/self/limits", "Max open files").unwrap_or(usize::MAX).saturating_sub(open + 16);
-    let mappings = number_in("/proc/sys/vm/max_map_count", "").unwrap_or(usize::MAX);
-    let mappings = mappings.saturating_sub(system_file("/proc/self/maps").lines().count() + 1024) / 4;
+    let files = number_in(&"/proc/self/limits", "Max open files").unwrap_or(usize::MAX).saturating_sub(open + 16);
+    let mappings = number_in(&"/proc/sys/vm/max_map_count", "").unwrap_or(usize::MAX);
+    let mappings = mappings.saturating_sub(system_file(&"/proc/self/maps").lines().count() + 1024) / 4;
     let tasks = tasks_left().saturating_sub(lanes + 16);
     let limits = [
         (files, "open files (ulimit -n)"),
@@ -3734,19 +3740,19 @@ fn fit_to_system(mut config: Config, lanes: usize, log: &Logger) -> io::Result<C
 }
 
 /// What Linux says in a file of /proc or /sys. On other systems that is nothing, and no limit is lowered.
-fn system_file(path: impl AsRef<Path>) -> String {
+fn system_file(path: &dyn AsRef<Path>) -> String {
     fs::read_to_string(path).unwrap_or_default()
 }
 
 /// The number behind `name` in such a file; `None` where it is not there, or is the word for no limit.
-fn number_in(path: impl AsRef<Path>, name: &str) -> Option<usize> {
+fn number_in(path: &dyn AsRef<Path>, name: &str) -> Option<usize> {
     system_file(path).lines().find_map(|line| line.strip_prefix(name)?.split_whitespace().next()?.parse().ok())
 }
 
 /// How many tasks the control groups around this process leave it. Its own is written `0::/GROUP`, of version 1
 /// `8:pids:/GROUP`. <https://docs.kernel.org/admin-guide/cgroup-v2.html#pid>
 fn tasks_left() -> usize {
-    let own = system_file("/proc/self/cgroup");
+    let own = system_file(&"/proc/self/cgroup");
     let roots = own.lines().filter_map(|line| match line.split_once(':')?.1.split_once(":/")? {
         ("", group) => Some(("/sys/fs/cgroup", group)),
         ("pids", group) => Some(("/sys/fs/cgroup/pids", group)),
@@ -3755,7 +3761,7 @@ fn tasks_left() -> usize {
     let groups =
         roots.flat_map(|(root, group)| Path::new(group).ancestors().map(move |group| Path::new(root).join(group)));
     let left = |group: PathBuf| {
-        Some(number_in(group.join("pids.max"), "")?.saturating_sub(number_in(group.join("pids.current"), "")?))
+        Some(number_in(&group.join("pids.max"), "")?.saturating_sub(number_in(&group.join("pids.current"), "")?))
     };
     groups.filter_map(left).min().unwrap_or(usize::MAX)
 }

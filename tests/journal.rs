@@ -441,6 +441,15 @@ fn what_stands_in_the_place_of_the_lock_is_not_overwritten() {
     assert!(error.to_string().contains("events.lock"), "{error}");
     assert_eq!(fs::read_to_string(dir.path("letter")).unwrap(), "dear reader");
     fs::remove_file(dir.path("events.lock")).unwrap();
+    for other in [&b"dear reader"[..], b"\xff\x00dear reader", b"\x00\x00process"] {
+        fs::write(dir.path("events.lock"), other).unwrap();
+        assert!(Server::bind("127.0.0.1:0", with_journal(&dir.path("events"))).is_err());
+        assert_eq!(fs::read(dir.path("events.lock")).unwrap(), other);
+    }
+    fs::remove_file(dir.path("events.lock")).unwrap();
+    assert!(shell(&format!("mkfifo {}", dir.path("events.lock")))); // reading it would never end
+    assert!(Server::bind("127.0.0.1:0", with_journal(&dir.path("events"))).is_err());
+    fs::remove_file(dir.path("events.lock")).unwrap();
     fs::write(dir.path("events.lock"), [0; 14]).unwrap(); // as a power cut may leave it
     drop(serve(with_journal(&dir.path("events"))));
 }
