@@ -42,7 +42,7 @@
 //! | `Core::order` | from numbering an event to the last lane's queue, but not while it is written | that ids, kept events, queues have one order |
 //! | `Core::kept` | shortly, never during I/O | the kept events and the table of topics |
 //! | `Connection::state` | during one non-blocking write | whose the socket is, and the cursor |
-//! | `Shared::guests`, `Shared::routes` | shortly, under no other lock | which connections are open; what is at a path |
+//! | `Shared::connections`, `Shared::routes` | shortly, under no other lock | which connections are open; what is at a path |
 //! | `LogQueue::lines`, the date of now | shortly, and nothing is locked under it | what the log's thread has to write |
 //!
 //! No lock is held while waiting for a peer. A panic under a lock does not take the others along: they enter the
@@ -1693,7 +1693,7 @@ const NO_NAMES: Reason = "all topic names are in use";
 
 struct Connection {
     serial: u64,
-    /// Where it is in `Guests`, under whose lock these change.
+    /// Where it is in `Connections`, under whose lock these change.
     place: AtomicUsize,
     turn: AtomicU64,
     peer: SocketAddr,
@@ -2657,7 +2657,7 @@ struct Shared {
     hub: Hub,
     /// By their paths. They are few.
     routes: Mutex<Vec<(String, Route)>>,
-    guests: Mutex<Guests>,
+    connections: Mutex<Connections>,
     someone_left: Condvar,
     stopping: AtomicBool,
     /// The port, if the server is on loopback.
@@ -2695,7 +2695,7 @@ impl Shared {
                 self.check_origin(request)?;
                 check_token(&self.config().publish_tokens, "publishing", request)?;
                 if !self.config().publish_tokens.is_empty() {
-                    enter(&self.guests).move_on(reader.c, TRUSTED);
+                    enter(&self.connections).move_on(reader.c, TRUSTED);
                 }
                 let is_post = request.method == "POST";
                 let publish = if is_post { Shared::publish } else { Shared::publish_lines };
@@ -2825,7 +2825,7 @@ impl Shared {
             let more = lines.take_some(&mut texts);
             let events = texts.into_iter().map(|data| Event { data, ..event.clone() }).collect();
             let place = c.place.load(Relaxed);
-            enter(&self.guests).move_on(c, place); // who has something to say is not the first to make room
+            enter(&self.connections).move_on(c, place); // who has something to say is not the first to make room
             let (ids, published) = self.hub.core.publish_all(topic, events);
             (count, last) = (count + ids.len(), ids.last().copied().or(last));
             if let Err(error) = published {
@@ -3098,7 +3098,7 @@ pub struct Handle {
 
 /// Where the connections are, each place in the order in which they came to it: the first has been there longest.
 #[derive(Default)]
-struct Guests {
+struct Connections {
     next_serial: u64,
     next_turn: u64,
     threads: usize,
@@ -3164,7 +3164,7 @@ impl Server {
         let shared = Shared {
             hub,
             routes: Mutex::default(),
-            guests: Mutex::default(),
+            connections: Mutex::default(),
             someone_left: Condvar::new(),
             stopping: AtomicBool::new(false),
             loopback_port,
@@ -3332,7 +3332,7 @@ impl Shared {
                     self.log.warn(format_args!("accepting failed: {error}"));
                     if ![ErrorKind::ConnectionAborted, ErrorKind::Interrupted].contains(&error.kind()) {
                         // Without memory or descriptors this repeats until there is some again: it must not spin.
-                        enter(&self.guests).make_room();
+                        enter(&self.connections).make_room();
                         thread::sleep(Duration::from_millis(20));
                     }
                 }
@@ -3343,32 +3343,33 @@ impl Shared {
     /// Gives a connection its thread, or closes it where there is no room.
     fn admit(self: &Arc<Shared>, socket: TcpStream, peer: SocketAddr) {
         let config = self.config();
-        let mut guests = enter(&self.guests);
+        let mut connections = enter(&self.connections);
         let has_space = self.has_space();
         let places = config.connections + config.subscribers;
-        let taken = guests.places.iter().map(VecDeque::len).sum::<usize>();
+        let taken = connections.places.iter().map(VecDeque::len).sum::<usize>();
         // A place may be given away before the thread that had it has ended, but not too many such threads at once.
-        let has_thread = has_space && guests.threads < places + ENDING_THREADS;
-        let room = has_thread && (taken < places || guests.make_room());
+        let has_thread = has_space && connections.threads < places + ENDING_THREADS;
+        let room = has_thread && (taken < places || connections.make_room());
         if !has_space {
-            guests.make_room(); // for the next: an ending thread's space is not free at once
+            connections.make_room(); // for the next: an ending thread's space is not free at once
         }
         if self.stopping() || !room {
-            drop(guests);
+            drop(connections);
             self.hub.core.counters.sent_away.fetch_add(1, Relaxed);
             let what = if has_space { "places are taken" } else { "places have no address space (ulimit -v)" };
             return self.log.warn(format_args!("no room for {peer}: all {places} {what}"));
         }
-        let serial = guests.next_serial;
+        let serial = connections.next_serial;
         let c = Arc::new(Connection::new(serial, peer, socket));
-        guests.next_serial += 1;
-        guests.threads += 1;
-        guests.put(c.clone(), WAITING);
-        drop(guests);
-        let guest = Guest { shared: self.clone(), c, path: None, reason: "".into(), opened: Instant::now() };
-        if let Err(error) = start_thread(format!("conn {serial}"), Box::new(move || guest.converse())) {
-            self.log.warn(format_args!("no thread for {peer}: {error}")); // its `Guest` was dropped, and has left
-            enter(&self.guests).make_room();
+        connections.next_serial += 1;
+        connections.threads += 1;
+        connections.put(c.clone(), WAITING);
+        drop(connections);
+        let thread =
+            ConnectionThread { shared: self.clone(), c, path: None, reason: "".into(), opened: Instant::now() };
+        if let Err(error) = start_thread(format!("conn {serial}"), Box::new(move || thread.converse())) {
+            self.log.warn(format_args!("no thread for {peer}: {error}")); // it was dropped, and has left its place
+            enter(&self.connections).make_room();
         }
     }
 
@@ -3382,46 +3383,48 @@ impl Shared {
 
     /// Finds a stream its place, and numbers it; `None` where there is no room.
     fn move_to_streams(&self, c: &Connection) -> Option<usize> {
-        let mut guests = enter(&self.guests);
-        if guests.places[STREAMS].len() >= self.config().subscribers || !guests.move_on(c, STREAMS) {
+        let mut connections = enter(&self.connections);
+        if connections.places[STREAMS].len() >= self.config().subscribers || !connections.move_on(c, STREAMS) {
             return None;
         }
-        guests.streams_opened += 1;
-        Some(guests.streams_opened)
+        connections.streams_opened += 1;
+        Some(connections.streams_opened)
     }
 
     /// Ends every connection: streams with their reconnection time, publishers with their answer; who waits for a
     /// request may still ask for the server's health meanwhile. Returns how many did not end in time.
     fn say_goodbye(&self, deadline: Instant) -> usize {
         let started = Instant::now();
-        let guests = enter(&self.guests);
-        let at_work: Vec<_> = guests.places[BUSY..].iter().flatten().map(|(_, c)| c.clone()).collect();
-        drop(guests);
+        let connections = enter(&self.connections);
+        let at_work: Vec<_> = connections.places[BUSY..].iter().flatten().map(|(_, c)| c.clone()).collect();
+        drop(connections);
         for c in at_work {
             c.take_back();
             let _ = c.socket.shutdown(Shutdown::Read); // wakes who waits for a body or a handler's timer
         }
-        self.wait_while(started + STOP_GRACE, |guests| guests.places[BUSY..].iter().any(|place| !place.is_empty()));
-        for c in enter(&self.guests).everyone() {
+        self.wait_while(started + STOP_GRACE, |connections| {
+            connections.places[BUSY..].iter().any(|place| !place.is_empty())
+        });
+        for c in enter(&self.connections).everyone() {
             let _ = c.socket.shutdown(Shutdown::Both); // wakes who waits for a request, or a slow peer
         }
-        self.wait_while(deadline, |guests| guests.threads > 0);
-        let guests = enter(&self.guests);
-        let left = guests.threads;
+        self.wait_while(deadline, |connections| connections.threads > 0);
+        let connections = enter(&self.connections);
+        let left = connections.threads;
         if left > 0 {
-            let peers: Vec<String> = guests.everyone().take(10).map(|c| c.peer.to_string()).collect();
+            let peers: Vec<String> = connections.everyone().take(10).map(|c| c.peer.to_string()).collect();
             self.log.line(Log::Info, format_args!("{left} connections did not end: {}", peers.join(" ")));
         }
         left
     }
 
-    fn wait_while(&self, deadline: Instant, mut condition: impl FnMut(&mut Guests) -> bool) {
-        let (left, guests) = (deadline.saturating_duration_since(Instant::now()), enter(&self.guests));
-        drop(self.someone_left.wait_timeout_while(guests, left, &mut condition));
+    fn wait_while(&self, deadline: Instant, mut condition: impl FnMut(&mut Connections) -> bool) {
+        let (left, connections) = (deadline.saturating_duration_since(Instant::now()), enter(&self.connections));
+        drop(self.someone_left.wait_timeout_while(connections, left, &mut condition));
     }
 }
 
-impl Guests {
+impl Connections {
     /// Closes one connection for a newcomer; false where there are only streams. It is the one that has been waiting longest.
     /// But where a crowd came at once, it has not been waiting for long either (fewer have come since than three quarters of
     /// those that are here): then the one that has been busy longest goes. Who has shown a token goes last.
@@ -3461,7 +3464,7 @@ impl Guests {
 }
 
 /// A connection on its thread. Dropping it, also by a panic, closes the socket and takes it from the list.
-struct Guest {
+struct ConnectionThread {
     shared: Arc<Shared>,
     c: Arc<Connection>,
     path: Option<String>, // for the log, once it is a stream
@@ -3469,7 +3472,7 @@ struct Guest {
     opened: Instant,
 }
 
-impl Guest {
+impl ConnectionThread {
     fn converse(mut self) {
         let (c, config) = (&self.c, self.shared.config());
         let prepared = c.socket.set_nonblocking(false).and(c.socket.set_nodelay(true));
@@ -3503,7 +3506,7 @@ impl Shared {
                     (refusal, is_head, true)
                 }
                 Ok(Some(mut request)) => {
-                    if !enter(&self.guests).move_on(c, BUSY) {
+                    if !enter(&self.connections).move_on(c, BUSY) {
                         return None;
                     }
                     let (path, is_head) = (std::mem::take(&mut request.path), request.method == "HEAD");
@@ -3531,7 +3534,7 @@ impl Shared {
                 return None;
             }
             reader.wait_at_most(config.idle_time);
-            if !enter(&self.guests).move_on(c, WAITING) {
+            if !enter(&self.connections).move_on(c, WAITING) {
                 return None;
             }
             if keen && c.stay_awake().is_err() {
@@ -3549,7 +3552,7 @@ impl Shared {
     }
 }
 
-impl Drop for Guest {
+impl Drop for ConnectionThread {
     fn drop(&mut self) {
         let (c, shared) = (&self.c, &self.shared);
         let _ = c.socket.shutdown(Shutdown::Write); // its lane may hold the socket for a moment longer
@@ -3563,9 +3566,9 @@ impl Drop for Guest {
             let repeats = [POLL_IS_OVER, NO_ROOM, NO_NAMES].contains(&&**reason); // as fast as a flood
             shared.log.line(if repeats { Log::Debug } else { Log::Info }, line);
         }
-        let mut guests = enter(&shared.guests);
-        guests.threads -= 1;
-        guests.leave(c);
+        let mut connections = enter(&shared.connections);
+        connections.threads -= 1;
+        connections.leave(c);
         shared.someone_left.notify_all();
     }
 }
@@ -3591,9 +3594,9 @@ impl Shared {
     /// <https://prometheus.io/docs/instrumenting/exposition_formats/>
     fn metrics(&self) -> String {
         let (core, counters) = (&*self.hub.core, &*self.hub.core.counters);
-        let guests = enter(&self.guests);
-        let [waiting, busy, trusted, streams] = guests.places.each_ref().map(VecDeque::len);
-        drop(guests);
+        let connections = enter(&self.connections);
+        let [waiting, busy, trusted, streams] = connections.places.each_ref().map(VecDeque::len);
+        drop(connections);
         let kept = core.kept();
         let (topics, events, bytes) = (kept.topics.len(), kept.events, kept.bytes);
         drop(kept);
