@@ -115,6 +115,7 @@ const KEY_BYTES: usize = 128;
 const EVENT_NAME_BYTES: usize = 256;
 const HEADER_LINES: usize = 100;
 const QUERY_PARAMETERS: usize = 100;
+const TOKENS_SHOWN: usize = 8;
 /// Lines of a `PUT` that are published together. An empty line is one byte of the request but hundreds as an event, so
 /// 4 KiB of newlines from each of many connections would take much memory at the same time.
 const LINES_AT_ONCE: usize = 128;
@@ -2436,13 +2437,13 @@ impl Request {
     }
 }
 
-/// The tokens that a head shows.
+/// The tokens that a head shows; a few, or a head full of cookies would be hundreds of guesses.
 fn tokens_in(authorization: Option<&str>, cookies: Option<&str>) -> Vec<String> {
     let bearer = authorization.and_then(|value| value.split_once(' '));
     let bearer = bearer.filter(|(scheme, _)| scheme.eq_ignore_ascii_case("bearer")).map(|(_, token)| token.trim());
     let cookies = cookies.into_iter().flat_map(|cookies| cookies.split(';'));
     let cookies = cookies.filter_map(|cookie| skip_space(cookie).strip_prefix("brooklet_token="));
-    cookies.chain(bearer).filter(|token| !token.is_empty()).map(String::from).collect()
+    bearer.into_iter().chain(cookies).filter(|token| !token.is_empty()).take(TOKENS_SHOWN).map(String::from).collect()
 }
 
 /// Finds the empty line that ends a head, looking on from `seen`. A lone LF is refused: not everyone takes it for an
