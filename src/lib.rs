@@ -2757,8 +2757,10 @@ impl Shared {
     /// the page is not. What does not come from a browser has no origin.
     fn check_origin(&self, request: &Request) -> Result<(), Answer> {
         let Some(origin) = request.origin.as_deref() else { return Ok(()) };
-        let authority = origin.split_once("://").map(|(_, authority)| authority);
-        let is_own = authority.zip(request.host.as_deref()).is_some_and(|(own, host)| own.eq_ignore_ascii_case(host));
+        let host = request.host.as_deref().unwrap_or_default();
+        let is_of_host = |origin: &str| origin.split_once("://").is_some_and(|(_, own)| own.eq_ignore_ascii_case(host));
+        // Where the public origin is named, its scheme counts: what came over plain HTTP, somebody else may have written.
+        let is_own = is_of_host(origin) && !self.config().allow_origins.iter().any(|known| is_of_host(known));
         if is_own || self.is_allowed(origin) {
             return Ok(());
         }
