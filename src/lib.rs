@@ -3723,7 +3723,9 @@ fn fit_to_system(mut config: Config, lanes: usize, log: &Logger) -> io::Result<C
     let open = fs::read_dir("/proc/self/fd").map_or(0, Iterator::count);
     let files = number_in(&"/proc/self/limits", "Max open files").unwrap_or(usize::MAX).saturating_sub(open + 16);
     let mappings = number_in(&"/proc/sys/vm/max_map_count", "").unwrap_or(usize::MAX);
-    let mappings = mappings.saturating_sub(system_file(&"/proc/self/maps").lines().count() + 1024) / 4;
+    // A thread takes 4: its stack, its signal stack, and their guards. glibc gives each buffer of 128 KiB one of its own.
+    let for_each = if config.head_bytes.max(config.data_bytes()) > 64 * 1024 { 6 } else { 4 };
+    let mappings = mappings.saturating_sub(system_file(&"/proc/self/maps").lines().count() + 1024) / for_each;
     let tasks = tasks_left().saturating_sub(lanes + 16);
     let limits = [
         (files, "open files (ulimit -n)"),
