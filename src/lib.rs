@@ -2696,7 +2696,11 @@ impl Shared {
                 self.check_origin(request)?;
                 check_token(&self.config().publish_tokens, "publishing", request)?;
                 if !self.config().publish_tokens.is_empty() {
-                    enter(&self.connections).move_on(reader.c, TRUSTED);
+                    let mut connections = enter(&self.connections);
+                    // Some places are for others, or each newcomer would have to go for the next.
+                    if connections.places[TRUSTED].len() < self.config().connections * 3 / 4 {
+                        connections.move_on(reader.c, TRUSTED);
+                    }
                 }
                 let is_post = request.method == "POST";
                 let publish = if is_post { Shared::publish } else { Shared::publish_lines };
