@@ -1296,6 +1296,8 @@ pub struct Hub {
 
 struct Core {
     config: Config,
+    /// Set without any lock: stopping must not stand in line behind all who want to publish.
+    stopping: AtomicBool,
     /// None without a journal, and once the server has stopped.
     journal: Mutex<Option<Journal>>,
     order: Mutex<Order>,
@@ -1310,7 +1312,6 @@ struct Core {
 struct Order {
     /// The highest id that was given to an event.
     newest: Id,
-    stopped: bool,
     /// What the journal does not have yet, in the order of the ids.
     waiting: VecDeque<Waiting>,
     waiting_bytes: usize,
@@ -1356,7 +1357,7 @@ impl Hub {
     /// ```
     pub fn publish(&self, topic: &str, event: Event) -> io::Result<Id> {
         let core = &*self.core;
-        let numbered = core.number(&mut *core.order()?, topic, event)?;
+        let numbered = core.number(&mut enter(&core.order), topic, event)?;
         core.settle(numbered)
     }
 }
@@ -1369,7 +1370,7 @@ impl Core {
     fn publish_all(&self, topic: &str, events: Vec<Event>) -> (Vec<Id>, io::Result<()>) {
         let (mut numbered, mut published) = (Vec::new(), Vec::new());
         let number_all = || {
-            let mut order = self.order()?; // held throughout, so that no failure of the journal comes in between
+            let mut order = enter(&self.order); // held throughout, so that no failure of the journal comes in between
             for event in events {
                 numbered.push(self.number(&mut order, topic, event)?);
             }
@@ -1383,13 +1384,11 @@ impl Core {
         (published, all_settled.and(all_numbered))
     }
 
-    fn order(&self) -> io::Result<MutexGuard<'_, Order>> {
-        let order = enter(&self.order);
-        if order.stopped { Err(stopped()) } else { Ok(order) }
-    }
-
     /// Gives an event its place in the order. Without a journal, it is published at once.
     fn number(&self, order: &mut Order, topic: &str, event: Event) -> io::Result<Numbered> {
+        if self.stopping.load(SeqCst) {
+            return Err(stopped());
+        }
         check_topic(topic)?;
         self.check(&event)?;
         let key: Option<Arc<str>> = event.key.as_deref().map(Arc::from);
@@ -1438,7 +1437,7 @@ impl Core {
             drop(order);
             self.write_batch(journal.as_mut().ok_or_else(stopped)?); // it is closed only when nothing waits
             order = enter(&self.order);
-            if order.stopped && order.waiting.is_empty() {
+            if self.stopping.load(SeqCst) && order.waiting.is_empty() {
                 *journal = None; // stopping found it taken, and may not have waited for so long
             }
             drop(journal);
@@ -1912,7 +1911,6 @@ struct Subscription<'a> {
     /// For a poll, how long it waits for its first event.
     poll_until: Option<Instant>,
     deadline: Instant,
-    stopping: &'a AtomicBool,
 }
 
 impl Subscription<'_> {
@@ -1923,7 +1921,7 @@ impl Subscription<'_> {
         loop {
             if let Err(reason) = c.finish(self.deadline) {
                 return reason;
-            } else if self.stopping.load(SeqCst) {
+            } else if core.stopping.load(SeqCst) {
                 return c.end(STOPPING, spread(retry, 50, 150));
             } else if Instant::now() >= self.deadline {
                 return c.end("the lifetime is over", retry);
@@ -1966,7 +1964,7 @@ impl Subscription<'_> {
         while state.phase == Phase::Live {
             let until = self.poll_until.unwrap_or(self.deadline).min(self.deadline);
             let left = until.saturating_duration_since(Instant::now());
-            if left.is_zero() || self.stopping.load(SeqCst) {
+            if left.is_zero() || self.core.stopping.load(SeqCst) {
                 state.phase = Phase::Behind;
                 break;
             }
@@ -2660,7 +2658,6 @@ struct Shared {
     routes: Mutex<Vec<(String, Route)>>,
     connections: Mutex<Connections>,
     someone_left: Condvar,
-    stopping: AtomicBool,
     /// The port, if the server is on loopback.
     loopback_port: Option<u16>,
     /// The limit on address space, if there is one.
@@ -2902,7 +2899,8 @@ impl Shared {
                     return reason.into();
                 }
                 drop(head);
-                let result = handler(&mut Stream { c, stopping: &self.stopping, query, last_event_id, stray: 0 });
+                let result =
+                    handler(&mut Stream { c, stopping: &self.hub.core.stopping, query, last_event_id, stray: 0 });
                 if self.stopping() && enter(&c.state).phase == Phase::Behind {
                     return c.end(STOPPING, spread(self.config().retry, 50, 150)).into();
                 }
@@ -2931,7 +2929,7 @@ impl Shared {
         drop(kept);
         let deadline = Instant::now() + spread(config.lifetime, 80, 100);
         let poll_until = poll.map(|time| Instant::now() + time);
-        let subscription = Subscription { core, c, lane, names, told, poll_until, deadline, stopping: &self.stopping };
+        let subscription = Subscription { core, c, lane, names, told, poll_until, deadline };
 
         // A block without data dispatches nothing, but a browser cut off before its first event resumes from this id.
         let retry = if is_poll { POLL_RETRY } else { config.retry };
@@ -3164,8 +3162,9 @@ impl Server {
         counters.journal_bytes.store(journal.as_ref().map_or(0, |journal| journal.length), Relaxed);
         let order = Order { newest: kept.newest, ..Order::default() };
         let (journal, order, kept) = (Mutex::new(journal), Mutex::new(order), Mutex::new(kept));
-        let hub =
-            Hub { core: Arc::new(Core { config, journal, order, settled: Condvar::new(), kept, lanes, counters }) };
+        let (stopping, settled) = (AtomicBool::new(false), Condvar::new());
+        let core = Core { config, stopping, journal, order, settled, kept, lanes, counters };
+        let hub = Hub { core: Arc::new(core) };
         let loopback_port = Some(address.port()).filter(|_| address.ip().is_loopback());
         let address_space_kb = number_in(&"/proc/self/limits", "Max address space").map(|bytes| bytes / 1024);
         let shared = Shared {
@@ -3173,7 +3172,6 @@ impl Server {
             routes: Mutex::default(),
             connections: Mutex::default(),
             someone_left: Condvar::new(),
-            stopping: AtomicBool::new(false),
             loopback_port,
             address_space_kb,
             log,
@@ -3290,10 +3288,9 @@ impl Handle {
 
     fn stop_once(&mut self) -> usize {
         let shared = &self.shared;
-        if shared.stopping.swap(true, SeqCst) {
+        if shared.hub.core.stopping.swap(true, SeqCst) {
             return 0;
         }
-        enter(&shared.hub.core.order).stopped = true;
         if self.doorbell.shutdown(Shutdown::Both).is_err() {
             // Not every system lets a listening socket be shut down; a connection wakes an acceptor, too.
             let _ = self.addr().map(|address| self.acceptors.iter().for_each(|_| drop(TcpStream::connect(address))));
@@ -3327,7 +3324,7 @@ impl Shared {
     }
 
     fn stopping(&self) -> bool {
-        self.stopping.load(SeqCst)
+        self.hub.core.stopping.load(SeqCst)
     }
 
     fn accept_all(self: &Arc<Shared>, listener: &TcpListener) {
