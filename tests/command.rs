@@ -224,6 +224,19 @@ fn limits_that_the_system_does_not_allow_are_lowered_with_a_warning() {
     assert!(streams.iter_mut().all(|wire| wire.event().unwrap().data() == "to all"));
 }
 
+/// A thread takes four memory mappings, and each buffer of 128 KiB or more another; without one, the process aborts.
+#[test]
+fn large_limits_leave_mappings_for_their_buffers() {
+    let mappings: usize = std::fs::read_to_string("/proc/sys/vm/max_map_count").unwrap().trim().parse().unwrap();
+    for (flag, for_each) in [("--line-bytes=64KiB", 4), ("--line-bytes=1MiB", 6), ("--head-bytes=1MiB", 6)] {
+        let process = Process::start(&["--subscribers", &mappings.to_string(), flag]);
+        let line = process.wait_for_log("room for ");
+        let said = line.split("room for ").nth(1).unwrap();
+        let places: usize = said.split(' ').filter_map(|word| word.parse::<usize>().ok()).sum();
+        assert!(places * for_each < mappings, "{line}");
+    }
+}
+
 #[test]
 fn where_the_system_has_no_room_at_all_it_does_not_start() {
     let script = format!("ulimit -n 12; exec {} --listen 127.0.0.1:0", env!("CARGO_BIN_EXE_brooklet"));

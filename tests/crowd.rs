@@ -226,22 +226,29 @@ fn a_crowd_that_does_not_read_its_answers_keeps_nobody_out() {
     besiege("slow reading of answers", Manner { opening, drip: b"", reads_nothing: true }, false);
 }
 
-/// While all places are taken by others that are busy, each newcomer would be the only one that waits.
+/// While all places are taken by others that are busy, with a token or without, each newcomer would be the only one that
+/// waits.
 #[test]
 fn who_has_only_just_come_is_not_the_first_to_make_room() {
-    let server = serve(Config { connections: 20, subscribers: 20, head_time: PATIENCE, ..Config::default() });
-    let addr = server.addr().unwrap();
-    let slow_body = || {
-        let mut wire = Wire::connect(addr);
-        wire.send(b"POST /events/a HTTP/1.1\r\nHost: localhost\r\nExpect: 100-continue\r\nContent-Length: 9\r\n\r\n");
-        assert!(wire.head().starts_with("HTTP/1.1 100 "), "it is busy from here on");
-        wire
-    };
-    let _crowd: Vec<Wire> = (0..50).map(|_| slow_body()).collect();
-    let mut newcomer = Wire::connect(addr);
-    let _later: Vec<Wire> = (0..20).map(|_| slow_body()).collect();
-    newcomer.send(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n");
-    assert_eq!(newcomer.answer().status, 200);
+    for (publish_tokens, later) in [(vec![], 20), (vec!["t".parse().unwrap()], 10)] {
+        let limits = Config { connections: 20, subscribers: 20, head_time: PATIENCE, ..Config::default() };
+        let server = serve(Config { publish_tokens, ..limits });
+        let addr = server.addr().unwrap();
+        let slow_body = || {
+            let mut wire = Wire::connect(addr);
+            wire.send(
+                b"POST /events/a HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer t\r\n\
+                  Expect: 100-continue\r\nContent-Length: 9\r\n\r\n",
+            );
+            assert!(wire.head().starts_with("HTTP/1.1 100 "), "it is busy from here on");
+            wire
+        };
+        let _crowd: Vec<Wire> = (0..50).map(|_| slow_body()).collect();
+        let mut newcomer = Wire::connect(addr);
+        let _later: Vec<Wire> = (0..later).map(|_| slow_body()).collect();
+        newcomer.send(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n");
+        assert_eq!(newcomer.answer().status, 200, "before {later} others");
+    }
 }
 
 /// Opens streams until `attempts` have been made. Those without room are told when to come back, and their stream ends.

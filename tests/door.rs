@@ -78,6 +78,15 @@ fn each_token_opens_its_own_doors_and_no_other() {
 }
 
 #[test]
+fn a_head_full_of_cookies_is_not_hundreds_of_guesses() {
+    let server = serve(Config { publish_tokens: vec![token("t")], ..Config::default() });
+    let wrong = |count: usize| format!("Cookie: {}brooklet_token=t\r\n", "brooklet_token=x; ".repeat(count));
+    let ask = |fields: &str| ask(server.addr().unwrap(), "POST", "/events/a", fields).status;
+    assert_eq!((ask(&wrong(7)), ask(&wrong(8))), (200, 403));
+    assert_eq!(ask(&(wrong(8) + "Authorization: Bearer t\r\n")), 200, "that one comes first");
+}
+
+#[test]
 fn who_may_not_publish_need_not_send_the_body() {
     let server = serve(Config { publish_tokens: vec![token("secret")], ..Config::default() });
     let mut wire = Wire::connect(server.addr().unwrap());
@@ -214,6 +223,11 @@ fn a_page_of_another_origin_cannot_publish_unless_it_is_allowed() {
     }
     let own = format!("Host: localhost:{port}\r\nOrigin: http://localhost:{port}\r\n");
     assert_eq!(ask(addr, "POST", "/events/a", &own).status, 200, "its own page");
+    // A proxy passes the public host on; what came over plain HTTP, somebody on the way may have written.
+    for (origin, status) in [("https://app.example", 200), ("http://app.example", 403), ("ftp://app.example", 403)] {
+        let fields = format!("Host: app.example\r\nOrigin: {origin}\r\n");
+        assert_eq!(ask(addr, "POST", "/events/a", &fields).status, status, "{origin}");
+    }
 }
 
 #[test]

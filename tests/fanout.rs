@@ -373,6 +373,36 @@ fn a_closed_subscriber_is_noticed_without_an_event() {
     }
 }
 
+/// Stopping takes no lock that publishers hold while they wait for a lane's queue to have room.
+#[test]
+fn publishers_that_stand_in_line_do_not_hold_up_stopping() {
+    const PUBLISHERS: usize = 64;
+    let server = serve(Config { lanes: 1, ..Config::default() });
+    let _crowd = Crowd::subscribe(server.addr().unwrap(), "/events/a,b", 500);
+    let (published, stopping, afterwards) = (AtomicUsize::new(0), AtomicBool::new(false), AtomicUsize::new(0));
+    thread::scope(|scope| {
+        for n in 0..PUBLISHERS {
+            let (hub, published, stopping, afterwards) = (server.hub(), &published, &stopping, &afterwards);
+            scope.spawn(move || {
+                for topic in ["a", "b"].iter().cycle().skip(n % 2) {
+                    let late = stopping.load(SeqCst);
+                    if hub.publish(topic, Event::new("x")).is_err() {
+                        return;
+                    }
+                    published.fetch_add(1, SeqCst);
+                    afterwards.fetch_add(late.into(), SeqCst);
+                }
+            });
+        }
+        wait_for("the lane's queue to be full", || (published.load(SeqCst) > 4_200).then_some(()));
+        stopping.store(true, SeqCst);
+        server.stop();
+    });
+    let afterwards = afterwards.into_inner();
+    println!("{afterwards} events were published after that");
+    assert!(afterwards < PUBLISHERS, "{afterwards} events were published before it came to be stopped");
+}
+
 #[test]
 fn a_herd_that_comes_back_at_once_is_caught_up_without_sending_anyone_away() {
     let server = serve(Config { connections: 10, subscribers: 600, ..Config::default() });
