@@ -1020,12 +1020,15 @@ impl Journal {
             kept.forget_all_before(Id { ms: now_ms(), seq: 0 });
         }
         if may_lack_events || found.boot != self.boot {
-            self.rewrite(&kept.for_journal(self.boot.as_deref()))
-        } else if found.whole < size {
-            self.cut_back()
-        } else {
-            Ok(())
+            match self.rewrite(&kept.for_journal(self.boot.as_deref())) {
+                // Perhaps the disk is full. It is whole, and naming an earlier boot will bring a gap too many, no hole.
+                Err(error) if found.boot.is_some() && !is_damaged => {
+                    self.say(format_args!("cannot be written anew: {error}"));
+                }
+                result => return result,
+            }
         }
+        if found.whole < size { self.cut_back() } else { Ok(()) }
     }
 
     fn say(&self, what: fmt::Arguments) {
@@ -3639,6 +3642,7 @@ struct Logger {
 struct LogQueue {
     lines: Mutex<VecDeque<Option<String>>>,
     changed: Condvar,
+    /// How many lines have found no room since the last that did. Changed under the lock.
     left_out: AtomicU64,
 }
 
