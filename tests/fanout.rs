@@ -186,15 +186,25 @@ fn events_that_are_let_go_under_a_stream_of_sixteen_topics_are_never_a_silent_ho
         let server = serve(Config { keep_events: 20, ..Config::default() });
         let addr = server.addr().unwrap();
         let (_, first) = Wire::subscribe(addr, "/events/a", "");
-        let hub = server.hub();
-        let publisher = thread::spawn(move || {
-            let published = publish_to_sixteen(&hub, &mut Random(11), 4_000, [10, 5_000, 20_000]);
-            hub.publish("t0", Event::new("end").name("end")).unwrap();
-            published
+        let pace = Pace::default();
+        let (got, all) = thread::scope(|scope| {
+            let reader = scope.spawn(|| follow_sixteen(addr, first, cuts, &pace));
+            let (mut random, mut all) = (Random(11), Vec::new());
+            for gaps in 1..=3 {
+                all.extend(publish_to_sixteen(&server.hub(), &mut random, 1_000, [10, 5_000, 20_000]));
+                // It takes nothing, while much more is let go than sockets hold.
+                pace.held.store(true, SeqCst);
+                all.extend(publish_to_sixteen(&server.hub(), &mut random, 1_000, [20_000; 3]));
+                pace.held.store(false, SeqCst);
+                wait_for("a gap to be told", || {
+                    (metric(addr, "gaps_total") >= gaps || reader.is_finished()).then_some(())
+                });
+            }
+            server.hub().publish("t0", Event::new("end").name("end")).unwrap();
+            (reader.join().unwrap(), all)
         });
-        let got = follow_sixteen(addr, first, cuts, &Pace::default());
         let mut published: HashMap<String, Vec<Id>> = HashMap::new();
-        for (topic, id) in publisher.join().unwrap() {
+        for (topic, id) in all {
             published.entry(topic).or_default().push(id);
         }
         let ids: Vec<Id> = got.iter().flatten().map(|(_, id)| *id).collect();
