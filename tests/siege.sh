@@ -49,11 +49,12 @@ threads() { sed -n 's/^Threads:[[:space:]]*//p' "/proc/$server/status"; }
 for limits in $all; do
     if [ "$limits" = lowered ]; then flags='--connections 100 --subscribers 100'; else flags=''; fi
     for mode in heads bodies answers streams; do
+        rm -f "$dir/out" # of the server before
         # shellcheck disable=SC2086 # a list
         "$brooklet" --listen 127.0.0.1:0 --log info $flags >"$dir/out" 2>"$dir/log" &
         server=$!
         echo "$server" >"$dir/server.pid"
-        until grep -q listens "$dir/out"; do sleep 0.05; done
+        until grep -qs listens "$dir/out"; do sleep 0.05; done
         url=$(sed -n 's|.*\(http://127.0.0.1:[0-9]*\) .*|\1|p' "$dir/out")
         head -c 60000 /dev/zero | tr '\0' x >"$dir/large"
         for _ in 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20; do
