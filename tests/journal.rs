@@ -744,18 +744,37 @@ fn a_clock_set_back_by_an_hour_does_not_set_ids_back() {
     let mut faketime = Command::new("faketime");
     faketime.args(["-f", "-1h", env!("CARGO_BIN_EXE_brooklet"), "--listen", "127.0.0.1:0", "--journal", &path]);
     let second = Process::from(faketime.env("FAKETIME_DONT_FAKE_MONOTONIC", "1"));
+    let _holder = Holder::of(&path);
     let date = get(second.addr, "/health").header("date").unwrap().to_string();
     let after: Vec<Id> = (0..3).map(|_| post(second.addr, "/events/a", "x").body.trim().parse().unwrap()).collect();
     assert!(before < after[0] && after.is_sorted_by(|a, b| a < b), "{before} then {after:?}, at {date}");
     assert_eq!(after[0].ms, before.ms, "the clock really was behind at {date}");
 }
 
+/// The server that has the journal, where strace or faketime stand in between: they would leave it running. Killed when
+/// dropped.
+struct Holder(String);
+
+impl Holder {
+    fn of(journal: &str) -> Holder {
+        let holder = fs::read_to_string(format!("{journal}.lock")).unwrap();
+        Holder(holder.trim().strip_prefix("process ").unwrap().into())
+    }
+}
+
+impl Drop for Holder {
+    fn drop(&mut self) {
+        shell(&format!("kill -9 {} 2>/dev/null", self.0));
+        wait_for("the server to be gone", || (!fs::exists(format!("/proc/{}", self.0)).unwrap()).then_some(()));
+    }
+}
+
 /// The command under strace, which makes system calls fail. Calls are counted for each thread by itself, and a connection
 /// has a thread of its own.
 struct Traced {
+    _holder: Holder, // goes first
     process: Process,
     calls: String,
-    pid: String,
 }
 
 impl Traced {
@@ -776,8 +795,7 @@ impl Traced {
         }
         strace.args([env!("CARGO_BIN_EXE_brooklet"), "--listen", "127.0.0.1:0", "--journal", journal]).args(flags);
         let process = Process::from(&mut strace);
-        let holder = fs::read_to_string(format!("{journal}.lock")).unwrap();
-        Traced { process, calls, pid: holder.trim().strip_prefix("process ").unwrap().into() }
+        Traced { _holder: Holder::of(journal), process, calls }
     }
 
     fn count(&self, call: &str) -> usize {
@@ -787,8 +805,6 @@ impl Traced {
 
 impl Drop for Traced {
     fn drop(&mut self) {
-        shell(&format!("kill -9 {} 2>/dev/null", self.pid)); // strace alone would leave the server running
-        wait_for("the server to be gone", || (!fs::exists(format!("/proc/{}", self.pid)).unwrap()).then_some(()));
         let _ = fs::remove_file(&self.calls);
     }
 }
