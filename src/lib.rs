@@ -141,6 +141,9 @@ const WAITING_BYTES: usize = 16 * 1024 * 1024;
 const JOURNAL_BATCH: usize = 1024 * 1024;
 /// What a journal may grow beyond twice what is kept before it is written anew: a small one is not worth it.
 const JOURNAL_SLACK: u64 = 1024 * 1024;
+/// More than the kernel holds back what is to be written, which is 30 s and a little.
+/// <https://docs.kernel.org/admin-guide/sysctl/vm.html#dirty-expire-centisecs>
+const HELD_BACK_MS: u64 = 60_000;
 /// A journal that failed is tried again this often, so that a broken disk is not kept busy with rewriting.
 const JOURNAL_RETRY: Duration = Duration::from_secs(1);
 /// Lines of the log that wait for stderr, and how long stopping waits for them.
@@ -1016,8 +1019,10 @@ impl Journal {
         }
         let may_lack_events = is_damaged || rebooted || size == 0;
         if may_lack_events {
-            // What came before, or stood there, is not known, so every topic may have lost something up to now.
-            kept.forget_all_before(Id { ms: now_ms(), seq: 0 });
+            // What came before, or stood there, is not known, so every topic may have lost something up to now; or for a
+            // while after the newest that is known, where the clock has gone back.
+            let ms = now_ms().max(kept.newest.ms.saturating_add(HELD_BACK_MS));
+            kept.forget_all_before(Id { ms, seq: 0 });
         }
         if may_lack_events || found.boot != self.boot {
             match self.rewrite(&kept.for_journal(self.boot.as_deref())) {
