@@ -208,7 +208,10 @@ impl Wire {
             }
             Err(error) if error.kind() == ErrorKind::Interrupted => true,
             Err(error) if error.kind() == ErrorKind::ConnectionReset => false,
-            Err(error) => panic!("reading: {error}; so far {:?}", String::from_utf8_lossy(&self.buffer)),
+            Err(error) => {
+                let (from, to) = (self.socket.local_addr(), self.socket.peer_addr());
+                panic!("reading, {from:?} from {to:?}: {error}; so far {:?}", String::from_utf8_lossy(&self.buffer))
+            }
         }
     }
 
