@@ -1026,8 +1026,9 @@ impl Journal {
         }
         if may_lack_events || found.boot != self.boot {
             match self.rewrite(&kept.for_journal(self.boot.as_deref())) {
-                // Perhaps the disk is full. It is whole, and naming an earlier boot will bring a gap too many, no hole.
-                Err(error) if found.boot.is_some() && !is_damaged => {
+                // Perhaps the disk is full. The file is whole, and as it names an earlier boot, the next start brings a gap
+                // too many, but no hole.
+                Err(error) if found.boot.is_some() && !is_damaged && self.health == Health::Whole => {
                     self.say(format_args!("cannot be written anew: {error}"));
                 }
                 result => return result,
