@@ -999,7 +999,8 @@ impl Journal {
     }
 
     /// Makes the file one that can be appended to. What a dying process left half-written at its end is cut off. Where
-    /// more than that is damaged, the file is kept aside, and what could be read of it is written anew.
+    /// more than that is damaged, the file is kept aside, and what could be read of it is written anew; so is a file whose
+    /// first block must say something else of the boot from here on.
     fn repair(&mut self, found: &Found, size: u64, kept: &mut Kept, rebooted: bool) -> io::Result<()> {
         let is_damaged = found.damaged > 0 || found.headless;
         if is_damaged {
@@ -1173,6 +1174,7 @@ struct Found {
     damaged_at: Vec<u64>,
     /// It does not begin as every journal does, with the mark of no topic: what came before is missing.
     headless: bool,
+    /// The boot that it was written in, unless it was always synced.
     boot: Option<String>,
 }
 
