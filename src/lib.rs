@@ -62,8 +62,10 @@
 #![warn(missing_docs)]
 
 // rooms
+mod authority;
 mod text;
 // uses
+use authority::{is_authority, is_loopback, split_port};
 pub use text::parse_duration;
 use text::{LONGEST, invalid, shown};
 
@@ -74,7 +76,7 @@ use std::fmt::{self, Write as _};
 use std::fs::{self, File, OpenOptions};
 use std::hash::{BuildHasher, RandomState};
 use std::io::{self, BufRead, BufReader, BufWriter, ErrorKind, IsTerminal, Read, Seek, Write};
-use std::net::{Ipv4Addr, Ipv6Addr, Shutdown, SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
+use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
@@ -2472,23 +2474,6 @@ fn parse_target(method: &str, target: &str) -> Result<(String, Query, Option<Str
     Ok((path, Query(parts), absolute.map(|_| authority.into())))
 }
 
-/// `uri-host [ ":" port ]` (RFC 9110 §4.2.1), with nothing before or after it.
-fn is_authority(text: &str) -> bool {
-    let (host, port) = split_port(text);
-    let inner = host.strip_prefix('[').and_then(|rest| rest.strip_suffix(']'));
-    let is_name = |host: &str| host.bytes().all(|b| b.is_ascii_alphanumeric() || b"-._~".contains(&b));
-    let is_host = inner.map_or_else(|| is_name(host), |inner| inner.parse::<Ipv6Addr>().is_ok());
-    !host.is_empty() && is_host && port.is_none_or(|port| port.is_empty() || port.parse::<u16>().is_ok())
-}
-
-/// The host and the port of an authority.
-fn split_port(authority: &str) -> (&str, Option<&str>) {
-    match authority.rsplit_once(':') {
-        Some((host, port)) if port.bytes().all(|b| b.is_ascii_digit()) => (host, Some(port)),
-        _ => (authority, None),
-    }
-}
-
 fn percent_decode(text: &str) -> Result<String, Answer> {
     let bad = || Answer::refusal(400, &format!("{} is not percent-encoded UTF-8", shown(text)));
     let mut bytes = Vec::with_capacity(text.len());
@@ -2947,14 +2932,6 @@ fn check_token(known: &[Token], what: &str, request: &Request) -> Result<(), Ans
         return Err(Answer::text(401, reason).header("WWW-Authenticate", "Bearer realm=\"brooklet\""));
     }
     decline(403, format!("this token is not good for {what}"))
-}
-
-fn is_loopback(host: &str) -> bool {
-    let host = host.to_ascii_lowercase();
-    host == "localhost"
-        || host.ends_with(".localhost")
-        || host == "[::1]"
-        || host.parse::<Ipv4Addr>().is_ok_and(|address| address.is_loopback())
 }
 
 /// The lines of a body that is still arriving.
