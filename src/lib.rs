@@ -63,9 +63,11 @@
 
 // rooms
 mod authority;
+mod sync;
 mod text;
 // uses
 use authority::{is_authority, is_loopback, split_port};
+use sync::{enter, start_thread, try_enter};
 pub use text::parse_duration;
 use text::{LONGEST, invalid, shown};
 
@@ -81,7 +83,7 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::Relaxed, Ordering::SeqCst};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, TryLockError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
@@ -107,8 +109,6 @@ const QUEUE_SLOTS: usize = 4096;
 const SWEEP: Duration = Duration::from_millis(1_750);
 /// A subscriber has nothing to say after its request; one that sends more than this is closed.
 const STRAY_BYTES: usize = 4 * 1024;
-/// Address space of a thread; only pages that are touched take memory. Handlers run on it.
-const STACK_BYTES: usize = 128 * 1024;
 /// Threads that only accept and hand over: `std` listens with a backlog of 128, and a herd must not outrun it.
 const ACCEPTORS: usize = 2;
 /// Where address space is limited (`ulimit -v`), a newcomer is taken only while this much is free: for its thread, and for
@@ -849,20 +849,6 @@ fn cost(event: &Encoded, key: &Option<Arc<str>>) -> usize {
 
 fn now_ms() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_millis() as u64)
-}
-
-/// Enters a lock, also one that a panic has poisoned: see the module's docs.
-fn enter<T>(lock: &Mutex<T>) -> MutexGuard<'_, T> {
-    lock.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-/// Enters a lock if nobody is in it.
-fn try_enter<T>(lock: &Mutex<T>) -> Option<MutexGuard<'_, T>> {
-    match lock.try_lock() {
-        Ok(guard) => Some(guard),
-        Err(TryLockError::Poisoned(poisoned)) => Some(poisoned.into_inner()),
-        Err(TryLockError::WouldBlock) => None,
-    }
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -3531,10 +3517,6 @@ impl Drop for ConnectionThread {
         connections.leave(c);
         shared.someone_left.notify_all();
     }
-}
-
-fn start_thread(name: String, work: Box<dyn FnOnce() + Send>) -> io::Result<JoinHandle<()>> {
-    thread::Builder::new().name(name).stack_size(STACK_BYTES).spawn(work)
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
