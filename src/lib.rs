@@ -63,10 +63,12 @@
 
 // rooms
 mod authority;
+mod clock;
 mod sync;
 mod text;
 // uses
 use authority::{is_authority, is_loopback, split_port};
+use clock::{date, now_ms, spread};
 use sync::{enter, start_thread, try_enter};
 pub use text::parse_duration;
 use text::{LONGEST, invalid, shown};
@@ -76,7 +78,6 @@ use std::borrow::Cow;
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::fmt::{self, Write as _};
 use std::fs::{self, File, OpenOptions};
-use std::hash::{BuildHasher, RandomState};
 use std::io::{self, BufRead, BufReader, BufWriter, ErrorKind, IsTerminal, Read, Seek, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
 use std::os::unix::fs::OpenOptionsExt;
@@ -85,7 +86,7 @@ use std::str::FromStr;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::Relaxed, Ordering::SeqCst};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread::{self, JoinHandle};
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant};
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Limits. Whatever comes from outside has a bound: bytes, counts and waits. Those an operator may want to move are
@@ -845,10 +846,6 @@ impl Kept {
 
 fn cost(event: &Encoded, key: &Option<Arc<str>>) -> usize {
     EVENT_OVERHEAD + event.block.len() + key.as_ref().map_or(0, |key| 2 * key.len() + KEY_OVERHEAD)
-}
-
-fn now_ms() -> u64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_millis() as u64)
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -1951,14 +1948,6 @@ impl Drop for Subscription<'_> {
     }
 }
 
-/// A random part of `time`, between these percentages of it, so that what was sent away at once does not return at
-/// once.
-fn spread(time: Duration, from: u64, to: u64) -> Duration {
-    // The standard library's one source of chance: every `RandomState` has keys of its own.
-    let percent = from + RandomState::new().hash_one(0) % (to - from + 1);
-    Duration::from_millis((time.as_millis() as u64).saturating_mul(percent) / 100)
-}
-
 /// A handler's stream, on its connection's own thread: see [`Server::stream`].
 pub struct Stream<'a> {
     c: &'a Connection,
@@ -2551,16 +2540,6 @@ fn status_line(status: u16) -> String {
     format!("HTTP/1.1 {status} {reason}\r\nDate: {date}\r\n")
 }
 
-/// The date of now. Nearly every answer has that of the one before: writing it anew would cost as much as the rest of a head.
-fn date() -> Arc<str> {
-    static DATE: Mutex<Option<(u64, Arc<str>)>> = Mutex::new(None);
-    let (second, mut date) = (now_ms() / 1000, enter(&DATE));
-    match &*date {
-        Some((of, text)) if *of == second => text.clone(),
-        _ => date.insert((second, http_date(second).into())).1.clone(),
-    }
-}
-
 /// The head of every stream. It is ended by closing, never chunked; nginx holds such a stream back to its end unless
 /// told.
 fn stream_head(cors: &str) -> String {
@@ -2569,22 +2548,6 @@ fn stream_head(cors: &str) -> String {
            X-Content-Type-Options: nosniff\r\nConnection: close\r\n"
         + cors
         + "\r\n"
-}
-
-/// Unix seconds as RFC 9110 §5.6.7 writes a moment: `Sun, 06 Nov 1994 08:49:37 GMT`. Years are counted from March, so
-/// that the leap day comes last, in eras of 400 years (146,097 days).
-fn http_date(seconds: u64) -> String {
-    let days = seconds / 86_400 + 719_468; // since 0000-03-01
-    let of_era = days % 146_097;
-    let year_of_era = (of_era - of_era / 1_460 + of_era / 36_524 - of_era / 146_096) / 365;
-    let of_year = of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
-    let from_march = (5 * of_year + 2) / 153;
-    let day = of_year - (153 * from_march + 2) / 5 + 1;
-    let year = days / 146_097 * 400 + year_of_era + u64::from(from_march >= 10);
-    let month = &"MarAprMayJunJulAugSepOctNovDecJanFeb"[from_march as usize * 3..][..3];
-    let weekday = &"ThuFriSatSunMonTueWed"[(days + 6) as usize % 7 * 3..][..3];
-    let (hour, minute, second) = (seconds / 3600 % 24, seconds / 60 % 60, seconds % 60);
-    format!("{weekday}, {day:02} {month} {year:04} {hour:02}:{minute:02}:{second:02} GMT")
 }
 
 // ---------------------------------------------------------------------------------------------------------------------

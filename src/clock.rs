@@ -1,0 +1,44 @@
+//! The clock: Unix milliseconds for ids, the date of answers, and times that are spread by chance.
+
+use crate::sync::enter;
+use std::hash::{BuildHasher, RandomState};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+pub fn now_ms() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_millis() as u64)
+}
+
+/// The date of now. Nearly every answer has that of the one before: writing it anew would cost as much as the rest of a head.
+pub fn date() -> Arc<str> {
+    static DATE: Mutex<Option<(u64, Arc<str>)>> = Mutex::new(None);
+    let (second, mut date) = (now_ms() / 1000, enter(&DATE));
+    match &*date {
+        Some((of, text)) if *of == second => text.clone(),
+        _ => date.insert((second, http_date(second).into())).1.clone(),
+    }
+}
+
+/// Unix seconds as RFC 9110 §5.6.7 writes a moment: `Sun, 06 Nov 1994 08:49:37 GMT`. Years are counted from March, so
+/// that the leap day comes last, in eras of 400 years (146,097 days).
+pub fn http_date(seconds: u64) -> String {
+    let days = seconds / 86_400 + 719_468; // since 0000-03-01
+    let of_era = days % 146_097;
+    let year_of_era = (of_era - of_era / 1_460 + of_era / 36_524 - of_era / 146_096) / 365;
+    let of_year = of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
+    let from_march = (5 * of_year + 2) / 153;
+    let day = of_year - (153 * from_march + 2) / 5 + 1;
+    let year = days / 146_097 * 400 + year_of_era + u64::from(from_march >= 10);
+    let month = &"MarAprMayJunJulAugSepOctNovDecJanFeb"[from_march as usize * 3..][..3];
+    let weekday = &"ThuFriSatSunMonTueWed"[(days + 6) as usize % 7 * 3..][..3];
+    let (hour, minute, second) = (seconds / 3600 % 24, seconds / 60 % 60, seconds % 60);
+    format!("{weekday}, {day:02} {month} {year:04} {hour:02}:{minute:02}:{second:02} GMT")
+}
+
+/// A random part of `time`, between these percentages of it, so that what was sent away at once does not return at
+/// once.
+pub fn spread(time: Duration, from: u64, to: u64) -> Duration {
+    // The standard library's one source of chance: every `RandomState` has keys of its own.
+    let percent = from + RandomState::new().hash_one(0) % (to - from + 1);
+    Duration::from_millis((time.as_millis() as u64).saturating_mul(percent) / 100)
+}
