@@ -1,0 +1,206 @@
+//! Every limit that an operator may want to move, with its default and the reason for it.
+//!
+//! Whatever comes from outside has a bound: bytes, counts and waits. Those that follow from the protocol or from the
+//! design stand as constants in the room that they bind.
+
+use crate::authority::{is_authority, split_port};
+use crate::text::{LONGEST, invalid, shown};
+use std::fmt;
+use std::io;
+use std::path::PathBuf;
+use std::str::FromStr;
+use std::time::Duration;
+
+/// How often a lane looks at its subscribers, so that who closes is noticed within two seconds. A look costs about
+/// 0.7 µs: at 10,000 subscribers that is half a percent of a core.
+pub const SWEEP: Duration = Duration::from_millis(1_750);
+/// More than any machine has cores.
+pub const MOST_LANES: usize = 256;
+/// Every limit of a [`Server`]; each is a flag of the command, too. [`Config::default`] has the defaults named here.
+///
+/// ```
+/// let small = brooklet::Config { subscribers: 100, keep_bytes: 1024 * 1024, ..Default::default() };
+/// assert_eq!(small.heartbeat.as_secs(), 15);
+/// ```
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// Listen beyond loopback without a publish token, so that whoever reaches the port may publish (default: no).
+    pub open: bool,
+    /// Any of these lets its holder publish (none: no token is needed). Several, so that they can be changed without a
+    /// gap.
+    pub publish_tokens: Vec<Token>,
+    /// Any of these lets its holder read streams and `/metrics` (none: no token is needed).
+    pub subscribe_tokens: Vec<Token>,
+    /// Origins whose pages may read and publish, with the browser's cookies: `https://app.example`, `null` for pages
+    /// from files; `*` lets all others read, without cookies (none).
+    pub allow_origins: Vec<String>,
+    /// Streams at once (10,000). A thread takes 4 memory mappings, and at the usual 65,530 of them a process aborts.
+    pub subscribers: usize,
+    /// Places for connections that streams cannot take (1,000), so that publishing and health have room when streams
+    /// are full.
+    pub connections: usize,
+    /// Bytes of a request's head (16 KiB): cookies and proxies make heads of several KiB.
+    pub head_bytes: usize,
+    /// Bytes of one `POST` body, and of one event published from the program (64 KiB).
+    pub body_bytes: usize,
+    /// Bytes of one line of a `PUT` (64 KiB).
+    pub line_bytes: usize,
+    /// Time to send a whole head, from its first byte on; also for a new connection's first byte (10 s).
+    pub head_time: Duration,
+    /// Time to send a whole body; of a `PUT`, a line once begun (30 s).
+    pub body_time: Duration,
+    /// Time between the requests of a connection that is kept alive (15 s).
+    pub idle_time: Duration,
+    /// Longest silence on a stream of topics (15 s, at least 3.5 s): proxies cut silent streams, many after 60 s, some
+    /// after 30. <https://html.spec.whatwg.org/multipage/server-sent-events.html#authoring-notes>
+    pub heartbeat: Duration,
+    /// How long a stream of topics lasts at most (10 min; each stream draws its own time, 80 to 100 % of this): a proxy may
+    /// hold a stream open whose reader has long gone.
+    pub lifetime: Duration,
+    /// A subscriber that is behind and takes nothing in this time is closed (10 s; what its system had buffered may double
+    /// it).
+    pub stall_time: Duration,
+    /// Reconnection time that streams are told (3 s); spread over 50 to 150 % where many are sent away at once.
+    pub retry: Duration,
+    /// Newest events kept of each topic (1,000).
+    pub keep_events: usize,
+    /// Bytes kept of all topics together (64 MiB), each event counted with 128 bytes of bookkeeping.
+    pub keep_bytes: usize,
+    /// How long an event is kept (24 h).
+    pub keep_age: Duration,
+    /// Topic names in use at once (10,000): those with subscribers or kept events. A quarter is left for publishing. With a
+    /// journal, each publisher that waits for it may bring one more.
+    pub topics: usize,
+    /// The file in which events survive the process (none). What is published is in it, and it is read at the start.
+    pub journal: Option<PathBuf>,
+    /// Events survive the machine, too: publishing returns once the disk has them (no).
+    pub fsync: bool,
+    /// Lane threads (0, the default: one for every two cores, since publishers, the network and whatever else the machine
+    /// is for need some, too, and an event wakes every lane). One a core brings a crowd's last event sooner, for 15 % more
+    /// processor time.
+    pub lanes: usize,
+    /// What is written to stderr (nothing; the command's default is `info`).
+    pub log: Log,
+}
+
+impl Default for Config {
+    fn default() -> Config {
+        let seconds = Duration::from_secs;
+        Config {
+            open: false,
+            publish_tokens: Vec::new(),
+            subscribe_tokens: Vec::new(),
+            allow_origins: Vec::new(),
+            subscribers: 10_000,
+            connections: 1_000,
+            head_bytes: 16 * 1024,
+            body_bytes: 64 * 1024,
+            line_bytes: 64 * 1024,
+            head_time: seconds(10),
+            body_time: seconds(30),
+            idle_time: seconds(15),
+            heartbeat: seconds(15),
+            lifetime: seconds(600),
+            stall_time: seconds(10),
+            retry: seconds(3),
+            keep_events: 1_000,
+            keep_bytes: 64 * 1024 * 1024,
+            keep_age: seconds(24 * 3600),
+            topics: 10_000,
+            journal: None,
+            fsync: false,
+            lanes: 0,
+            log: Log::Off,
+        }
+    }
+}
+
+impl Config {
+    pub(crate) fn check(&self) -> io::Result<()> {
+        let Config { head_time, body_time, idle_time, heartbeat, lifetime, stall_time, retry, .. } = *self;
+        let times = [head_time, body_time, idle_time, heartbeat, lifetime, stall_time];
+        let too_short = times.iter().any(|time| time.as_millis() == 0);
+        let too_long = times.iter().chain([&retry]).any(|time| *time > LONGEST);
+        for (is_wrong, reason) in [
+            (too_short, "a time limit of 0 leaves no time for anything: give at least 1ms"),
+            (too_long, "a time limit of more than ten years is none: give at most 87600h"),
+            (heartbeat < 2 * SWEEP, "silence is looked for every 1750 ms: give a heartbeat of at least 3500ms"),
+            (self.head_bytes == 0, "no head has 0 bytes: give some KiB"),
+            (self.topics == 0, "without topics nothing is published: give at least 1"),
+            (self.connections == 0, "without any connections nobody could ask for a stream: give at least 1"),
+            (
+                self.lanes > MOST_LANES,
+                &format!("{} lanes are more than any machine has cores: give at most 256", self.lanes),
+            ),
+            (self.fsync && self.journal.is_none(), "only a journal can be synced: give --journal FILE, too"),
+        ] {
+            if is_wrong {
+                return invalid(reason);
+            }
+        }
+        for origin in self.allow_origins.iter().filter(|origin| !["*", "null"].contains(&origin.as_str())) {
+            let (scheme, authority) = origin.split_once("://").unwrap_or_default();
+            let is_scheme =
+                !scheme.is_empty() && scheme.bytes().all(|b| b.is_ascii_alphanumeric() || b"+-.".contains(&b));
+            if !is_scheme || !is_authority(authority) || origin.bytes().any(|b| b.is_ascii_uppercase()) {
+                return invalid(format!("{} is no origin: write https://app.example, null or *", shown(origin)));
+            } else if [("http", Some("80")), ("https", Some("443"))].contains(&(scheme, split_port(authority).1)) {
+                return invalid(format!("{} has the port that browsers leave out: leave it out, too", shown(origin)));
+            }
+        }
+        Ok(())
+    }
+
+    /// The most data that one event may have.
+    pub(crate) fn data_bytes(&self) -> usize {
+        self.body_bytes.max(self.line_bytes)
+    }
+}
+
+/// What a publisher or a subscriber must show: `Authorization: Bearer TOKEN`, or the cookie `brooklet_token`. It is in
+/// no log, no error and no debug output.
+///
+/// ```
+/// let token: brooklet::Token = "c0ffee".parse().unwrap();
+/// assert!(!format!("{token:?}").contains("c0ffee"));
+/// ```
+#[derive(Clone)]
+pub struct Token(String);
+
+impl Token {
+    /// Compares in a time that does not depend on where they differ.
+    pub(crate) fn is(&self, shown: &str) -> bool {
+        let differ = self.0.bytes().zip(shown.bytes()).fold(0, |differ, (a, b)| std::hint::black_box(differ | (a ^ b)));
+        differ == 0 && self.0.len() == shown.len()
+    }
+}
+
+impl FromStr for Token {
+    type Err = io::Error;
+
+    fn from_str(text: &str) -> io::Result<Token> {
+        // RFC 6750 §2.1; a cookie may hold all of these, too.
+        if text.is_empty() || !text.bytes().all(|b| b.is_ascii_alphanumeric() || b"-._~+/=".contains(&b)) {
+            return invalid("a token is made of A-Z a-z 0-9 - . _ ~ + / =, such as `openssl rand -hex 16` prints");
+        }
+        Ok(Token(text.into()))
+    }
+}
+
+impl fmt::Debug for Token {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Token(…)")
+    }
+}
+
+/// How much is written to stderr.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Log {
+    /// Nothing.
+    #[default]
+    Off,
+    /// Streams that closed, and what limits did.
+    Info,
+    /// Every request, too.
+    Debug,
+}
