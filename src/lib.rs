@@ -65,6 +65,7 @@
 mod authority;
 mod clock;
 mod config;
+mod event;
 mod sync;
 mod text;
 // uses
@@ -72,6 +73,7 @@ use authority::{is_authority, is_loopback, split_port};
 use clock::{date, now_ms, spread};
 use config::SWEEP;
 pub use config::{Config, Log, Token};
+pub use event::{Event, Id};
 use sync::{enter, start_thread, try_enter};
 pub use text::parse_duration;
 use text::{LONGEST, invalid, shown};
@@ -85,7 +87,6 @@ use std::io::{self, BufRead, BufReader, BufWriter, ErrorKind, IsTerminal, Read, 
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
-use std::str::FromStr;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::Relaxed, Ordering::SeqCst};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread::{self, JoinHandle};
@@ -121,7 +122,6 @@ const ENDING_THREADS: usize = 128;
 const TOPIC_NAME_BYTES: usize = 64;
 const TOPICS_PER_STREAM: usize = 16;
 const KEY_BYTES: usize = 128;
-const EVENT_NAME_BYTES: usize = 256;
 const HEADER_LINES: usize = 100;
 const QUERY_PARAMETERS: usize = 100;
 const TOKENS_SHOWN: usize = 8;
@@ -164,145 +164,6 @@ const LOG_TIME: Duration = Duration::from_millis(30);
 // clients make of these bytes decided their form: LF alone ends a line, one blank line ends an event, nothing else
 // stands between.
 // https://html.spec.whatwg.org/multipage/server-sent-events.html#event-stream-interpretation
-
-/// The place of an event in the one order over all topics, written `MILLISECONDS-SEQUENCE` as Redis streams do.
-///
-/// ```
-/// use brooklet::Id;
-/// let id: Id = "1700000000000-2".parse().unwrap();
-/// assert!(id > "1700000000000".parse().unwrap()); // that is 1700000000000-0
-/// assert_eq!(id.to_string(), "1700000000000-2");
-/// ```
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct Id {
-    /// Unix time in milliseconds when the event was published.
-    pub ms: u64,
-    /// Counts the events of one millisecond from 0.
-    pub seq: u64,
-}
-
-impl Id {
-    /// The id for an event published now: above this one, also when the clock has gone back.
-    fn next(self, now_ms: u64) -> Id {
-        match self.seq.checked_add(1) {
-            Some(seq) if now_ms <= self.ms => Id { ms: self.ms, seq },
-            _ => Id { ms: now_ms.max(self.ms.saturating_add(1)), seq: 0 },
-        }
-    }
-
-    /// The place just before this one; it need not belong to any event.
-    fn before(self) -> Id {
-        match self.seq {
-            0 => Id { ms: self.ms.saturating_sub(1), seq: u64::MAX },
-            seq => Id { ms: self.ms, seq: seq - 1 },
-        }
-    }
-}
-
-impl fmt::Display for Id {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}-{}", self.ms, self.seq)
-    }
-}
-
-impl FromStr for Id {
-    type Err = io::Error;
-
-    fn from_str(text: &str) -> io::Result<Id> {
-        // `u64::from_str` alone would take a sign.
-        let number = |t: &str| {
-            if t.bytes().all(|b| b.is_ascii_digit()) { t.parse().ok() } else { None }
-        };
-        let (ms, seq) = text.split_once('-').unwrap_or((text, "0"));
-        match (number(ms), number(seq)) {
-            (Some(ms), Some(seq)) => Ok(Id { ms, seq }),
-            _ => invalid(format!("{} is no event id: write MILLISECONDS-SEQUENCE", shown(text))),
-        }
-    }
-}
-
-/// One event, to be published to a topic or sent on a handler's stream.
-///
-/// ```
-/// use brooklet::Event;
-/// let event = Event::new("line one\nline two").name("note").key("order-7");
-/// ```
-#[derive(Clone, Debug, Default)]
-pub struct Event {
-    name: Option<String>,
-    id: Option<String>,
-    data: String,
-    retry: Option<Duration>,
-    key: Option<String>,
-}
-
-impl Event {
-    /// An event with this data. LF, CRLF and CR in it each begin a new `data:` line; the page gets them as LF.
-    pub fn new(data: impl Into<String>) -> Event {
-        Event { data: data.into(), ..Event::default() }
-    }
-
-    /// The event's type, which pages listen for; without it, `message`. May not hold CR, LF or NUL; `gap` is reserved.
-    pub fn name(mut self, name: impl Into<String>) -> Event {
-        self.name = Some(name.into());
-        self
-    }
-
-    /// The last event ID, on a handler's stream only (topics number their events). May not hold CR, LF or NUL.
-    pub fn id(mut self, id: impl Into<String>) -> Event {
-        self.id = Some(id.into());
-        self
-    }
-
-    /// The reconnection time, in whole milliseconds.
-    pub fn retry(mut self, time: Duration) -> Event {
-        self.retry = Some(time);
-        self
-    }
-
-    /// Makes publishing repeatable: a second event of the same topic with this key (1 to 128 bytes without CR, LF or
-    /// NUL) is not published, and gets the first one's id, for as long as the first is kept.
-    pub fn key(mut self, key: impl Into<String>) -> Event {
-        self.key = Some(key.into());
-        self
-    }
-
-    fn check(&self) -> io::Result<()> {
-        let length = self.name.as_ref().map_or(0, String::len);
-        if length > EVENT_NAME_BYTES {
-            return invalid(format!("an event name of {length} bytes, where at most {EVENT_NAME_BYTES} are taken"));
-        }
-        for (field, text) in [("event name", &self.name), ("id", &self.id), ("key", &self.key)] {
-            if let Some(text) = text.as_deref().filter(|t| t.contains(['\r', '\n', '\0'])) {
-                return invalid(format!("the {field} {} holds CR, LF or NUL: leave them out", shown(text)));
-            }
-        }
-        Ok(())
-    }
-
-    /// The bytes on the wire, with the fields in the order `event`, `id`, `data`, `retry`.
-    fn encode(&self, id: Option<&dyn fmt::Display>) -> String {
-        let mut out = String::with_capacity(self.data.len() + 96);
-        if let Some(name) = self.name.as_deref().filter(|n| !n.is_empty()) {
-            out.extend(["event: ", name, "\n"]);
-        }
-        if let Some(id) = id {
-            let _ = writeln!(out, "id: {id}");
-        }
-        let data = match self.data.contains('\r') {
-            true => Cow::Owned(self.data.replace("\r\n", "\n").replace('\r', "\n")),
-            false => Cow::Borrowed(&self.data),
-        };
-        for line in data.split('\n') {
-            out.extend(["data: ", line, "\n"]);
-        }
-        if let Some(retry) = self.retry {
-            let _ = writeln!(out, "retry: {}", retry.as_millis());
-        }
-        out.push('\n');
-        out
-    }
-}
 
 /// An event as it is kept, queued and written: its bytes are shared, never copied per subscriber. What the journal says
 /// of it stands before what goes out, in the same buffer.
