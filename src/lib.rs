@@ -65,6 +65,7 @@
 mod authority;
 mod clock;
 mod config;
+mod encoded;
 mod event;
 mod sync;
 mod text;
@@ -73,6 +74,7 @@ use authority::{is_authority, is_loopback, split_port};
 use clock::{date, now_ms, spread};
 use config::SWEEP;
 pub use config::{Config, Log, Token};
+use encoded::{BATCH_BYTES, Encoded, Run};
 pub use event::{Event, Id};
 use sync::{enter, start_thread, try_enter};
 pub use text::parse_duration;
@@ -97,9 +99,6 @@ use std::time::{Duration, Instant};
 // fields of `Config`, each with its default and the reason for it; those that follow from the protocol or the design
 // stand here.
 
-/// One write to a live subscriber takes at most this much: loopback buffers megabytes, but a real link only about 65
-/// kB, so larger batches would push every distant subscriber behind.
-const BATCH_BYTES: usize = 32 * 1024;
 /// Writing to so many takes a lane about a millisecond, in which others of a burst come and have to wait. So it waits for
 /// them first: as long as another event comes in each `COMPANY_WAIT`, but no longer than `COMPANY_TIME`. A burst of 50 events
 /// to 1,000 subscribers then costs 22 % less, and in a flood p99 is an eighth.
@@ -164,73 +163,6 @@ const LOG_TIME: Duration = Duration::from_millis(30);
 // clients make of these bytes decided their form: LF alone ends a line, one blank line ends an event, nothing else
 // stands between.
 // https://html.spec.whatwg.org/multipage/server-sent-events.html#event-stream-interpretation
-
-/// An event as it is kept, queued and written: its bytes are shared, never copied per subscriber. What the journal says
-/// of it stands before what goes out, in the same buffer.
-#[derive(Clone)]
-struct Encoded {
-    id: Id,
-    block: Arc<[u8]>,
-    /// Where in `block` the bytes begin that go out; before them stands what only the journal needs.
-    frame_at: usize,
-}
-
-impl Encoded {
-    fn new(id: Id, frame: impl Into<Vec<u8>>) -> Encoded {
-        Encoded { id, block: frame.into().into(), frame_at: 0 }
-    }
-
-    fn for_journal(id: Id, fields: &[(&str, Option<&str>)], frame: &str) -> Encoded {
-        let mut block = String::with_capacity(frame.len() + 96);
-        for (field, value) in fields {
-            if let Some(value) = value {
-                block.extend([field, ": ", value, "\n"]);
-            }
-        }
-        let sum = crc32([block.as_bytes(), frame.as_bytes()]);
-        let _ = writeln!(block, "sum: {sum:08x}");
-        let frame_at = block.len();
-        Encoded { id, block: (block + frame).into_bytes().into(), frame_at }
-    }
-
-    /// What goes out on the wire.
-    fn frame(&self) -> &[u8] {
-        &self.block[self.frame_at..]
-    }
-}
-
-/// Encoded events in the order of their ids, one after another in one buffer, so that one write can take them all.
-#[derive(Default)]
-struct Run {
-    events: Vec<(Encoded, usize)>, // with the place in `bytes` where it ends
-    bytes: Vec<u8>,
-}
-
-impl Run {
-    fn push(&mut self, event: &Encoded) {
-        self.bytes.extend_from_slice(event.frame());
-        self.events.push((event.clone(), self.bytes.len()));
-    }
-
-    fn has_room_for(&self, event: &Encoded) -> bool {
-        self.bytes.is_empty() || self.bytes.len() + event.frame().len() <= BATCH_BYTES
-    }
-
-    /// Where the first `count` events end.
-    fn end_of(&self, count: usize) -> usize {
-        if count == 0 { 0 } else { self.events[count - 1].1 }
-    }
-
-    fn newest(&self) -> Id {
-        self.events.last().map_or(Id::default(), |(event, _)| event.id)
-    }
-
-    fn clear(&mut self) {
-        self.events.clear();
-        self.bytes.clear();
-        self.bytes.shrink_to(2 * BATCH_BYTES); // one event of 448 KiB must not stay for ever
-    }
-}
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Kept events. Each topic keeps its newest, bounded by count and age; all together stay inside a budget of bytes, and
@@ -421,7 +353,7 @@ impl Kept {
 
     /// What a journal holds that was written anew: what each topic has let go, and every kept event.
     fn for_journal(&self, boot: Option<&str>) -> Vec<Encoded> {
-        let mark = |field, value, id| Encoded::for_journal(id, &[(field, value)], &format!("id: {id}\n\n"));
+        let mark = |field, value, id| encode_block(id, &[(field, value)], &format!("id: {id}\n\n"));
         let (used, unused): (Vec<_>, Vec<_>) = self.topics.values().partition(|topic| !topic.events.is_empty());
         let forgotten = unused.iter().map(|topic| topic.let_go).fold(self.forgotten, Id::max);
         let mut events: Vec<_> = used.iter().flat_map(|topic| &topic.events).map(|(event, _)| event.clone()).collect();
@@ -861,6 +793,20 @@ fn read_block(reader: &mut impl BufRead, block: &mut Vec<u8>, limit: usize) -> i
     }
 }
 
+/// A block of these fields and this frame, with its sum.
+fn encode_block(id: Id, fields: &[(&str, Option<&str>)], frame: &str) -> Encoded {
+    let mut block = String::with_capacity(frame.len() + 96);
+    for (field, value) in fields {
+        if let Some(value) = value {
+            block.extend([field, ": ", value, "\n"]);
+        }
+    }
+    let sum = crc32([block.as_bytes(), frame.as_bytes()]);
+    let _ = writeln!(block, "sum: {sum:08x}");
+    let frame_at = block.len();
+    Encoded { id, block: (block + frame).into_bytes().into(), frame_at }
+}
+
 /// What a block of the journal says.
 struct Block<'a> {
     id: Id,
@@ -1049,7 +995,7 @@ impl Core {
             self.make_visible(topic, Encoded::new(id, frame), key);
             return Ok((id, None));
         }
-        let event = Encoded::for_journal(id, &[("topic", Some(topic)), ("key", key.as_deref())], &frame);
+        let event = encode_block(id, &[("topic", Some(topic)), ("key", key.as_deref())], &frame);
         let outcome = Arc::new(Outcome::new());
         order.waiting_bytes += event.block.len();
         order.waiting.push_back(Waiting { topic: topic.into(), event, key, outcome: outcome.clone() });
