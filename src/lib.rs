@@ -63,6 +63,7 @@
 
 // rooms
 mod authority;
+mod block;
 mod clock;
 mod config;
 mod encoded;
@@ -71,6 +72,7 @@ mod sync;
 mod text;
 // uses
 use authority::{is_authority, is_loopback, split_port};
+use block::{Block, encode_block, read_block};
 use clock::{date, now_ms, spread};
 use config::SWEEP;
 pub use config::{Config, Log, Token};
@@ -85,7 +87,7 @@ use std::borrow::Cow;
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::fmt::{self, Write as _};
 use std::fs::{self, File, OpenOptions};
-use std::io::{self, BufRead, BufReader, BufWriter, ErrorKind, IsTerminal, Read, Seek, Write};
+use std::io::{self, BufReader, BufWriter, ErrorKind, IsTerminal, Read, Seek, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
@@ -773,95 +775,6 @@ impl Found {
         Ok(found)
     }
 }
-
-/// Reads up to and with the next blank line, and returns how much that was; `None` where the file ends before. A block
-/// longer than `limit` is cut short, so that its sum will not fit.
-fn read_block(reader: &mut impl BufRead, block: &mut Vec<u8>, limit: usize) -> io::Result<Option<u64>> {
-    block.clear();
-    let (mut read, mut at_start) = (0, true);
-    loop {
-        let got = reader.take(64 * 1024).read_until(b'\n', block)?;
-        let ended = block.ends_with(b"\n");
-        read += got as u64;
-        if got == 0 {
-            return Ok(None);
-        } else if at_start && ended && got == 1 {
-            return Ok(Some(read));
-        }
-        at_start = ended;
-        block.truncate(limit);
-    }
-}
-
-/// A block of these fields and this frame, with its sum.
-fn encode_block(id: Id, fields: &[(&str, Option<&str>)], frame: &str) -> Encoded {
-    let mut block = String::with_capacity(frame.len() + 96);
-    for (field, value) in fields {
-        if let Some(value) = value {
-            block.extend([field, ": ", value, "\n"]);
-        }
-    }
-    let sum = crc32([block.as_bytes(), frame.as_bytes()]);
-    let _ = writeln!(block, "sum: {sum:08x}");
-    let frame_at = block.len();
-    Encoded { id, block: (block + frame).into_bytes().into(), frame_at }
-}
-
-/// What a block of the journal says.
-struct Block<'a> {
-    id: Id,
-    boot: Option<&'a str>,
-    topic: Option<&'a str>,
-    key: Option<&'a str>,
-    /// It has no data: everything up to its id was let go.
-    is_mark: bool,
-    /// Where the frame begins, after what only the journal needs.
-    frame_at: usize,
-}
-
-impl Block<'_> {
-    fn parse(bytes: &[u8]) -> Option<Block<'_>> {
-        let text = str::from_utf8(bytes).ok()?;
-        let (boot, rest) = field(text, "boot: ");
-        let (topic, rest) = field(rest, "topic: ");
-        let (key, rest) = field(rest, "key: ");
-        let before_sum = text.len() - rest.len();
-        let (sum, frame) = field(rest, "sum: ");
-        if sum? != format!("{:08x}", crc32([&bytes[..before_sum], frame.as_bytes()])) && !cfg!(fuzzing) {
-            return None;
-        }
-        let (id, rest) = field(field(frame, "event: ").1, "id: ");
-        let is_mark = rest == "\n";
-        let frame_at = text.len() - frame.len();
-        let id: Id = id?.parse().ok()?;
-        let good = if topic.is_some() { boot.is_none() } else { is_mark && key.is_none() };
-        let leaves_room = id.seq <= u64::MAX / 2; // for the ids of all that may ever follow it
-        Some(Block { id, boot, topic, key, is_mark, frame_at }).filter(|_| good && leaves_room)
-    }
-}
-
-/// Takes a line of this field from the beginning of `text`, if it is there.
-fn field<'a>(text: &'a str, name: &str) -> (Option<&'a str>, &'a str) {
-    let line = text.strip_prefix(name).and_then(|rest| rest.split_once('\n'));
-    line.map_or((None, text), |(value, rest)| (Some(value), rest))
-}
-
-/// The check sum of zip, PNG and Ethernet, over both parts.
-fn crc32(parts: [&[u8]; 2]) -> u32 {
-    let step = |sum: u32, byte: &u8| CRC_TABLE[usize::from(sum as u8 ^ byte)] ^ (sum >> 8);
-    !parts.into_iter().flatten().fold(!0, step)
-}
-
-const CRC_TABLE: [u32; 256] = {
-    let mut table = [0; 256];
-    let mut n = 0;
-    while n < 256 * 8 {
-        let entry = if n % 8 == 0 { n as u32 / 8 } else { table[n / 8] };
-        table[n / 8] = (entry >> 1) ^ (0xEDB8_8320 * (entry & 1));
-        n += 1;
-    }
-    table
-};
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Hub: publishing, and the lanes. Publishing holds the order lock from numbering an event until it stands in the last
