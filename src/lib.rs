@@ -336,34 +336,31 @@ impl Kept {
         }
     }
 
-    /// Takes in a block of the journal.
-    fn restore(&mut self, block: Block, bytes: &[u8], config: &Config) {
-        let Block { id, topic, key, is_mark, frame_at, .. } = block;
-        match topic {
+    /// Takes note of what an earlier process has forgotten: of one topic, or of all that are not in the table.
+    fn restore_forgotten(&mut self, name: Option<&str>, id: Id) {
+        match name {
             None => self.forgotten = self.forgotten.max(id),
-            Some(name) if is_mark => {
+            Some(name) => {
                 let known = self.topics.get(name).map_or(id, |topic| topic.let_go);
                 self.topic(name).let_go = known.max(id);
-            }
-            Some(name) => {
-                self.expire(config.keep_age);
-                self.insert(name, Encoded { id, block: bytes.into(), frame_at }, key.map(Arc::from), config);
             }
         }
         self.newest = self.newest.max(id);
     }
 
-    /// What a journal holds that was written anew: what each topic has let go, and every kept event.
-    fn for_journal(&self, boot: Option<&str>) -> Vec<Encoded> {
-        let mark = |field, value, id| encode_block(id, &[(field, value)], &format!("id: {id}\n\n"));
-        let (used, unused): (Vec<_>, Vec<_>) = self.topics.values().partition(|topic| !topic.events.is_empty());
-        let forgotten = unused.iter().map(|topic| topic.let_go).fold(self.forgotten, Id::max);
-        let mut events: Vec<_> = used.iter().flat_map(|topic| &topic.events).map(|(event, _)| event.clone()).collect();
+    /// Every kept event, in the order of the ids.
+    fn events(&self) -> Vec<Encoded> {
+        let kept = self.topics.values().flat_map(|topic| &topic.events);
+        let mut events: Vec<_> = kept.map(|(event, _)| event.clone()).collect();
         events.sort_unstable_by_key(|event| event.id);
-        let mut blocks = vec![mark("boot", boot, forgotten)];
-        blocks.extend(used.iter().map(|topic| mark("topic", Some(&topic.name), topic.let_go)));
-        blocks.append(&mut events);
-        blocks
+        events
+    }
+
+    /// The topics that keep events, with what each has forgotten; and the newest that all others have.
+    fn all_forgotten(&self) -> (Vec<(Arc<str>, Id)>, Id) {
+        let (used, unused): (Vec<_>, Vec<_>) = self.topics.values().partition(|topic| !topic.events.is_empty());
+        let others = unused.iter().map(|topic| topic.let_go).fold(self.forgotten, Id::max);
+        (used.iter().map(|topic| (topic.name.clone(), topic.let_go)).collect(), others)
     }
 
     /// How long a journal of what is kept would be, but for the marks.
@@ -446,6 +443,28 @@ impl Kept {
         }
         if run.bytes.is_empty() { Next::Nothing } else { Next::Events(run) }
     }
+}
+
+/// Takes in a block of the journal.
+fn restore(kept: &mut Kept, block: Block, bytes: &[u8], config: &Config) {
+    let Block { id, topic, key, is_mark, frame_at, .. } = block;
+    match topic {
+        Some(name) if !is_mark => {
+            kept.expire(config.keep_age);
+            kept.insert(name, Encoded { id, block: bytes.into(), frame_at }, key.map(Arc::from), config);
+        }
+        _ => kept.restore_forgotten(topic, id),
+    }
+}
+
+/// What a journal holds that was written anew: what each topic has forgotten, and every kept event.
+fn snapshot(kept: &Kept, boot: Option<&str>) -> Vec<Encoded> {
+    let mark = |field, value, id| encode_block(id, &[(field, value)], &format!("id: {id}\n\n"));
+    let (topics, others) = kept.all_forgotten();
+    let mut blocks = vec![mark("boot", boot, others)];
+    blocks.extend(topics.iter().map(|(name, forgotten)| mark("topic", Some(name), *forgotten)));
+    blocks.append(&mut kept.events());
+    blocks
 }
 
 fn cost(event: &Encoded, key: &Option<Arc<str>>) -> usize {
@@ -583,7 +602,7 @@ impl Journal {
             kept.forget_all_before(Id { ms, seq: 0 });
         }
         if may_lack_events || found.boot != self.boot {
-            match self.rewrite(&kept.for_journal(self.boot.as_deref())) {
+            match self.rewrite(&snapshot(kept, self.boot.as_deref())) {
                 // Perhaps the disk is full. The file is whole, and as it names an earlier boot, the next start brings a gap
                 // too many, but no hole.
                 Err(error) if found.boot.is_some() && !is_damaged && self.health == Health::Whole => {
@@ -641,13 +660,13 @@ impl Journal {
             }
             Health::Unsynced => {
                 self.tried_at = Some(Instant::now());
-                let blocks = enter(kept).for_journal(self.boot.as_deref());
+                let blocks = snapshot(&enter(kept), self.boot.as_deref());
                 return self.rewrite(&blocks);
             }
         }
         if self.length > 2 * self.needed.max(enter(kept).journal_bytes()) + JOURNAL_SLACK {
             self.needed = self.length; // should this fail, not again before it has doubled
-            let blocks = enter(kept).for_journal(self.boot.as_deref());
+            let blocks = snapshot(&enter(kept), self.boot.as_deref());
             if let Err(error) = self.rewrite(&blocks) {
                 self.say(format_args!("cannot be written anew, and grows on: {error}"));
             }
@@ -753,7 +772,7 @@ impl Found {
                         newest = Some(block.id);
                         found.events += 1;
                     }
-                    kept.restore(block, &bytes, config);
+                    restore(kept, block, &bytes, config);
                 }
                 _ => {
                     found.damaged += 1;
