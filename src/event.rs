@@ -112,6 +112,9 @@ pub struct Id {
 }
 
 impl Id {
+    /// Above every id that is ever issued.
+    pub(crate) const MAX: Id = Id { ms: u64::MAX, seq: u64::MAX };
+
     /// The id for an event published now: above this one, also when the clock has gone back.
     pub(crate) fn next(self, now_ms: u64) -> Id {
         match self.seq.checked_add(1) {

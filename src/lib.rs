@@ -68,6 +68,7 @@ mod clock;
 mod config;
 mod encoded;
 mod event;
+mod history;
 mod sync;
 mod text;
 // uses
@@ -78,13 +79,14 @@ use config::SWEEP;
 pub use config::{Config, Log, Token};
 use encoded::{BATCH_BYTES, Encoded, Run};
 pub use event::{Event, Id};
+use history::{History, Next, Start, Totals};
 use sync::{enter, start_thread, try_enter};
 pub use text::parse_duration;
 use text::{LONGEST, invalid, shown};
 
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender};
 use std::borrow::Cow;
-use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::collections::{HashMap, VecDeque};
 use std::fmt::{self, Write as _};
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, BufReader, BufWriter, ErrorKind, IsTerminal, Read, Seek, Write};
@@ -142,9 +144,6 @@ const LINGER: Duration = Duration::from_secs(1);
 /// Stopping: streams have this long to take their end; then sockets are cut, and threads have until the second to go.
 const STOP_GRACE: Duration = Duration::from_millis(700);
 const STOP_TIME: Duration = Duration::from_millis(950);
-/// What a kept event costs beside its bytes: its place in the queue, its counted pointer, its part of the indexes.
-const EVENT_OVERHEAD: usize = 128;
-const KEY_OVERHEAD: usize = 96;
 /// What waits for the journal takes at most this much (and one event a publisher), so that a stuck disk does not fill memory.
 const WAITING_BYTES: usize = 16 * 1024 * 1024;
 /// The journal is written in pieces of at most this much (or one event), however many publishers wait.
@@ -166,309 +165,26 @@ const LOG_TIME: Duration = Duration::from_millis(30);
 // stands between.
 // https://html.spec.whatwg.org/multipage/server-sent-events.html#event-stream-interpretation
 
-// ---------------------------------------------------------------------------------------------------------------------
-// Kept events. Each topic keeps its newest, bounded by count and age; all together stay inside a budget of bytes, and
-// whatever must go, the oldest of all goes first. A topic remembers the newest id it has let go: a cursor below that
-// has missed something, and is told so by a `gap`. A topic that nobody uses and that keeps nothing goes; the newest id
-// that such topics had let go is one number, and counts for every topic that is not in the table. At the start that
-// number is the base, so whatever an earlier process had is a gap too.
-
-#[derive(Default)]
-struct Topic {
-    name: Arc<str>,
-    events: VecDeque<(Encoded, Option<Arc<str>>)>, // with their keys
-    keys: HashMap<Arc<str>, Id>,
-    let_go: Id,
-    subscribers: usize,
-}
-
-impl Topic {
-    /// The kept events after `cursor`, oldest first.
-    fn after(&self, cursor: Id) -> impl Iterator<Item = &Encoded> {
-        let first = self.events.partition_point(|(event, _)| event.id <= cursor);
-        self.events.range(first..).map(|(event, _)| event)
-    }
-}
-
-#[derive(Default)]
-struct Kept {
-    topics: HashMap<Arc<str>, Topic>,
-    /// The oldest event of each topic that keeps any: the next to go is the first.
-    oldest: BTreeMap<Id, Arc<str>>,
-    events: usize,
-    bytes: usize,
-    /// The newest id that subscribers may have seen, over all topics.
-    newest: Id,
-    /// The newest id that was let go by topics which are not in the table any more.
-    forgotten: Id,
-}
-
-/// Where a new stream wants to begin.
-#[derive(Clone, Copy)]
-enum Start {
-    Now,
-    Earliest,
-    Ago(Duration),
-    /// None where it cannot be read: a refusal would strand the browser, so it is answered with a gap.
-    After(Option<Id>),
-}
-
-/// What a subscriber that is behind gets next.
-enum Next {
-    /// The event that says that others before it may have been let go.
-    Gap(Encoded),
-    Events(Run),
-    Nothing,
-}
-
-impl Kept {
-    fn new(base: Id) -> Kept {
-        Kept { newest: base, forgotten: base, ..Kept::default() }
-    }
-
-    fn check_room(&self, name: &str, limit: usize) -> io::Result<()> {
-        if self.topics.len() >= limit && !self.topics.contains_key(name) {
-            let reason = format!("all {limit} topic names are in use: use one of them, or try again later");
-            return Err(io::Error::new(ErrorKind::QuotaExceeded, reason));
-        }
-        Ok(())
-    }
-
-    /// The topic's place in the table. The caller uses it at once, by an event or a subscriber: an unused one would
-    /// stay.
-    fn topic(&mut self, name: &str) -> &mut Topic {
-        let name: Arc<str> = name.into();
-        let new = Topic { name: name.clone(), let_go: self.forgotten, ..Topic::default() };
-        self.topics.entry(name).or_insert(new)
-    }
-
-    /// Keeps an event. Returns its topic's name if anyone follows it: only then need a lane know of the event, since
-    /// whoever follows the topic later finds it kept.
-    fn insert(&mut self, name: &str, event: Encoded, key: Option<Arc<str>>, config: &Config) -> Option<Arc<str>> {
-        let topic = self.topic(name);
-        let (id, first, cost) = (event.id, topic.events.is_empty(), cost(&event, &key));
-        topic.keys.extend(key.clone().map(|key| (key, id)));
-        topic.events.push_back((event, key));
-        let over = topic.events.len() > config.keep_events;
-        let (name, followed) = (topic.name.clone(), topic.subscribers > 0);
-        self.events += 1;
-        self.bytes += cost;
-        self.newest = self.newest.max(id);
-        if first {
-            self.oldest.insert(id, name.clone());
-        }
-        if over {
-            self.let_go_oldest_of(&name);
-        }
-        while self.bytes > config.keep_bytes {
-            let Some(name) = self.oldest.values().next().cloned() else { break };
-            self.let_go_oldest_of(&name);
-        }
-        Some(name).filter(|_| followed)
-    }
-
-    fn let_go_oldest_of(&mut self, name: &Arc<str>) {
-        let Some(topic) = self.topics.get_mut(name) else { return };
-        let Some((event, key)) = topic.events.pop_front() else { return };
-        self.oldest.remove(&event.id);
-        self.events -= 1;
-        self.bytes -= cost(&event, &key);
-        topic.let_go = topic.let_go.max(event.id);
-        if let Some(key) = key.filter(|key| topic.keys.get(key) == Some(&event.id)) {
-            topic.keys.remove(&key);
-        }
-        // What a busier hour has reserved is given back, or the budget would not bound it.
-        if topic.events.len() * 4 < topic.events.capacity() {
-            topic.events.shrink_to(topic.events.len() * 2);
-            topic.keys.shrink_to(topic.keys.len() * 2);
-        }
-        match topic.events.front() {
-            Some((next, _)) => drop(self.oldest.insert(next.id, name.clone())),
-            None => self.forget_if_unused(name),
-        }
-    }
-
-    fn forget_if_unused(&mut self, name: &str) {
-        if let Some(topic) = self.topics.get(name).filter(|t| t.subscribers == 0 && t.events.is_empty()) {
-            self.forgotten = self.forgotten.max(topic.let_go);
-            self.topics.remove(name);
-        }
-    }
-
-    /// Lets go what is older than `age`. Whoever takes the lock does this first, so nobody sees an event too old.
-    fn expire(&mut self, age: Duration) {
-        let limit = self.ago(age);
-        while let Some((id, name)) = self.oldest.first_key_value().map(|(id, name)| (*id, name.clone())) {
-            if id >= limit {
-                break;
-            }
-            self.let_go_oldest_of(&name);
-        }
-    }
-
-    /// The cursor that long before the newer of now and the newest id.
-    fn ago(&self, time: Duration) -> Id {
-        let time_ms = u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
-        Id { ms: now_ms().max(self.newest.ms).saturating_sub(time_ms), seq: 0 }
-    }
-
-    /// The last quarter of the names is for publishing: whoever may only read must not use them up with invented ones.
-    fn subscribe(&mut self, names: &[String], limit: usize) -> io::Result<Arc<[Arc<str>]>> {
-        let mut taken: Vec<Arc<str>> = Vec::with_capacity(names.len());
-        for name in names {
-            if let Err(full) = self.check_room(name, limit - limit / 4) {
-                self.unsubscribe(&taken);
-                return Err(full);
-            }
-            let topic = self.topic(name);
-            topic.subscribers += 1;
-            taken.push(topic.name.clone());
-        }
-        Ok(taken.into())
-    }
-
-    fn unsubscribe(&mut self, names: &[Arc<str>]) {
-        for name in names {
-            if let Some(topic) = self.topics.get_mut(name) {
-                topic.subscribers -= 1;
-            }
-            self.forget_if_unused(name);
-        }
-    }
-
-    /// Takes note of what an earlier process has forgotten: of one topic, or of all that are not in the table.
-    fn restore_forgotten(&mut self, name: Option<&str>, id: Id) {
-        match name {
-            None => self.forgotten = self.forgotten.max(id),
-            Some(name) => {
-                let known = self.topics.get(name).map_or(id, |topic| topic.let_go);
-                self.topic(name).let_go = known.max(id);
-            }
-        }
-        self.newest = self.newest.max(id);
-    }
-
-    /// Every kept event, in the order of the ids.
-    fn events(&self) -> Vec<Encoded> {
-        let kept = self.topics.values().flat_map(|topic| &topic.events);
-        let mut events: Vec<_> = kept.map(|(event, _)| event.clone()).collect();
-        events.sort_unstable_by_key(|event| event.id);
-        events
-    }
-
-    /// The topics that keep events, with what each has forgotten; and the newest that all others have.
-    fn all_forgotten(&self) -> (Vec<(Arc<str>, Id)>, Id) {
-        let (used, unused): (Vec<_>, Vec<_>) = self.topics.values().partition(|topic| !topic.events.is_empty());
-        let others = unused.iter().map(|topic| topic.let_go).fold(self.forgotten, Id::max);
-        (used.iter().map(|topic| (topic.name.clone(), topic.let_go)).collect(), others)
-    }
-
-    /// How long a journal of what is kept would be, but for the marks.
-    fn journal_bytes(&self) -> u64 {
-        (self.bytes - EVENT_OVERHEAD * self.events) as u64
-    }
-
-    fn forget_all_before(&mut self, id: Id) {
-        self.newest = self.newest.max(id);
-        self.forgotten = self.newest;
-        self.topics.values_mut().for_each(|topic| topic.let_go = self.newest);
-    }
-
-    /// Topics of which only a mark was found.
-    fn forget_unused(&mut self) {
-        let unused = self.topics.values().filter(|topic| topic.events.is_empty());
-        let names: Vec<_> = unused.map(|topic| topic.name.clone()).collect();
-        names.iter().for_each(|name| self.forget_if_unused(name));
-    }
-
-    fn topics(&self, names: &[Arc<str>]) -> impl Iterator<Item = &Topic> {
-        names.iter().filter_map(|name| self.topics.get(name))
-    }
-
-    fn let_go(&self, names: &[Arc<str>]) -> Id {
-        self.topics(names).map(|topic| topic.let_go).max().unwrap_or(self.forgotten)
-    }
-
-    fn told(&self, names: &[Arc<str>]) -> Vec<Id> {
-        self.topics(names).map(|topic| topic.let_go).collect()
-    }
-
-    fn oldest_after(&self, names: &[Arc<str>], cursor: Id) -> Option<Id> {
-        self.topics(names).filter_map(|topic| topic.after(cursor).next()).map(|event| event.id).min()
-    }
-
-    /// The event that says that something between the asked cursor and the oldest kept event may be missing. Its id is
-    /// just before that event, so whoever resumes from it gets all that is kept.
-    fn gap(&self, names: &[Arc<str>], asked: Option<Id>, cursor: Id) -> Encoded {
-        let oldest = self.oldest_after(names, cursor);
-        let id = oldest.map_or(self.let_go(names), Id::before);
-        let json = |id: Option<Id>| id.map_or("null".into(), |id| format!("\"{id}\""));
-        let data = format!("{{\"after\":{},\"oldest\":{}}}", json(asked), json(oldest));
-        Encoded::new(id, Event::new(data).name("gap").encode(Some(&id)))
-    }
-
-    /// The cursor a new stream starts after, and the gap it must hear first.
-    fn start(&self, names: &[Arc<str>], from: Start) -> (Id, Option<Encoded>) {
-        let asked = match from {
-            Start::Now => return (self.newest, None),
-            Start::Earliest => return (self.oldest_after(names, Id::default()).map_or(self.newest, Id::before), None),
-            Start::Ago(time) => Some(self.ago(time).min(self.newest)),
-            Start::After(cursor) => cursor,
-        };
-        // From the future is an id of an earlier life of this server: all that is kept is new to its owner.
-        let cursor = asked.filter(|asked| *asked <= self.newest).unwrap_or_default();
-        if asked == Some(cursor) && cursor >= self.let_go(names) {
-            return (cursor, None);
-        }
-        let gap = self.gap(names, asked, cursor);
-        (gap.id, Some(gap))
-    }
-
-    /// What comes after `cursor` in all of these topics, in one order, up to one batch. A gap comes first where a topic has
-    /// let go of something after the cursor that the subscriber was not told of. `told` is an id for each topic: with one
-    /// for all, a gap told for one topic would hide what another lets go later.
-    fn next(&self, names: &[Arc<str>], cursor: Id, told: &[Id]) -> Next {
-        if self.topics(names).zip(told).any(|(topic, told)| topic.let_go > cursor.max(*told)) {
-            return Next::Gap(self.gap(names, Some(cursor), cursor));
-        }
-        let mut run = Run::default();
-        let mut heads: Vec<_> = self.topics(names).map(|topic| topic.after(cursor).peekable()).collect();
-        loop {
-            let ahead = heads.iter_mut().filter_map(|head| head.peek().map(|event| event.id).zip(Some(head)));
-            let Some((_, head)) = ahead.min_by_key(|(id, _)| *id) else { break };
-            match head.next() {
-                Some(event) if run.has_room_for(event) => run.push(event),
-                _ => break,
-            }
-        }
-        if run.bytes.is_empty() { Next::Nothing } else { Next::Events(run) }
-    }
-}
-
 /// Takes in a block of the journal.
-fn restore(kept: &mut Kept, block: Block, bytes: &[u8], config: &Config) {
+fn restore(kept: &mut History, block: Block, bytes: &[u8]) {
     let Block { id, topic, key, is_mark, frame_at, .. } = block;
     match topic {
         Some(name) if !is_mark => {
-            kept.expire(config.keep_age);
-            kept.insert(name, Encoded { id, block: bytes.into(), frame_at }, key.map(Arc::from), config);
+            kept.expire();
+            kept.insert(name, Encoded { id, block: bytes.into(), frame_at }, key.map(Arc::from));
         }
         _ => kept.restore_forgotten(topic, id),
     }
 }
 
 /// What a journal holds that was written anew: what each topic has forgotten, and every kept event.
-fn snapshot(kept: &Kept, boot: Option<&str>) -> Vec<Encoded> {
+fn snapshot(kept: &History, boot: Option<&str>) -> Vec<Encoded> {
     let mark = |field, value, id| encode_block(id, &[(field, value)], &format!("id: {id}\n\n"));
     let (topics, others) = kept.all_forgotten();
     let mut blocks = vec![mark("boot", boot, others)];
     blocks.extend(topics.iter().map(|(name, forgotten)| mark("topic", Some(name), *forgotten)));
-    blocks.append(&mut kept.events());
+    blocks.append(&mut kept.all_events());
     blocks
-}
-
-fn cost(event: &Encoded, key: &Option<Arc<str>>) -> usize {
-    EVENT_OVERHEAD + event.block.len() + key.as_ref().map_or(0, |key| 2 * key.len() + KEY_OVERHEAD)
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -520,12 +236,12 @@ enum Health {
 
 impl Journal {
     /// Takes a journal into use, and fills `kept` with what is in it.
-    fn open(path: &Path, kept: &mut Kept, config: &Config, log: &Arc<Logger>) -> io::Result<Journal> {
+    fn open(path: &Path, kept: &mut History, config: &Config, log: &Arc<Logger>) -> io::Result<Journal> {
         let named = |error: io::Error| io::Error::new(error.kind(), format!("the journal {}: {error}", path.display()));
         Journal::recover(path, kept, config, log).map_err(named)
     }
 
-    fn recover(path: &Path, kept: &mut Kept, config: &Config, log: &Arc<Logger>) -> io::Result<Journal> {
+    fn recover(path: &Path, kept: &mut History, config: &Config, log: &Arc<Logger>) -> io::Result<Journal> {
         let started = Instant::now();
         let open = |path| OpenOptions::new().read(true).append(true).create(true).mode(0o600).open(path);
         if !open(path)?.metadata()?.is_file() {
@@ -552,7 +268,7 @@ impl Journal {
             path,
             file,
             length: found.whole,
-            needed: kept.journal_bytes(),
+            needed: kept.block_bytes(),
             health: Health::Whole,
             tried_at: None,
             fsync: config.fsync,
@@ -563,7 +279,7 @@ impl Journal {
         };
         journal.repair(&found, size, kept, rebooted)?;
         let (events, took) = (found.events, started.elapsed().as_millis());
-        let (left, topics) = (kept.events, kept.topics.len());
+        let Totals { topics, events: left, .. } = kept.totals();
         let cut = match size.saturating_sub(found.whole) {
             0 => String::new(),
             cut => format!("; {cut} bytes of one that was not whole were cut off"),
@@ -577,7 +293,7 @@ impl Journal {
     /// Makes the file one that can be appended to. What a dying process left half-written at its end is cut off. Where
     /// more than that is damaged, the file is kept aside, and what could be read of it is written anew; so is a file whose
     /// first block must say something else of the boot from here on.
-    fn repair(&mut self, found: &Found, size: u64, kept: &mut Kept, rebooted: bool) -> io::Result<()> {
+    fn repair(&mut self, found: &Found, size: u64, kept: &mut History, rebooted: bool) -> io::Result<()> {
         let is_damaged = found.damaged > 0 || found.headless;
         if is_damaged {
             let copy = beside(&self.path, &format!(".damaged.{}", now_ms()));
@@ -598,8 +314,8 @@ impl Journal {
         if may_lack_events {
             // What came before, or stood there, is not known, so every topic may have lost something up to now; or for a
             // while after the newest that is known, where the clock has gone back.
-            let ms = now_ms().max(kept.newest.ms.saturating_add(HELD_BACK_MS));
-            kept.forget_all_before(Id { ms, seq: 0 });
+            let ms = now_ms().max(kept.newest().ms.saturating_add(HELD_BACK_MS));
+            kept.count_as_forgotten(Id { ms, seq: 0 });
         }
         if may_lack_events || found.boot != self.boot {
             match self.rewrite(&snapshot(kept, self.boot.as_deref())) {
@@ -619,7 +335,7 @@ impl Journal {
     }
 
     /// Appends whole blocks. Where that fails, none of them is published.
-    fn append(&mut self, blocks: &[u8], kept: &Mutex<Kept>) -> io::Result<()> {
+    fn append(&mut self, blocks: &[u8], kept: &Mutex<History>) -> io::Result<()> {
         let result = self.mend(kept).and_then(|()| self.write(blocks));
         if let Err(error) = &result {
             let line = format_args!("journal {}: {error}; nothing is published until it works", self.path.display());
@@ -651,7 +367,7 @@ impl Journal {
     }
 
     /// Makes the file fit to be appended to: whole, trusted, and not much larger than what is kept.
-    fn mend(&mut self, kept: &Mutex<Kept>) -> io::Result<()> {
+    fn mend(&mut self, kept: &Mutex<History>) -> io::Result<()> {
         match self.health {
             Health::Whole => {}
             Health::Torn => self.cut_back()?,
@@ -664,7 +380,7 @@ impl Journal {
                 return self.rewrite(&blocks);
             }
         }
-        if self.length > 2 * self.needed.max(enter(kept).journal_bytes()) + JOURNAL_SLACK {
+        if self.length > 2 * self.needed.max(enter(kept).block_bytes()) + JOURNAL_SLACK {
             self.needed = self.length; // should this fail, not again before it has doubled
             let blocks = snapshot(&enter(kept), self.boot.as_deref());
             if let Err(error) = self.rewrite(&blocks) {
@@ -756,7 +472,7 @@ struct Found {
 
 impl Found {
     /// One pass over the file, which holds one block in memory beside what is kept.
-    fn read(file: impl Read, size: u64, kept: &mut Kept, config: &Config) -> io::Result<Found> {
+    fn read(file: impl Read, size: u64, kept: &mut History, config: &Config) -> io::Result<Found> {
         let mut reader = BufReader::with_capacity(64 * 1024, file);
         let limit = config.keep_bytes.max(config.data_bytes().saturating_mul(8).saturating_add(4096));
         let watched = config.log > Log::Off && io::stderr().is_terminal();
@@ -772,7 +488,7 @@ impl Found {
                         newest = Some(block.id);
                         found.events += 1;
                     }
-                    restore(kept, block, &bytes, config);
+                    restore(kept, block, &bytes);
                 }
                 _ => {
                     found.damaged += 1;
@@ -790,7 +506,7 @@ impl Found {
         if watched {
             let _ = write!(io::stderr(), "\r{:40}\r", "");
         }
-        kept.forget_unused();
+        kept.remove_unused();
         Ok(found)
     }
 }
@@ -815,7 +531,7 @@ struct Core {
     order: Mutex<Order>,
     /// Notified when a thread has finished writing the journal, so that those who wait for their events look again.
     settled: Condvar,
-    kept: Mutex<Kept>,
+    kept: Mutex<History>,
     lanes: Vec<Sender<ToLane>>,
     counters: Arc<Counters>,
 }
@@ -907,15 +623,15 @@ impl Core {
         let kept = self.kept();
         if let Some(key) = &key {
             // It may repeat an event that is kept, or one that still waits for the journal.
-            let first = kept.topics.get(topic).and_then(|topic| topic.keys.get(key));
+            let first = kept.id_of_key(topic, key);
             let is_first = |waiting: &&Waiting| waiting.topic == topic && waiting.key.as_ref() == Some(key);
             if let Some(first) = first {
-                return Ok((*first, None));
+                return Ok((first, None));
             } else if let Some(first) = order.waiting.iter().find(is_first) {
                 return Ok((first.event.id, Some(first.outcome.clone())));
             }
         }
-        kept.check_room(topic, self.config.topics)?;
+        kept.check_room(topic)?;
         drop(kept);
         if order.waiting_bytes > WAITING_BYTES {
             return Err(io::Error::new(ErrorKind::ResourceBusy, "the disk is too slow for what waits for the journal"));
@@ -1009,7 +725,7 @@ impl Core {
 
     /// Keeps an event, and hands it to every lane. Called in the order of the ids, under the order lock.
     fn make_visible(&self, topic: &str, event: Encoded, key: Option<Arc<str>>) {
-        let followed = enter(&self.kept).insert(topic, event.clone(), key, &self.config);
+        let followed = enter(&self.kept).insert(topic, event.clone(), key);
         self.counters.published.fetch_add(1, Relaxed);
         let Some(name) = followed else { return };
         for lane in &self.lanes {
@@ -1020,9 +736,9 @@ impl Core {
         }
     }
 
-    fn kept(&self) -> MutexGuard<'_, Kept> {
+    fn kept(&self) -> MutexGuard<'_, History> {
         let mut kept = enter(&self.kept);
-        kept.expire(self.config.keep_age);
+        kept.expire();
         kept
     }
 
@@ -2381,7 +2097,7 @@ impl Shared {
     ) -> Reason {
         let (core, config, is_poll) = (&*self.hub.core, self.config(), poll.is_some());
         let mut kept = core.kept();
-        let Ok(names) = kept.subscribe(names, config.topics) else {
+        let Ok(names) = kept.subscribe(names) else {
             drop(kept);
             return self.send_away(c, &head, NO_NAMES);
         };
@@ -2609,11 +2325,11 @@ impl Server {
         }
         // Ids begin above those of the journal; without one, whatever an earlier process had counts as let go.
         let now = Id { ms: now_ms(), seq: 0 };
-        let mut kept = Kept::new(if config.journal.is_none() { now } else { Id::default() });
+        let mut kept = History::new(if config.journal.is_none() { now } else { Id::default() }, &config);
         let open = |path| Journal::open(path, &mut kept, &config, &log);
         let journal = config.journal.as_deref().map(open).transpose()?;
         counters.journal_bytes.store(journal.as_ref().map_or(0, |journal| journal.length), Relaxed);
-        let order = Order { newest: kept.newest, ..Order::default() };
+        let order = Order { newest: kept.newest(), ..Order::default() };
         let (journal, order, kept) = (Mutex::new(journal), Mutex::new(order), Mutex::new(kept));
         let (stopping, settled) = (AtomicBool::new(false), Condvar::new());
         let core = Core { config, stopping, journal, order, settled, kept, lanes, counters };
@@ -3051,7 +2767,7 @@ impl Shared {
         let [waiting, busy, trusted, streams] = connections.places.each_ref().map(VecDeque::len);
         drop(connections);
         let kept = core.kept();
-        let (topics, events, bytes) = (kept.topics.len(), kept.events, kept.bytes);
+        let Totals { topics, events, bytes } = kept.totals();
         drop(kept);
         let total = |counter: &AtomicU64| counter.load(Relaxed);
         let mut text = String::new();

@@ -1,0 +1,345 @@
+//! What each topic keeps, and what it has forgotten.
+//!
+//! A topic keeps its newest events, bounded by count and age; all topics together stay inside a budget of bytes, and the
+//! oldest event of all goes first. A topic remembers the newest id that it has forgotten: whoever resumes from before
+//! that may have missed something, and is told so by a `gap`. A topic that nobody follows and that keeps nothing leaves
+//! the table; the newest id that such topics had forgotten is one number, which counts for every topic that is not in the
+//! table. At the start that number is the base, so whatever an earlier process had is a gap, too.
+
+use crate::clock::now_ms;
+use crate::config::Config;
+use crate::encoded::{Encoded, Run};
+use crate::event::{Event, Id};
+use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::io::{self, ErrorKind};
+use std::sync::Arc;
+use std::time::Duration;
+
+/// What a kept event costs beside its bytes: its part of the queue, its counted pointer, its part of the indexes.
+const EVENT_OVERHEAD: usize = 128;
+const KEY_OVERHEAD: usize = 96;
+
+pub struct History {
+    topics: HashMap<Arc<str>, Topic>,
+    /// The oldest event of each topic that keeps any: the next to be forgotten is the first.
+    oldest: BTreeMap<Id, Arc<str>>,
+    events: usize,
+    bytes: usize,
+    /// The newest id that subscribers may have seen, over all topics.
+    newest: Id,
+    /// The newest id that was forgotten by topics which are not in the table any more.
+    forgotten: Id,
+    keep_events: usize,
+    keep_bytes: usize,
+    keep_age: Duration,
+    topic_limit: usize,
+}
+
+#[derive(Default)]
+struct Topic {
+    name: Arc<str>,
+    events: VecDeque<(Encoded, Option<Arc<str>>)>, // with their keys
+    keys: HashMap<Arc<str>, Id>,
+    forgotten: Id,
+    subscribers: usize,
+}
+
+/// Where a new stream wants to begin.
+#[derive(Clone, Copy)]
+pub enum Start {
+    Now,
+    Earliest,
+    Ago(Duration),
+    /// None where it cannot be read: a refusal would strand the browser, so it is answered with a gap.
+    After(Option<Id>),
+}
+
+/// What a subscriber that is behind gets next.
+pub enum Next {
+    /// The event that says that others before it may have been forgotten.
+    Gap(Encoded),
+    Events(Run),
+    Nothing,
+}
+
+/// How much is kept.
+pub struct Totals {
+    pub topics: usize,
+    pub events: usize,
+    /// With what is kept beside the events' bytes.
+    pub bytes: usize,
+}
+
+impl History {
+    /// Nothing is kept, and everything up to `base` counts as forgotten.
+    pub fn new(base: Id, config: &Config) -> History {
+        History {
+            topics: HashMap::new(),
+            oldest: BTreeMap::new(),
+            events: 0,
+            bytes: 0,
+            newest: base,
+            forgotten: base,
+            keep_events: config.keep_events,
+            keep_bytes: config.keep_bytes,
+            keep_age: config.keep_age,
+            topic_limit: config.topics,
+        }
+    }
+
+    pub fn newest(&self) -> Id {
+        self.newest
+    }
+
+    pub fn totals(&self) -> Totals {
+        Totals { topics: self.topics.len(), events: self.events, bytes: self.bytes }
+    }
+
+    /// How many bytes the blocks of all kept events have.
+    pub fn block_bytes(&self) -> u64 {
+        (self.bytes - EVENT_OVERHEAD * self.events) as u64
+    }
+
+    /// The id of the kept event that was published to this topic with this key.
+    pub fn id_of_key(&self, name: &str, key: &str) -> Option<Id> {
+        self.topics.get(name)?.keys.get(key).copied()
+    }
+
+    /// Whether an event may be published to this topic.
+    pub fn check_room(&self, name: &str) -> io::Result<()> {
+        self.check_room_within(self.topic_limit, name)
+    }
+
+    fn check_room_within(&self, limit: usize, name: &str) -> io::Result<()> {
+        if self.topics.len() >= limit && !self.topics.contains_key(name) {
+            let reason = format!("all {limit} topic names are in use: use one of them, or try again later");
+            return Err(io::Error::new(ErrorKind::QuotaExceeded, reason));
+        }
+        Ok(())
+    }
+
+    /// Keeps an event. Returns its topic's name if anyone follows it: only then need a lane know of the event, since
+    /// whoever follows the topic later finds it kept.
+    pub fn insert(&mut self, name: &str, event: Encoded, key: Option<Arc<str>>) -> Option<Arc<str>> {
+        let topic = self.topic(name);
+        let (id, is_first, cost) = (event.id, topic.events.is_empty(), cost(&event, &key));
+        topic.keys.extend(key.clone().map(|key| (key, id)));
+        topic.events.push_back((event, key));
+        let (name, count, is_followed) = (topic.name.clone(), topic.events.len(), topic.subscribers > 0);
+        self.events += 1;
+        self.bytes += cost;
+        self.newest = self.newest.max(id);
+        if is_first {
+            self.oldest.insert(id, name.clone());
+        }
+        if count > self.keep_events {
+            self.forget_oldest_of(&name);
+        }
+        while self.bytes > self.keep_bytes {
+            let Some(name) = self.oldest.values().next().cloned() else { break };
+            self.forget_oldest_of(&name);
+        }
+        is_followed.then_some(name)
+    }
+
+    /// Forgets what is too old. Whoever looks at the history does this first, so nobody sees an event too old.
+    pub fn expire(&mut self) {
+        let limit = self.ago(self.keep_age);
+        while let Some((id, name)) = self.oldest.first_key_value().map(|(id, name)| (*id, name.clone())) {
+            if id >= limit {
+                break;
+            }
+            self.forget_oldest_of(&name);
+        }
+    }
+
+    /// Counts a new subscriber of these topics. The last quarter of the names is for publishing: whoever may only read
+    /// must not use them up with invented ones.
+    pub fn subscribe(&mut self, names: &[String]) -> io::Result<Arc<[Arc<str>]>> {
+        let limit = self.topic_limit - self.topic_limit / 4;
+        let mut taken: Vec<Arc<str>> = Vec::with_capacity(names.len());
+        for name in names {
+            if let Err(full) = self.check_room_within(limit, name) {
+                self.unsubscribe(&taken);
+                return Err(full);
+            }
+            let topic = self.topic(name);
+            topic.subscribers += 1;
+            taken.push(topic.name.clone());
+        }
+        Ok(taken.into())
+    }
+
+    pub fn unsubscribe(&mut self, names: &[Arc<str>]) {
+        for name in names {
+            if let Some(topic) = self.topics.get_mut(name) {
+                topic.subscribers -= 1;
+            }
+            self.remove_if_unused(name);
+        }
+    }
+
+    /// The cursor that a new stream starts after, and the gap that it must hear first.
+    pub fn start(&self, names: &[Arc<str>], from: Start) -> (Id, Option<Encoded>) {
+        match from {
+            Start::Now => (self.newest, None),
+            Start::Earliest => (self.oldest_after(names, Id::default()).map_or(self.newest, Id::before), None),
+            Start::Ago(time) => self.resume(names, Some(self.ago(time).min(self.newest))),
+            Start::After(cursor) => self.resume(names, cursor),
+        }
+    }
+
+    fn resume(&self, names: &[Arc<str>], asked: Option<Id>) -> (Id, Option<Encoded>) {
+        // From the future is an id of an earlier life of this server: all that is kept is new to its owner.
+        let known = asked.filter(|asked| *asked <= self.newest);
+        match known {
+            Some(cursor) if cursor >= self.forgotten_of(names) => (cursor, None),
+            _ => {
+                let gap = self.gap(names, asked, known.unwrap_or_default());
+                (gap.id, Some(gap))
+            }
+        }
+    }
+
+    /// What comes after `cursor` in all of these topics, in one order, up to one run. A gap comes first where a topic has
+    /// forgotten something after the cursor that the subscriber was not told of. `told` is an id for each topic: with one
+    /// for all, a gap told for one topic would hide what another forgets later.
+    pub fn next(&self, names: &[Arc<str>], cursor: Id, told: &[Id]) -> Next {
+        if self.topics(names).zip(told).any(|(topic, told)| topic.forgotten > cursor.max(*told)) {
+            return Next::Gap(self.gap(names, Some(cursor), cursor));
+        }
+        let mut run = Run::default();
+        let mut heads: Vec<_> = self.topics(names).map(|topic| topic.after(cursor)).collect();
+        // In each topic the ids rise, so the next of all is the lowest of the topics' next ones.
+        let id_ahead = |event: Option<&Encoded>| event.map_or(Id::MAX, |event| event.id);
+        while let Some(head) = heads.iter_mut().min_by_key(|head| id_ahead((**head).clone().next())) {
+            match head.next() {
+                Some(event) if run.has_room_for(event) => run.push(event),
+                _ => break,
+            }
+        }
+        if run.bytes.is_empty() { Next::Nothing } else { Next::Events(run) }
+    }
+
+    /// The newest id that each of these topics has forgotten.
+    pub fn told(&self, names: &[Arc<str>]) -> Vec<Id> {
+        self.topics(names).map(|topic| topic.forgotten).collect()
+    }
+
+    /// Takes note of what an earlier process has forgotten: of one topic, or of all that are not in the table.
+    pub fn restore_forgotten(&mut self, name: Option<&str>, id: Id) {
+        match name {
+            None => self.forgotten = self.forgotten.max(id),
+            Some(name) => {
+                let known = self.topics.get(name).map_or(id, |topic| topic.forgotten);
+                self.topic(name).forgotten = known.max(id);
+            }
+        }
+        self.newest = self.newest.max(id);
+    }
+
+    /// Ends restoring: topics of which only a mark was found leave the table.
+    pub fn remove_unused(&mut self) {
+        let unused = self.topics.values().filter(|topic| topic.events.is_empty());
+        let names: Vec<_> = unused.map(|topic| topic.name.clone()).collect();
+        names.iter().for_each(|name| self.remove_if_unused(name));
+    }
+
+    /// Of every topic something up to `id` may be missing.
+    pub fn count_as_forgotten(&mut self, id: Id) {
+        self.newest = self.newest.max(id);
+        self.forgotten = self.newest;
+        self.topics.values_mut().for_each(|topic| topic.forgotten = self.newest);
+    }
+
+    /// Every kept event, in the order of the ids.
+    pub fn all_events(&self) -> Vec<Encoded> {
+        let kept = self.topics.values().flat_map(|topic| &topic.events);
+        let mut events: Vec<_> = kept.map(|(event, _)| event.clone()).collect();
+        events.sort_unstable_by_key(|event| event.id);
+        events
+    }
+
+    /// The topics that keep events, with what each has forgotten; and the newest id that any other topic has.
+    pub fn all_forgotten(&self) -> (Vec<(Arc<str>, Id)>, Id) {
+        let (used, unused): (Vec<_>, Vec<_>) = self.topics.values().partition(|topic| !topic.events.is_empty());
+        let others = unused.iter().map(|topic| topic.forgotten).fold(self.forgotten, Id::max);
+        (used.iter().map(|topic| (topic.name.clone(), topic.forgotten)).collect(), others)
+    }
+
+    /// The topic, which is put into the table where it is not there. The caller uses it at once, by an event or a
+    /// subscriber: an unused one would stay.
+    fn topic(&mut self, name: &str) -> &mut Topic {
+        let name: Arc<str> = name.into();
+        let new = Topic { name: name.clone(), forgotten: self.forgotten, ..Topic::default() };
+        self.topics.entry(name).or_insert(new)
+    }
+
+    fn topics(&self, names: &[Arc<str>]) -> impl Iterator<Item = &Topic> {
+        names.iter().filter_map(|name| self.topics.get(name))
+    }
+
+    fn forget_oldest_of(&mut self, name: &Arc<str>) {
+        let Some(topic) = self.topics.get_mut(name) else { return };
+        let Some((event, key)) = topic.events.pop_front() else { return };
+        self.oldest.remove(&event.id);
+        self.events -= 1;
+        self.bytes -= cost(&event, &key);
+        topic.forgotten = topic.forgotten.max(event.id);
+        if let Some(key) = key.filter(|key| topic.keys.get(key) == Some(&event.id)) {
+            topic.keys.remove(&key);
+        }
+        // What a busier hour has reserved is given back, or the budget would not bound it.
+        if topic.events.len() * 4 < topic.events.capacity() {
+            topic.events.shrink_to(topic.events.len() * 2);
+            topic.keys.shrink_to(topic.keys.len() * 2);
+        }
+        match topic.events.front() {
+            Some((next, _)) => drop(self.oldest.insert(next.id, name.clone())),
+            None => self.remove_if_unused(name),
+        }
+    }
+
+    fn remove_if_unused(&mut self, name: &str) {
+        if let Some(topic) = self.topics.get(name).filter(|t| t.subscribers == 0 && t.events.is_empty()) {
+            self.forgotten = self.forgotten.max(topic.forgotten);
+            self.topics.remove(name);
+        }
+    }
+
+    /// The cursor that long before the newer of now and the newest id.
+    fn ago(&self, time: Duration) -> Id {
+        let time_ms = u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
+        Id { ms: now_ms().max(self.newest.ms).saturating_sub(time_ms), seq: 0 }
+    }
+
+    fn forgotten_of(&self, names: &[Arc<str>]) -> Id {
+        self.topics(names).map(|topic| topic.forgotten).max().unwrap_or(self.forgotten)
+    }
+
+    fn oldest_after(&self, names: &[Arc<str>], cursor: Id) -> Option<Id> {
+        self.topics(names).filter_map(|topic| topic.after(cursor).next()).map(|event| event.id).min()
+    }
+
+    /// The event that says that something between the asked cursor and the oldest kept event may be missing. Its id is
+    /// just before that event, so whoever resumes from it gets all that is kept.
+    fn gap(&self, names: &[Arc<str>], asked: Option<Id>, cursor: Id) -> Encoded {
+        let oldest = self.oldest_after(names, cursor);
+        let id = oldest.map_or(self.forgotten_of(names), Id::before);
+        let json = |id: Option<Id>| id.map_or("null".into(), |id| format!("\"{id}\""));
+        let data = format!("{{\"after\":{},\"oldest\":{}}}", json(asked), json(oldest));
+        Encoded::new(id, Event::new(data).name("gap").encode(Some(&id)))
+    }
+}
+
+impl Topic {
+    /// The kept events after `cursor`, oldest first.
+    fn after(&self, cursor: Id) -> impl Iterator<Item = &Encoded> + Clone {
+        let first = self.events.partition_point(|(event, _)| event.id <= cursor);
+        self.events.range(first..).map(|(event, _)| event)
+    }
+}
+
+fn cost(event: &Encoded, key: &Option<Arc<str>>) -> usize {
+    EVENT_OVERHEAD + event.block.len() + key.as_ref().map_or(0, |key| 2 * key.len() + KEY_OVERHEAD)
+}
