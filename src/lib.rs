@@ -69,7 +69,10 @@ mod config;
 mod encoded;
 mod event;
 mod history;
+mod log;
+mod metrics;
 mod sync;
+mod system;
 mod text;
 // uses
 use authority::{is_authority, is_loopback, split_port};
@@ -80,7 +83,10 @@ pub use config::{Config, Log, Token};
 use encoded::{BATCH_BYTES, Encoded, Run};
 pub use event::{Event, Id};
 use history::{History, Next, Start, Totals};
+use log::{Logger, OncePerSecond};
+use metrics::{Counters, Gauges};
 use sync::{enter, start_thread, try_enter};
+use system::AddressSpace;
 pub use text::parse_duration;
 use text::{LONGEST, invalid, shown};
 
@@ -116,9 +122,6 @@ const QUEUE_SLOTS: usize = 4096;
 const STRAY_BYTES: usize = 4 * 1024;
 /// Threads that only accept and hand over: `std` listens with a backlog of 128, and a herd must not outrun it.
 const ACCEPTORS: usize = 2;
-/// Where address space is limited (`ulimit -v`), a newcomer is taken only while this much is free: for its thread, and for
-/// what all others allocate.
-const SPARE_SPACE_KB: usize = 12 * 1024;
 /// Whoever makes room for another loses its place at once, but its thread takes a moment to end. So many may be ending at
 /// the same time, beside those that have a place.
 const ENDING_THREADS: usize = 128;
@@ -155,9 +158,6 @@ const JOURNAL_SLACK: u64 = 1024 * 1024;
 const HELD_BACK_MS: u64 = 60_000;
 /// A journal that failed is tried again this often, so that a broken disk is not kept busy with rewriting.
 const JOURNAL_RETRY: Duration = Duration::from_secs(1);
-/// Lines of the log that wait for stderr, and how long stopping waits for them.
-const LOG_LINES: usize = 1024;
-const LOG_TIME: Duration = Duration::from_millis(30);
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Event and Id. An event is encoded once, when it is published, into the bytes that every subscriber gets. What 29
@@ -213,7 +213,7 @@ struct Journal {
     boot: Option<String>,
     log: Arc<Logger>,
     /// Its own limit of one warning a second: a flood of refused connections must not use up the journal's turn.
-    warned_at: AtomicU64,
+    warned: OncePerSecond,
     /// The journal's own file is replaced now and then, so the lock is on one beside it.
     lock: File,
 }
@@ -262,7 +262,7 @@ impl Journal {
                 format!("it is no journal, for none of its {size} bytes can be read as one: name another file");
             return Err(io::Error::new(ErrorKind::InvalidData, reason));
         }
-        let boot = Some(system_file(&"/proc/sys/kernel/random/boot_id").trim().to_string()).filter(|id| !id.is_empty());
+        let boot = system::boot_id();
         let rebooted = found.boot.is_some() && found.boot != boot;
         let mut journal = Journal {
             path,
@@ -274,7 +274,7 @@ impl Journal {
             fsync: config.fsync,
             boot: boot.filter(|_| !config.fsync),
             log: log.clone(),
-            warned_at: AtomicU64::new(0),
+            warned: OncePerSecond::default(),
             lock,
         };
         journal.repair(&found, size, kept, rebooted)?;
@@ -339,7 +339,7 @@ impl Journal {
         let result = self.mend(kept).and_then(|()| self.write(blocks));
         if let Err(error) = &result {
             let line = format_args!("journal {}: {error}; nothing is published until it works", self.path.display());
-            self.log.once_a_second(&self.warned_at, line);
+            self.log.warn_within(&self.warned, line);
         }
         result
     }
@@ -1837,8 +1837,7 @@ struct Shared {
     someone_left: Condvar,
     /// The port, if the server is on loopback.
     loopback_port: Option<u16>,
-    /// The limit on address space, if there is one.
-    address_space_kb: Option<usize>,
+    address_space: AddressSpace,
     log: Arc<Logger>,
 }
 
@@ -2314,7 +2313,7 @@ impl Server {
         let log = Arc::new(Logger::start(config.log)?);
         let cores = thread::available_parallelism().map_or(1, |cores| cores.get());
         let lane_count = if config.lanes == 0 { cores.div_ceil(2) } else { config.lanes };
-        let config = fit_to_system(config, lane_count, &log)?;
+        let config = system::fit(config, lane_count, &log)?;
         let (mut lanes, mut threads, counters) = (Vec::new(), Vec::new(), Arc::new(Counters::default()));
         for n in 0..lane_count {
             let (sender, queue) = crossbeam_channel::bounded(QUEUE_SLOTS);
@@ -2335,14 +2334,13 @@ impl Server {
         let core = Core { config, stopping, journal, order, settled, kept, lanes, counters };
         let hub = Hub { core: Arc::new(core) };
         let loopback_port = Some(address.port()).filter(|_| address.ip().is_loopback());
-        let address_space_kb = number_in(&"/proc/self/limits", "Max address space").map(|bytes| bytes / 1024);
         let shared = Shared {
             hub,
             routes: Mutex::default(),
             connections: Mutex::default(),
             someone_left: Condvar::new(),
             loopback_port,
-            address_space_kb,
+            address_space: AddressSpace::read(),
             log,
         };
         let (shared, listener) = (Arc::new(shared), Arc::new(listener));
@@ -2517,7 +2515,7 @@ impl Shared {
     fn admit(self: &Arc<Shared>, socket: TcpStream, peer: SocketAddr) {
         let config = self.config();
         let mut connections = enter(&self.connections);
-        let has_space = self.has_space();
+        let has_space = self.address_space.has_room();
         let places = config.connections + config.subscribers;
         let taken = connections.places.iter().map(VecDeque::len).sum::<usize>();
         // A place may be given away before the thread that had it has ended, but not too many such threads at once.
@@ -2544,14 +2542,6 @@ impl Shared {
             self.log.warn(format_args!("no thread for {peer}: {error}")); // it was dropped, and has left its place
             enter(&self.connections).make_room();
         }
-    }
-
-    /// Whether there is address space for another thread: std aborts the process where its signal stack finds none.
-    fn has_space(&self) -> bool {
-        self.address_space_kb.is_none_or(|limit| {
-            let taken = number_in(&"/proc/self/status", "VmSize:");
-            taken.is_some_and(|taken| taken + SPARE_SPACE_KB <= limit)
-        })
     }
 
     /// Finds a stream its place, and numbers it; `None` where there is no room.
@@ -2719,7 +2709,7 @@ impl Shared {
 
     /// A stream's line is written when it closes.
     fn log_request(&self, c: &Connection, request: &Request, path: &str, status: u16) {
-        if self.log.wanted >= Log::Debug {
+        if self.log.wants(Log::Debug) {
             self.log.line(Log::Debug, format_args!("{} {:.20} {} {status}", c.peer, request.method, shown(path)));
         }
     }
@@ -2747,198 +2737,22 @@ impl Drop for ConnectionThread {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Counters, the log, and what the system allows.
-
-#[derive(Default)]
-struct Counters {
-    published: AtomicU64,
-    delivered: AtomicU64,
-    woken: AtomicU64,
-    gaps: AtomicU64,
-    sent_away: AtomicU64,
-    journal_bytes: AtomicU64,
-}
 
 impl Shared {
-    /// <https://prometheus.io/docs/instrumenting/exposition_formats/>
     fn metrics(&self) -> String {
-        let (core, counters) = (&*self.hub.core, &*self.hub.core.counters);
         let connections = enter(&self.connections);
         let [waiting, busy, trusted, streams] = connections.places.each_ref().map(VecDeque::len);
         drop(connections);
-        let kept = core.kept();
-        let Totals { topics, events, bytes } = kept.totals();
-        drop(kept);
-        let total = |counter: &AtomicU64| counter.load(Relaxed);
-        let mut text = String::new();
-        for (name, kind, value, help) in [
-            ("subscribers", "gauge", streams as u64, "Streams that are open."),
-            ("connections", "gauge", (waiting + busy + trusted) as u64, "Connections beside the streams."),
-            ("topics", "gauge", topics as u64, "Topic names in use."),
-            ("kept_events", "gauge", events as u64, "Events kept for replaying."),
-            ("kept_bytes", "gauge", bytes as u64, "Bytes kept for replaying, with bookkeeping."),
-            ("journal_bytes", "gauge", total(&counters.journal_bytes), "Size of the journal."),
-            ("published_total", "counter", total(&counters.published), "Events published."),
-            ("delivered_total", "counter", total(&counters.delivered), "Events written to subscribers."),
-            ("woken_total", "counter", total(&counters.woken), "Times a live subscriber's thread was woken."),
-            ("gaps_total", "counter", total(&counters.gaps), "Gaps that subscribers were told of."),
-            ("sent_away_total", "counter", total(&counters.sent_away), "Connections and streams without room."),
-        ] {
-            let _ =
-                write!(text, "# HELP brooklet_{name} {help}\n# TYPE brooklet_{name} {kind}\nbrooklet_{name} {value}\n");
-        }
-        text
+        let Totals { topics, events, bytes } = self.hub.core.kept().totals();
+        let gauges = Gauges {
+            subscribers: streams,
+            connections: waiting + busy + trusted,
+            topics,
+            kept_events: events,
+            kept_bytes: bytes,
+        };
+        metrics::render(&gauges, &self.hub.core.counters)
     }
-}
-
-/// Lines for stderr, written by a thread of their own: a pipe that takes nothing must hold up neither streams nor
-/// stopping. What does not fit into the queue is left out, and counted.
-struct Logger {
-    wanted: Log,
-    queue: Arc<LogQueue>,
-    warned_at: AtomicU64,
-}
-
-/// What the log's thread has to write; none for the end. An empty queue says that it has written all.
-#[derive(Default)]
-struct LogQueue {
-    lines: Mutex<VecDeque<Option<String>>>,
-    changed: Condvar,
-    /// How many lines have found no room since the last that did. Changed under the lock.
-    left_out: AtomicU64,
-}
-
-impl Logger {
-    fn start(wanted: Log) -> io::Result<Logger> {
-        let queue = Arc::new(LogQueue::default());
-        if wanted > Log::Off {
-            let queue = queue.clone();
-            start_thread("log".into(), Box::new(move || queue.write_all()))?;
-        }
-        Ok(Logger { wanted, queue, warned_at: AtomicU64::new(0) })
-    }
-
-    fn line(&self, level: Log, line: fmt::Arguments) {
-        if level <= self.wanted {
-            self.queue.push(Some(format!("{} {line}", date())));
-        }
-    }
-
-    /// For what repeats as fast as a flood: one line a second at most.
-    fn warn(&self, line: fmt::Arguments) {
-        self.once_a_second(&self.warned_at, line);
-    }
-
-    fn once_a_second(&self, warned_at: &AtomicU64, line: fmt::Arguments) {
-        let second = now_ms() / 1000;
-        if warned_at.swap(second, Relaxed) != second {
-            self.line(Log::Info, line);
-        }
-    }
-
-    fn finish(&self) {
-        if self.wanted > Log::Off {
-            self.queue.push(None);
-            let lines = enter(&self.queue.lines);
-            drop(self.queue.changed.wait_timeout_while(lines, LOG_TIME, |lines| !lines.is_empty()));
-        }
-    }
-}
-
-impl Drop for Logger {
-    fn drop(&mut self) {
-        self.queue.push(None); // where it was not finished
-    }
-}
-
-impl LogQueue {
-    fn push(&self, mut line: Option<String>) {
-        let mut lines = enter(&self.lines);
-        if let Some(line) = &mut line {
-            if lines.len() >= LOG_LINES {
-                self.left_out.fetch_add(1, Relaxed);
-                return;
-            }
-            let left_out = self.left_out.swap(0, Relaxed);
-            if left_out > 0 {
-                let _ = write!(line, " ({left_out} lines before this one were left out)");
-            }
-        }
-        lines.push_back(line);
-        self.changed.notify_all();
-    }
-
-    /// A line leaves the queue once it is written.
-    fn write_all(&self) {
-        let mut lines = enter(&self.lines);
-        loop {
-            lines = self.changed.wait_while(lines, |lines| lines.is_empty()).unwrap_or_else(PoisonError::into_inner);
-            let Some(Some(line)) = lines.front_mut().map(Option::take) else { break };
-            drop(lines);
-            let _ = writeln!(io::stderr(), "{line}");
-            lines = enter(&self.lines);
-            lines.pop_front();
-        }
-        lines.clear();
-        self.changed.notify_all();
-    }
-}
-
-/// Lowers the limits on connections to what the system gives this process: a thread that cannot map its stack's guard
-/// aborts the process from inside its start-up, where no error can be caught, so it must not come to that.
-fn fit_to_system(mut config: Config, lanes: usize, log: &Logger) -> io::Result<Config> {
-    let open = fs::read_dir("/proc/self/fd").map_or(0, Iterator::count);
-    let files = number_in(&"/proc/self/limits", "Max open files").unwrap_or(usize::MAX).saturating_sub(open + 16);
-    let mappings = number_in(&"/proc/sys/vm/max_map_count", "").unwrap_or(usize::MAX);
-    // A thread takes 4: its stack, its signal stack, and their guards. glibc gives each buffer of 128 KiB one of its own.
-    let for_each = if config.head_bytes.max(config.data_bytes()) > 64 * 1024 { 6 } else { 4 };
-    let mappings = mappings.saturating_sub(system_file(&"/proc/self/maps").lines().count() + 1024) / for_each;
-    let tasks = tasks_left().saturating_sub(lanes + 16);
-    let limits = [
-        (files, "open files (ulimit -n)"),
-        (mappings, "memory mappings (vm.max_map_count)"),
-        (tasks, "tasks in its control group (pids.max)"),
-    ];
-    let (room, what) = limits.into_iter().min().unwrap_or((usize::MAX, ""));
-    if room < 2 {
-        let reason = format!("no room for two connections: the limit is on {what}");
-        return Err(io::Error::new(ErrorKind::QuotaExceeded, reason));
-    } else if config.subscribers.saturating_add(config.connections) > room {
-        config.connections = config.connections.min(room / 8 + 1);
-        config.subscribers = config.subscribers.min(room - config.connections);
-        let (subscribers, connections) = (config.subscribers, config.connections);
-        let line =
-            format_args!("room for {subscribers} streams and {connections} connections only: the limit is on {what}");
-        log.line(Log::Info, line);
-    }
-    Ok(config)
-}
-
-/// What Linux says in a file of /proc or /sys. On other systems that is nothing, and no limit is lowered.
-fn system_file(path: &dyn AsRef<Path>) -> String {
-    fs::read_to_string(path).unwrap_or_default()
-}
-
-/// The number behind `name` in such a file; `None` where it is not there, or is the word for no limit.
-fn number_in(path: &dyn AsRef<Path>, name: &str) -> Option<usize> {
-    system_file(path).lines().find_map(|line| line.strip_prefix(name)?.split_whitespace().next()?.parse().ok())
-}
-
-/// How many tasks the control groups around this process leave it. Its own is written `0::/GROUP`, of version 1
-/// `8:pids:/GROUP`. <https://docs.kernel.org/admin-guide/cgroup-v2.html#pid>
-fn tasks_left() -> usize {
-    let own = system_file(&"/proc/self/cgroup");
-    let roots = own.lines().filter_map(|line| match line.split_once(':')?.1.split_once(":/")? {
-        ("", group) => Some(("/sys/fs/cgroup", group)),
-        ("pids", group) => Some(("/sys/fs/cgroup/pids", group)),
-        _ => None,
-    });
-    let groups =
-        roots.flat_map(|(root, group)| Path::new(group).ancestors().map(move |group| Path::new(root).join(group)));
-    let left = |group: PathBuf| {
-        Some(number_in(&group.join("pids.max"), "")?.saturating_sub(number_in(&group.join("pids.current"), "")?))
-    };
-    groups.filter_map(left).min().unwrap_or(usize::MAX)
 }
 
 #[cfg(fuzzing)]

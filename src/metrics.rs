@@ -1,0 +1,46 @@
+//! What the server counts, and how Prometheus reads it.
+//!
+//! <https://prometheus.io/docs/instrumenting/exposition_formats/>
+
+use std::fmt::Write;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+
+#[derive(Default)]
+pub struct Counters {
+    pub published: AtomicU64,
+    pub delivered: AtomicU64,
+    pub woken: AtomicU64,
+    pub gaps: AtomicU64,
+    pub sent_away: AtomicU64,
+    pub journal_bytes: AtomicU64,
+}
+
+/// What is counted anew whenever somebody asks.
+pub struct Gauges {
+    pub subscribers: usize,
+    pub connections: usize,
+    pub topics: usize,
+    pub kept_events: usize,
+    pub kept_bytes: usize,
+}
+
+pub fn render(gauges: &Gauges, counters: &Counters) -> String {
+    let total = |counter: &AtomicU64| counter.load(Relaxed);
+    let mut text = String::new();
+    for (name, kind, value, help) in [
+        ("subscribers", "gauge", gauges.subscribers as u64, "Streams that are open."),
+        ("connections", "gauge", gauges.connections as u64, "Connections beside the streams."),
+        ("topics", "gauge", gauges.topics as u64, "Topic names in use."),
+        ("kept_events", "gauge", gauges.kept_events as u64, "Events kept for replaying."),
+        ("kept_bytes", "gauge", gauges.kept_bytes as u64, "Bytes kept for replaying, with bookkeeping."),
+        ("journal_bytes", "gauge", total(&counters.journal_bytes), "Size of the journal."),
+        ("published_total", "counter", total(&counters.published), "Events published."),
+        ("delivered_total", "counter", total(&counters.delivered), "Events written to subscribers."),
+        ("woken_total", "counter", total(&counters.woken), "Times a live subscriber's thread was woken."),
+        ("gaps_total", "counter", total(&counters.gaps), "Gaps that subscribers were told of."),
+        ("sent_away_total", "counter", total(&counters.sent_away), "Connections and streams without room."),
+    ] {
+        let _ = writeln!(text, "# HELP brooklet_{name} {help}\n# TYPE brooklet_{name} {kind}\nbrooklet_{name} {value}");
+    }
+    text
+}
