@@ -69,21 +69,24 @@ mod config;
 mod encoded;
 mod event;
 mod history;
+mod journal;
 mod log;
 mod metrics;
+mod recovery;
 mod sync;
 mod system;
 mod text;
 // uses
 use authority::{is_authority, is_loopback, split_port};
-use block::{Block, encode_block, read_block};
+use block::{Block, encode_block};
 use clock::{date, now_ms, spread};
 use config::SWEEP;
 pub use config::{Config, Log, Token};
 use encoded::{BATCH_BYTES, Encoded, Run};
 pub use event::{Event, Id};
 use history::{History, Next, Start, Totals};
-use log::{Logger, OncePerSecond};
+use journal::Journal;
+use log::Logger;
 use metrics::{Counters, Gauges};
 use sync::{enter, start_thread, try_enter};
 use system::AddressSpace;
@@ -94,11 +97,9 @@ use crossbeam_channel::{Receiver, RecvTimeoutError, Sender};
 use std::borrow::Cow;
 use std::collections::{HashMap, VecDeque};
 use std::fmt::{self, Write as _};
-use std::fs::{self, File, OpenOptions};
-use std::io::{self, BufReader, BufWriter, ErrorKind, IsTerminal, Read, Seek, Write};
+use std::io::{self, ErrorKind, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
-use std::os::unix::fs::OpenOptionsExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::Relaxed, Ordering::SeqCst};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread::{self, JoinHandle};
@@ -151,19 +152,37 @@ const STOP_TIME: Duration = Duration::from_millis(950);
 const WAITING_BYTES: usize = 16 * 1024 * 1024;
 /// The journal is written in pieces of at most this much (or one event), however many publishers wait.
 const JOURNAL_BATCH: usize = 1024 * 1024;
-/// What a journal may grow beyond twice what is kept before it is written anew: a small one is not worth it.
-const JOURNAL_SLACK: u64 = 1024 * 1024;
 /// More than the kernel holds back what is to be written, which is 30 s and a little.
 /// <https://docs.kernel.org/admin-guide/sysctl/vm.html#dirty-expire-centisecs>
 const HELD_BACK_MS: u64 = 60_000;
-/// A journal that failed is tried again this often, so that a broken disk is not kept busy with rewriting.
-const JOURNAL_RETRY: Duration = Duration::from_secs(1);
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Event and Id. An event is encoded once, when it is published, into the bytes that every subscriber gets. What 29
 // clients make of these bytes decided their form: LF alone ends a line, one blank line ends an event, nothing else
 // stands between.
 // https://html.spec.whatwg.org/multipage/server-sent-events.html#event-stream-interpretation
+
+/// Takes a journal into use, and fills the history with what is in it.
+fn open_journal(path: &Path, history: &mut History, config: &Config, log: &Arc<Logger>) -> io::Result<Journal> {
+    let named = |error: io::Error| io::Error::new(error.kind(), format!("the journal {}: {error}", path.display()));
+    recover(path, history, config, log).map_err(named)
+}
+
+fn recover(path: &Path, history: &mut History, config: &Config, log: &Arc<Logger>) -> io::Result<Journal> {
+    let mut take = |block: Block, bytes: &[u8]| restore(history, block, bytes);
+    let (mut journal, found) = Journal::open(path, config, log, &mut take)?;
+    history.remove_unused();
+    if found.may_lack_events() {
+        // What came before, or stood there, is not known, so every topic may have lost something up to now; or for a
+        // while after the newest that is known, where the clock has gone back.
+        let ms = now_ms().max(history.newest().ms.saturating_add(HELD_BACK_MS));
+        history.count_as_forgotten(Id { ms, seq: 0 });
+    }
+    let Totals { topics, events, .. } = history.totals();
+    log.line(Log::Info, format_args!("kept {events} events of {topics} topics"));
+    journal.repair(&found, history.block_bytes(), &|boot| snapshot(history, boot))?;
+    Ok(journal)
+}
 
 /// Takes in a block of the journal.
 fn restore(kept: &mut History, block: Block, bytes: &[u8]) {
@@ -185,330 +204,6 @@ fn snapshot(kept: &History, boot: Option<&str>) -> Vec<Encoded> {
     blocks.extend(topics.iter().map(|(name, forgotten)| mark("topic", Some(name), *forgotten)));
     blocks.append(&mut kept.all_events());
     blocks
-}
-
-// ---------------------------------------------------------------------------------------------------------------------
-// Journal: a file that is an event stream itself, so `cat`, `grep` and `tail -f` read it. Each block is the topic,
-// perhaps the key, a sum over the rest, and then the very bytes that go out. A block without data says up to which id a
-// topic has let go; without a topic, it speaks of every topic that is not in the file. A stream that ends early ends
-// with its last blank line, says the standard, and that is the whole of recovery. Nothing is changed in place: blocks
-// are appended, and what was let go disappears when the file is written anew beside itself and renamed. So whenever the
-// process or the machine dies, one whole journal has the name. Where it is not synced, only its end may be missing after
-// the machine's death, which nothing in the file shows: so its first block names the boot, and after another one all
-// topics count as let go up to now.
-
-struct Journal {
-    path: PathBuf,
-    /// Opened for appending: after the file was cut, the next block stands at its end.
-    file: File,
-    /// Up to here, the file is whole blocks that were published.
-    length: u64,
-    /// How long it was when it held nothing but what was kept.
-    needed: u64,
-    health: Health,
-    tried_at: Option<Instant>,
-    fsync: bool,
-    /// The run of the machine that it was begun in, unless everything is synced: should the machine die, the kernel may
-    /// not have written the end of it.
-    boot: Option<String>,
-    log: Arc<Logger>,
-    /// Its own limit of one warning a second: a flood of refused connections must not use up the journal's turn.
-    warned: OncePerSecond,
-    /// The journal's own file is replaced now and then, so the lock is on one beside it.
-    lock: File,
-}
-
-impl Drop for Journal {
-    fn drop(&mut self) {
-        let _ = self.lock.unlock(); // also where a process just forked from this one still has the file open
-    }
-}
-
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Health {
-    Whole,
-    /// A write failed, perhaps half-way: the file must be cut back.
-    Torn,
-    /// A sync failed. The kernel forgets what it could not write, so that the next sync would succeed with the data
-    /// lost: only a new file, synced from memory, is trusted again. <https://wiki.postgresql.org/wiki/Fsync_Errors>
-    Unsynced,
-}
-
-impl Journal {
-    /// Takes a journal into use, and fills `kept` with what is in it.
-    fn open(path: &Path, kept: &mut History, config: &Config, log: &Arc<Logger>) -> io::Result<Journal> {
-        let named = |error: io::Error| io::Error::new(error.kind(), format!("the journal {}: {error}", path.display()));
-        Journal::recover(path, kept, config, log).map_err(named)
-    }
-
-    fn recover(path: &Path, kept: &mut History, config: &Config, log: &Arc<Logger>) -> io::Result<Journal> {
-        let started = Instant::now();
-        let open = |path| OpenOptions::new().read(true).append(true).create(true).mode(0o600).open(path);
-        if !open(path)?.metadata()?.is_file() {
-            return invalid("it is no regular file");
-        }
-        let path = path.canonicalize()?; // a link stays one, however often the journal is renamed
-        let lock = lock(&beside(&path, ".lock"))?;
-        let file = open(&path)?; // again: whoever had the lock may have renamed another one there
-        if config.fsync {
-            // What an earlier process wrote and named may not be safe yet, and is shown from here on.
-            file.sync_data()?;
-            sync_directory_of(&path)?;
-        }
-        let size = file.metadata()?.len();
-        let found = Found::read(&file, size, kept, config)?;
-        if size > 0 && found.blocks == found.damaged {
-            let reason =
-                format!("it is no journal, for none of its {size} bytes can be read as one: name another file");
-            return Err(io::Error::new(ErrorKind::InvalidData, reason));
-        }
-        let boot = system::boot_id();
-        let rebooted = found.boot.is_some() && found.boot != boot;
-        let mut journal = Journal {
-            path,
-            file,
-            length: found.whole,
-            needed: kept.block_bytes(),
-            health: Health::Whole,
-            tried_at: None,
-            fsync: config.fsync,
-            boot: boot.filter(|_| !config.fsync),
-            log: log.clone(),
-            warned: OncePerSecond::default(),
-            lock,
-        };
-        journal.repair(&found, size, kept, rebooted)?;
-        let (events, took) = (found.events, started.elapsed().as_millis());
-        let Totals { topics, events: left, .. } = kept.totals();
-        let cut = match size.saturating_sub(found.whole) {
-            0 => String::new(),
-            cut => format!("; {cut} bytes of one that was not whole were cut off"),
-        };
-        journal.say(format_args!(
-            "read {events} events, {size} bytes, in {took} ms; kept {left} events of {topics} topics{cut}"
-        ));
-        Ok(journal)
-    }
-
-    /// Makes the file one that can be appended to. What a dying process left half-written at its end is cut off. Where
-    /// more than that is damaged, the file is kept aside, and what could be read of it is written anew; so is a file whose
-    /// first block must say something else of the boot from here on.
-    fn repair(&mut self, found: &Found, size: u64, kept: &mut History, rebooted: bool) -> io::Result<()> {
-        let is_damaged = found.damaged > 0 || found.headless;
-        if is_damaged {
-            let copy = beside(&self.path, &format!(".damaged.{}", now_ms()));
-            fs::hard_link(&self.path, &copy).or_else(|_| fs::copy(&self.path, &copy).map(drop))?;
-            let Found { damaged, damaged_at, .. } = found;
-            let head = if found.headless { "its beginning is missing; " } else { "" };
-            let copy = copy.display();
-            self.say(format_args!(
-                "{head}{damaged} of its blocks cannot be read, at bytes {damaged_at:?}; it is kept as {copy}"
-            ));
-        }
-        if rebooted {
-            self.say(format_args!(
-                "the machine has died or restarted since, so the last seconds before may be missing"
-            ));
-        }
-        let may_lack_events = is_damaged || rebooted || size == 0;
-        if may_lack_events {
-            // What came before, or stood there, is not known, so every topic may have lost something up to now; or for a
-            // while after the newest that is known, where the clock has gone back.
-            let ms = now_ms().max(kept.newest().ms.saturating_add(HELD_BACK_MS));
-            kept.count_as_forgotten(Id { ms, seq: 0 });
-        }
-        if may_lack_events || found.boot != self.boot {
-            match self.rewrite(&snapshot(kept, self.boot.as_deref())) {
-                // Perhaps the disk is full. The file is whole, and as it names an earlier boot, the next start brings a gap
-                // too many, but no hole.
-                Err(error) if found.boot.is_some() && !is_damaged && self.health == Health::Whole => {
-                    self.say(format_args!("cannot be written anew: {error}"));
-                }
-                result => return result,
-            }
-        }
-        if found.whole < size { self.cut_back() } else { Ok(()) }
-    }
-
-    fn say(&self, what: fmt::Arguments) {
-        self.log.line(Log::Info, format_args!("journal {}: {what}", self.path.display()));
-    }
-
-    /// Appends whole blocks. Where that fails, none of them is published.
-    fn append(&mut self, blocks: &[u8], kept: &Mutex<History>) -> io::Result<()> {
-        let result = self.mend(kept).and_then(|()| self.write(blocks));
-        if let Err(error) = &result {
-            let line = format_args!("journal {}: {error}; nothing is published until it works", self.path.display());
-            self.log.warn_within(&self.warned, line);
-        }
-        result
-    }
-
-    fn write(&mut self, blocks: &[u8]) -> io::Result<()> {
-        if let Err(error) = self.file.write_all(blocks) {
-            self.health = Health::Torn;
-            let _ = self.cut_back(); // at once, for those who follow the file; else before the next block
-            return Err(error);
-        }
-        if self.fsync
-            && let Err(error) = self.file.sync_data()
-        {
-            self.health = Health::Unsynced;
-            return Err(error);
-        }
-        self.length += blocks.len() as u64;
-        Ok(())
-    }
-
-    fn cut_back(&mut self) -> io::Result<()> {
-        self.file.set_len(self.length)?;
-        self.health = Health::Whole;
-        Ok(())
-    }
-
-    /// Makes the file fit to be appended to: whole, trusted, and not much larger than what is kept.
-    fn mend(&mut self, kept: &Mutex<History>) -> io::Result<()> {
-        match self.health {
-            Health::Whole => {}
-            Health::Torn => self.cut_back()?,
-            Health::Unsynced if self.tried_at.is_some_and(|at| at.elapsed() < JOURNAL_RETRY) => {
-                return Err(io::Error::other("it could not be synced, and must be written anew first"));
-            }
-            Health::Unsynced => {
-                self.tried_at = Some(Instant::now());
-                let blocks = snapshot(&enter(kept), self.boot.as_deref());
-                return self.rewrite(&blocks);
-            }
-        }
-        if self.length > 2 * self.needed.max(enter(kept).block_bytes()) + JOURNAL_SLACK {
-            self.needed = self.length; // should this fail, not again before it has doubled
-            let blocks = snapshot(&enter(kept), self.boot.as_deref());
-            if let Err(error) = self.rewrite(&blocks) {
-                self.say(format_args!("cannot be written anew, and grows on: {error}"));
-            }
-        }
-        if self.health == Health::Whole { Ok(()) } else { Err(io::Error::other("its directory could not be synced")) }
-    }
-
-    /// Writes these blocks beside the journal, and gives them its name once they are on the disk.
-    fn rewrite(&mut self, blocks: &[Encoded]) -> io::Result<()> {
-        let new_path = beside(&self.path, ".new");
-        let _ = fs::remove_file(&new_path); // of a process that died half-way
-        let written = self.write_new(&new_path, blocks);
-        let renamed = written.and_then(|new| fs::rename(&new_path, &self.path).map(|()| new));
-        self.file = renamed.inspect_err(|_| drop(fs::remove_file(&new_path)))?;
-        self.length = blocks.iter().map(|event| event.block.len() as u64).sum();
-        (self.needed, self.health) = (self.length, Health::Unsynced); // until the name, too, is on the disk
-        sync_directory_of(&self.path)?;
-        self.health = Health::Whole;
-        Ok(())
-    }
-
-    fn write_new(&self, path: &Path, blocks: &[Encoded]) -> io::Result<File> {
-        let new = OpenOptions::new().append(true).create_new(true).mode(0o600).open(path)?;
-        new.set_permissions(self.file.metadata()?.permissions())?;
-        let mut out = BufWriter::with_capacity(64 * 1024, &new);
-        blocks.iter().try_for_each(|event| out.write_all(&event.block))?;
-        out.flush()?;
-        drop(out);
-        new.sync_all()?;
-        Ok(new)
-    }
-}
-
-fn sync_directory_of(path: &Path) -> io::Result<()> {
-    File::open(path.parent().unwrap_or(path))?.sync_all()
-}
-
-fn beside(path: &Path, suffix: &str) -> PathBuf {
-    let mut name = path.as_os_str().to_owned();
-    name.push(suffix);
-    name.into()
-}
-
-/// Locks a file for this process, and writes into it who that is.
-fn lock(path: &Path) -> io::Result<File> {
-    let named = |error: io::Error| io::Error::new(error.kind(), format!("{}: {error}", path.display()));
-    let mut options = OpenOptions::new();
-    let mut file = options.read(true).write(true).create(true).mode(0o600).open(path).map_err(named)?;
-    let mut holder = Vec::new();
-    let is_file = file.metadata().map_err(named)?.is_file();
-    if is_file {
-        let _ = (&file).take(100).read_to_end(&mut holder);
-    }
-    let holder = String::from_utf8_lossy(&holder);
-    match file.try_lock() {
-        Ok(()) => {}
-        Err(fs::TryLockError::Error(error)) => return Err(named(error)),
-        Err(fs::TryLockError::WouldBlock) => {
-            let reason = format!("{} is writing it: stop that one, or name another file", holder.trim());
-            return Err(io::Error::new(ErrorKind::ResourceBusy, reason));
-        }
-    }
-    // A power cut may leave zeros of it.
-    if !is_file || !holder.trim_matches('\0').is_empty() && !holder.starts_with("process ") {
-        return invalid(format!("{} is something else than its lock: move it away", path.display()));
-    }
-    let who = format!("process {}\n", std::process::id());
-    file.set_len(0).and_then(|()| file.rewind()).and_then(|()| file.write_all(who.as_bytes())).map_err(named)?;
-    Ok(file)
-}
-
-/// What reading a journal has found.
-#[derive(Default)]
-struct Found {
-    /// Up to here, the file is blocks, each with its blank line.
-    whole: u64,
-    blocks: u64,
-    events: u64,
-    damaged: u64,
-    /// Where the first of the damaged ones begin.
-    damaged_at: Vec<u64>,
-    /// It does not begin as every journal does, with the mark of no topic: what came before is missing.
-    headless: bool,
-    /// The boot that it was written in, unless it was always synced.
-    boot: Option<String>,
-}
-
-impl Found {
-    /// One pass over the file, which holds one block in memory beside what is kept.
-    fn read(file: impl Read, size: u64, kept: &mut History, config: &Config) -> io::Result<Found> {
-        let mut reader = BufReader::with_capacity(64 * 1024, file);
-        let limit = config.keep_bytes.max(config.data_bytes().saturating_mul(8).saturating_add(4096));
-        let watched = config.log > Log::Off && io::stderr().is_terminal();
-        let (mut found, mut bytes, mut newest, mut percent_shown) = (Found::default(), Vec::new(), None, 0);
-        while let Some(length) = read_block(&mut reader, &mut bytes, limit)? {
-            match Block::parse(&bytes) {
-                // Nothing of ours goes back in the order.
-                Some(block) if block.is_mark || newest < Some(block.id) => {
-                    if found.blocks == 0 {
-                        (found.headless, found.boot) = (block.topic.is_some(), block.boot.map(String::from));
-                    }
-                    if !block.is_mark {
-                        newest = Some(block.id);
-                        found.events += 1;
-                    }
-                    restore(kept, block, &bytes);
-                }
-                _ => {
-                    found.damaged += 1;
-                    found.damaged_at.extend(Some(found.whole).filter(|_| found.damaged <= 10));
-                }
-            }
-            found.whole += length;
-            found.blocks += 1;
-            let percent = 100 * found.whole / size.max(1);
-            if watched && percent > percent_shown {
-                percent_shown = percent;
-                let _ = write!(io::stderr(), "\rreading the journal: {percent} %");
-            }
-        }
-        if watched {
-            let _ = write!(io::stderr(), "\r{:40}\r", "");
-        }
-        kept.remove_unused();
-        Ok(found)
-    }
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -688,8 +383,11 @@ impl Core {
             batch.extend_from_slice(&waiting.event.block);
             count += 1;
         }
-        let result = journal.append(&batch, &self.kept).map_err(|error| error.to_string());
-        self.counters.journal_bytes.store(journal.length, Relaxed);
+        let kept_bytes = enter(&self.kept).block_bytes();
+        let result = journal
+            .append(&batch, kept_bytes, &|boot| snapshot(&enter(&self.kept), boot))
+            .map_err(|error| error.to_string());
+        self.counters.journal_bytes.store(journal.length(), Relaxed);
         let mut order = enter(&self.order);
         if result.is_err() {
             count = order.waiting.len(); // what came later must not be published before it
@@ -2325,9 +2023,9 @@ impl Server {
         // Ids begin above those of the journal; without one, whatever an earlier process had counts as let go.
         let now = Id { ms: now_ms(), seq: 0 };
         let mut kept = History::new(if config.journal.is_none() { now } else { Id::default() }, &config);
-        let open = |path| Journal::open(path, &mut kept, &config, &log);
+        let open = |path| open_journal(path, &mut kept, &config, &log);
         let journal = config.journal.as_deref().map(open).transpose()?;
-        counters.journal_bytes.store(journal.as_ref().map_or(0, |journal| journal.length), Relaxed);
+        counters.journal_bytes.store(journal.as_ref().map_or(0, Journal::length), Relaxed);
         let order = Order { newest: kept.newest(), ..Order::default() };
         let (journal, order, kept) = (Mutex::new(journal), Mutex::new(order), Mutex::new(kept));
         let (stopping, settled) = (AtomicBool::new(false), Condvar::new());
