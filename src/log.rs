@@ -96,7 +96,8 @@ impl Logger {
 }
 
 fn write_until_end(lines: &Receiver<Line>) {
-    while let Ok(Line::Text(line)) = lines.recv() {
-        let _ = writeln!(io::stderr(), "{line}");
+    while let Ok(Line::Text(mut line)) = lines.recv() {
+        line.push('\n');
+        let _ = io::stderr().write_all(line.as_bytes()); // one write, so that no other's line comes in between
     }
 }
