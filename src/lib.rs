@@ -66,42 +66,45 @@ mod authority;
 mod block;
 mod clock;
 mod config;
+mod connection;
 mod encoded;
 mod event;
 mod history;
+mod hub;
 mod journal;
+mod lane;
 mod log;
 mod metrics;
+mod places;
 mod recovery;
 mod sync;
 mod system;
 mod text;
 // uses
 use authority::{is_authority, is_loopback, split_port};
-use block::{Block, encode_block};
-use clock::{date, now_ms, spread};
-use config::SWEEP;
+use clock::{date, spread};
 pub use config::{Config, Log, Token};
-use encoded::{BATCH_BYTES, Encoded, Run};
+use connection::{AWAKE_TIME, Connection, LINGER, Phase, Reason, STOPPING, State, would_block};
 pub use event::{Event, Id};
-use history::{History, Next, Start, Totals};
-use journal::Journal;
+use history::{Next, Start, Totals};
+pub use hub::Hub;
+use hub::{Core, check_topic};
+use lane::ToLane;
 use log::Logger;
 use metrics::{Counters, Gauges};
-use sync::{enter, start_thread, try_enter};
+use places::{Counts, Place, Places};
+use sync::{enter, start_thread};
 use system::AddressSpace;
 pub use text::parse_duration;
 use text::{LONGEST, invalid, shown};
 
-use crossbeam_channel::{Receiver, RecvTimeoutError, Sender};
+use crossbeam_channel::Sender;
 use std::borrow::Cow;
-use std::collections::{HashMap, VecDeque};
 use std::fmt::{self, Write as _};
-use std::io::{self, ErrorKind, Read, Write};
+use std::io::{self, ErrorKind, Read};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
-use std::path::Path;
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::Relaxed, Ordering::SeqCst};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::atomic::Ordering::Relaxed;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
@@ -110,25 +113,9 @@ use std::time::{Duration, Instant};
 // fields of `Config`, each with its default and the reason for it; those that follow from the protocol or the design
 // stand here.
 
-/// Writing to so many takes a lane about a millisecond, in which others of a burst come and have to wait. So it waits for
-/// them first: as long as another event comes in each `COMPANY_WAIT`, but no longer than `COMPANY_TIME`. A burst of 50 events
-/// to 1,000 subscribers then costs 22 % less, and in a flood p99 is an eighth.
-const CROWD: usize = 250;
-const COMPANY_WAIT: Duration = Duration::from_micros(20);
-const COMPANY_TIME: Duration = Duration::from_millis(2);
-/// A lane's queue in slots. An event takes one and one more for each KiB, so that the queue is bounded in bytes (4 MiB)
-/// too.
-const QUEUE_SLOTS: usize = 4096;
-/// A subscriber has nothing to say after its request; one that sends more than this is closed.
-const STRAY_BYTES: usize = 4 * 1024;
 /// Threads that only accept and hand over: `std` listens with a backlog of 128, and a herd must not outrun it.
 const ACCEPTORS: usize = 2;
-/// Whoever makes room for another loses its place at once, but its thread takes a moment to end. So many may be ending at
-/// the same time, beside those that have a place.
-const ENDING_THREADS: usize = 128;
-const TOPIC_NAME_BYTES: usize = 64;
 const TOPICS_PER_STREAM: usize = 16;
-const KEY_BYTES: usize = 128;
 const HEADER_LINES: usize = 100;
 const QUERY_PARAMETERS: usize = 100;
 const TOKENS_SHOWN: usize = 8;
@@ -139,22 +126,9 @@ const CHUNK_LINE_BYTES: usize = 256;
 /// How long `?poll` waits for its first event, and how soon the next poll comes.
 const POLL: Duration = Duration::from_secs(25);
 const POLL_RETRY: Duration = Duration::from_millis(100);
-/// A connection that asks again as soon as it is answered is waited for awake, for this long: to put its thread to sleep and
-/// wake it on another core takes longer than to answer. One publisher gets 2.8 times as many answers.
-const AWAKE_TIME: Duration = Duration::from_micros(50);
-/// After a refusal the rest of a request is read for this long, or the reset would overtake the answer
-/// ([RFC 9112 §9.6](https://www.rfc-editor.org/rfc/rfc9112#section-9.6)).
-const LINGER: Duration = Duration::from_secs(1);
 /// Stopping: streams have this long to take their end; then sockets are cut, and threads have until the second to go.
 const STOP_GRACE: Duration = Duration::from_millis(700);
 const STOP_TIME: Duration = Duration::from_millis(950);
-/// What waits for the journal takes at most this much (and one event a publisher), so that a stuck disk does not fill memory.
-const WAITING_BYTES: usize = 16 * 1024 * 1024;
-/// The journal is written in pieces of at most this much (or one event), however many publishers wait.
-const JOURNAL_BATCH: usize = 1024 * 1024;
-/// More than the kernel holds back what is to be written, which is 30 s and a little.
-/// <https://docs.kernel.org/admin-guide/sysctl/vm.html#dirty-expire-centisecs>
-const HELD_BACK_MS: u64 = 60_000;
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Event and Id. An event is encoded once, when it is published, into the bytes that every subscriber gets. What 29
@@ -162,669 +136,10 @@ const HELD_BACK_MS: u64 = 60_000;
 // stands between.
 // https://html.spec.whatwg.org/multipage/server-sent-events.html#event-stream-interpretation
 
-/// Takes a journal into use, and fills the history with what is in it.
-fn open_journal(path: &Path, history: &mut History, config: &Config, log: &Arc<Logger>) -> io::Result<Journal> {
-    let named = |error: io::Error| io::Error::new(error.kind(), format!("the journal {}: {error}", path.display()));
-    recover(path, history, config, log).map_err(named)
-}
-
-fn recover(path: &Path, history: &mut History, config: &Config, log: &Arc<Logger>) -> io::Result<Journal> {
-    let mut take = |block: Block, bytes: &[u8]| restore(history, block, bytes);
-    let (mut journal, found) = Journal::open(path, config, log, &mut take)?;
-    history.remove_unused();
-    if found.may_lack_events() {
-        // What came before, or stood there, is not known, so every topic may have lost something up to now; or for a
-        // while after the newest that is known, where the clock has gone back.
-        let ms = now_ms().max(history.newest().ms.saturating_add(HELD_BACK_MS));
-        history.count_as_forgotten(Id { ms, seq: 0 });
-    }
-    let Totals { topics, events, .. } = history.totals();
-    log.line(Log::Info, format_args!("kept {events} events of {topics} topics"));
-    journal.repair(&found, history.block_bytes(), &|boot| snapshot(history, boot))?;
-    Ok(journal)
-}
-
-/// Takes in a block of the journal.
-fn restore(kept: &mut History, block: Block, bytes: &[u8]) {
-    let Block { id, topic, key, is_mark, frame_at, .. } = block;
-    match topic {
-        Some(name) if !is_mark => {
-            kept.expire();
-            kept.insert(name, Encoded { id, block: bytes.into(), frame_at }, key.map(Arc::from));
-        }
-        _ => kept.restore_forgotten(topic, id),
-    }
-}
-
-/// What a journal holds that was written anew: what each topic has forgotten, and every kept event.
-fn snapshot(kept: &History, boot: Option<&str>) -> Vec<Encoded> {
-    let mark = |field, value, id| encode_block(id, &[(field, value)], &format!("id: {id}\n\n"));
-    let (topics, others) = kept.all_forgotten();
-    let mut blocks = vec![mark("boot", boot, others)];
-    blocks.extend(topics.iter().map(|(name, forgotten)| mark("topic", Some(name), *forgotten)));
-    blocks.append(&mut kept.all_events());
-    blocks
-}
-
 // ---------------------------------------------------------------------------------------------------------------------
-// Hub: publishing, and the lanes. Publishing holds the order lock from numbering an event until it stands in the last
-// lane's queue, so ids, kept events and queues all have one order. A lane takes neither the order lock nor the kept
-// lock, so a publisher that waits for room in its queue is never waited for in turn.
-
-/// Publishes events, from any thread. Cheap to clone; clones are the same hub.
-#[derive(Clone)]
-pub struct Hub {
-    core: Arc<Core>,
-}
-
-struct Core {
-    config: Config,
-    /// Set without any lock: stopping must not stand in line behind all who want to publish.
-    stopping: AtomicBool,
-    /// None without a journal, and once the server has stopped.
-    journal: Mutex<Option<Journal>>,
-    order: Mutex<Order>,
-    /// Notified when a thread has finished writing the journal, so that those who wait for their events look again.
-    settled: Condvar,
-    kept: Mutex<History>,
-    lanes: Vec<Sender<ToLane>>,
-    counters: Arc<Counters>,
-}
-
-#[derive(Default)]
-struct Order {
-    /// The highest id that was given to an event.
-    newest: Id,
-    /// What the journal does not have yet, in the order of the ids.
-    waiting: VecDeque<Waiting>,
-    waiting_bytes: usize,
-}
-
-struct Waiting {
-    topic: String,
-    event: Encoded,
-    key: Option<Arc<str>>,
-    outcome: Arc<Outcome>,
-}
-
-/// Empty while an event waits for the journal; then how that ended, for all who wait for it.
-type Outcome = OnceLock<Result<(), String>>;
-
-enum ToLane {
-    Event(Arc<str>, Encoded),
-    /// Takes up a slot for each KiB of the event before it.
-    Weight,
-    Join(Arc<Connection>, Arc<[Arc<str>]>),
-    Leave(u64, Arc<[Arc<str>]>),
-    Stop,
-}
-
-impl Hub {
-    /// Publishes one event to a topic, and returns its id once the journal has it, if there is one, and every lane's
-    /// queue.
-    ///
-    /// # Errors
-    /// [`ErrorKind::InvalidInput`] for a topic or an event that may not be, [`ErrorKind::QuotaExceeded`] when all topic
-    /// names are in use, [`ErrorKind::StorageFull`] when the journal cannot be written (the message has the system's
-    /// reason), [`ErrorKind::NotConnected`] once the server is stopping. Nothing is published then.
-    ///
-    /// ```
-    /// # fn main() -> std::io::Result<()> {
-    /// # use brooklet::{Config, Event, Server};
-    /// let server = Server::bind("127.0.0.1:0", Config::default())?;
-    /// let hub = server.hub();
-    /// let first = hub.publish("orders", Event::new("{\"id\":7}").name("created").key("7"))?;
-    /// let again = hub.publish("orders", Event::new("{\"id\":7}").name("created").key("7"))?;
-    /// assert_eq!(first, again); // published once
-    /// # Ok(()) }
-    /// ```
-    pub fn publish(&self, topic: &str, event: Event) -> io::Result<Id> {
-        let core = &*self.core;
-        let numbered = core.number(&mut enter(&core.order), topic, event)?;
-        core.settle(numbered)
-    }
-}
-
-/// An event's id, and what it waits for, if it is not published yet.
-type Numbered = (Id, Option<Arc<Outcome>>);
-
-impl Core {
-    /// Publishes events that follow one another. Where one cannot be, nor are those after it.
-    fn publish_all(&self, topic: &str, events: Vec<Event>) -> (Vec<Id>, io::Result<()>) {
-        let (mut numbered, mut published) = (Vec::new(), Vec::new());
-        let number_all = || {
-            let mut order = enter(&self.order); // held throughout, so that no failure of the journal comes in between
-            for event in events {
-                numbered.push(self.number(&mut order, topic, event)?);
-            }
-            Ok(())
-        };
-        let all_numbered = number_all();
-        let all_settled = numbered.into_iter().try_for_each(|event| {
-            published.push(self.settle(event)?);
-            Ok(())
-        });
-        (published, all_settled.and(all_numbered))
-    }
-
-    /// Gives an event its place in the order. Without a journal, it is published at once.
-    fn number(&self, order: &mut Order, topic: &str, event: Event) -> io::Result<Numbered> {
-        if self.stopping.load(SeqCst) {
-            return Err(stopped());
-        }
-        check_topic(topic)?;
-        self.check(&event)?;
-        let key: Option<Arc<str>> = event.key.as_deref().map(Arc::from);
-        let kept = self.kept();
-        if let Some(key) = &key {
-            // It may repeat an event that is kept, or one that still waits for the journal.
-            let first = kept.id_of_key(topic, key);
-            let is_first = |waiting: &&Waiting| waiting.topic == topic && waiting.key.as_ref() == Some(key);
-            if let Some(first) = first {
-                return Ok((first, None));
-            } else if let Some(first) = order.waiting.iter().find(is_first) {
-                return Ok((first.event.id, Some(first.outcome.clone())));
-            }
-        }
-        kept.check_room(topic)?;
-        drop(kept);
-        if order.waiting_bytes > WAITING_BYTES {
-            return Err(io::Error::new(ErrorKind::ResourceBusy, "the disk is too slow for what waits for the journal"));
-        }
-        let id = order.newest.next(now_ms());
-        order.newest = id;
-        let frame = event.encode(Some(&id));
-        if self.config.journal.is_none() {
-            self.make_visible(topic, Encoded::new(id, frame), key);
-            return Ok((id, None));
-        }
-        let event = encode_block(id, &[("topic", Some(topic)), ("key", key.as_deref())], &frame);
-        let outcome = Arc::new(Outcome::new());
-        order.waiting_bytes += event.block.len();
-        order.waiting.push_back(Waiting { topic: topic.into(), event, key, outcome: outcome.clone() });
-        Ok((id, Some(outcome)))
-    }
-
-    /// Waits until an event is in the journal and visible. Whoever finds the journal at rest becomes the writer, for all who
-    /// wait, so that they share the cost of it; the others sleep until it has finished, and look again.
-    fn settle(&self, (id, outcome): Numbered) -> io::Result<Id> {
-        let Some(outcome) = outcome else { return Ok(id) };
-        let mut order = enter(&self.order);
-        while outcome.get().is_none() {
-            // Under the order lock, so that the journal cannot come to rest between finding it taken and falling
-            // asleep.
-            let Some(mut journal) = try_enter(&self.journal) else {
-                order = self.settled.wait(order).unwrap_or_else(PoisonError::into_inner);
-                continue;
-            };
-            drop(order);
-            self.write_batch(journal.as_mut().ok_or_else(stopped)?); // it is closed only when nothing waits
-            order = enter(&self.order);
-            if self.stopping.load(SeqCst) && order.waiting.is_empty() {
-                *journal = None; // stopping found it taken, and may not have waited for so long
-            }
-            drop(journal);
-            self.settled.notify_all();
-        }
-        match outcome.get() {
-            Some(Err(reason)) => Err(io::Error::new(ErrorKind::StorageFull, format!("the journal failed: {reason}"))),
-            _ => Ok(id),
-        }
-    }
-
-    /// Writes what waits for the journal, and makes it visible. Numbering goes on meanwhile: the order lock is not
-    /// held.
-    fn write_batch(&self, journal: &mut Journal) {
-        let (mut batch, mut count) = (Vec::new(), 0);
-        for waiting in &enter(&self.order).waiting {
-            if count > 0 && batch.len() + waiting.event.block.len() > JOURNAL_BATCH {
-                break;
-            }
-            batch.extend_from_slice(&waiting.event.block);
-            count += 1;
-        }
-        let kept_bytes = enter(&self.kept).block_bytes();
-        let result = journal
-            .append(&batch, kept_bytes, &|boot| snapshot(&enter(&self.kept), boot))
-            .map_err(|error| error.to_string());
-        self.counters.journal_bytes.store(journal.length(), Relaxed);
-        let mut order = enter(&self.order);
-        if result.is_err() {
-            count = order.waiting.len(); // what came later must not be published before it
-        }
-        let settled: Vec<_> = order.waiting.drain(..count).collect();
-        for waiting in settled {
-            order.waiting_bytes -= waiting.event.block.len();
-            if result.is_ok() {
-                self.make_visible(&waiting.topic, waiting.event, waiting.key);
-            }
-            let _ = waiting.outcome.set(result.clone());
-        }
-    }
-
-    /// Once nothing waits for the journal any more, another server may have it, though the program still holds a hub. Where
-    /// the disk takes longer than stopping may, whoever is writing closes it afterwards.
-    fn close_journal(&self, deadline: Instant) {
-        let mut order = enter(&self.order);
-        loop {
-            if order.waiting.is_empty()
-                && let Some(mut journal) = try_enter(&self.journal)
-            {
-                *journal = None;
-                return;
-            }
-            let left = deadline.saturating_duration_since(Instant::now());
-            if left.is_zero() {
-                return;
-            }
-            order = self.settled.wait_timeout(order, left).unwrap_or_else(PoisonError::into_inner).0;
-        }
-    }
-
-    /// Keeps an event, and hands it to every lane. Called in the order of the ids, under the order lock.
-    fn make_visible(&self, topic: &str, event: Encoded, key: Option<Arc<str>>) {
-        let followed = enter(&self.kept).insert(topic, event.clone(), key);
-        self.counters.published.fetch_add(1, Relaxed);
-        let Some(name) = followed else { return };
-        for lane in &self.lanes {
-            let _ = lane.send(ToLane::Event(name.clone(), event.clone()));
-            for _ in 0..event.frame().len() / 1024 {
-                let _ = lane.send(ToLane::Weight);
-            }
-        }
-    }
-
-    fn kept(&self) -> MutexGuard<'_, History> {
-        let mut kept = enter(&self.kept);
-        kept.expire();
-        kept
-    }
-
-    fn check(&self, event: &Event) -> io::Result<()> {
-        event.check()?;
-        let limit = self.config.data_bytes();
-        if event.name.as_deref() == Some("gap") {
-            return invalid("the event name gap is the server's own: choose another");
-        } else if event.id.is_some() {
-            return invalid("a topic numbers its events itself: leave the id out");
-        } else if event.data.len() > limit {
-            return invalid(format!("{} bytes of data, where at most {limit} are taken", event.data.len()));
-        }
-        match event.key.as_ref().map(String::len) {
-            Some(length) if !(1..=KEY_BYTES).contains(&length) => {
-                invalid(format!("a key of {length} bytes, where 1 to {KEY_BYTES} are taken"))
-            }
-            _ => Ok(()),
-        }
-    }
-}
-
-fn stopped() -> io::Error {
-    io::Error::new(ErrorKind::NotConnected, STOPPING)
-}
-
-fn check_topic(name: &str) -> io::Result<()> {
-    let fits = |b: u8| b.is_ascii_alphanumeric() || b"._~-".contains(&b);
-    if (1..=TOPIC_NAME_BYTES).contains(&name.len()) && name.bytes().all(fits) {
-        return Ok(());
-    }
-    invalid(format!("{} is no topic name: that is 1 to {TOPIC_NAME_BYTES} of A-Z a-z 0-9 . _ ~ -", shown(name)))
-}
-
-/// One of the threads that write to live subscribers. Each subscriber belongs to one lane, from before it first turns
-/// live until its thread ends; whether the lane may touch its socket is said by its state.
-struct Lane {
-    topics: HashMap<Arc<str>, Vec<Arc<Connection>>>,
-    everyone: Vec<Arc<Connection>>,
-    heartbeat: Duration,
-    counters: Arc<Counters>,
-}
-
-impl Lane {
-    fn run(mut self, queue: &Receiver<ToLane>) {
-        let mut run = Run::default();
-        let mut sweep_at = Instant::now() + SWEEP;
-        loop {
-            let mut next = match queue.recv_deadline(sweep_at) {
-                Ok(first) => Some(first),
-                Err(RecvTimeoutError::Timeout) => None,
-                Err(RecvTimeoutError::Disconnected) => return,
-            };
-            // A run is neighbouring events of one topic. It is written when another topic's event comes, when it has
-            // become a batch, and when the queue is empty (and stays so, with a crowd): so a burst costs a subscriber one
-            // write, not one an event.
-            let mut topic: Option<Arc<str>> = None;
-            let alone_until = Instant::now() + COMPANY_TIME;
-            while let Some(message) = next {
-                match message {
-                    ToLane::Event(name, event) => {
-                        if topic.as_ref() != Some(&name) || !run.has_room_for(&event) {
-                            self.write(topic.as_deref(), &mut run);
-                            topic = Some(name);
-                        }
-                        run.push(&event);
-                    }
-                    ToLane::Weight => {}
-                    ToLane::Join(c, names) => self.join(&c, &names),
-                    ToLane::Leave(serial, names) => self.leave(serial, &names),
-                    ToLane::Stop => return,
-                }
-                // Nor may a flood keep the lane from its sweep.
-                let go_on = run.bytes.len() < BATCH_BYTES && Instant::now() < sweep_at;
-                next = if go_on { queue.try_recv().ok() } else { None };
-                let is_worth_it = go_on && !run.bytes.is_empty() && self.everyone.len() >= CROWD;
-                if next.is_none() && is_worth_it && Instant::now() < alone_until {
-                    thread::sleep(COMPANY_WAIT);
-                    next = queue.try_recv().ok();
-                }
-            }
-            self.write(topic.as_deref(), &mut run);
-            if Instant::now() >= sweep_at {
-                self.sweep();
-                sweep_at = Instant::now() + SWEEP;
-            }
-        }
-    }
-
-    fn join(&mut self, c: &Arc<Connection>, names: &[Arc<str>]) {
-        for name in names {
-            join(self.topics.entry(name.clone()).or_default(), c.clone());
-        }
-        join(&mut self.everyone, c.clone());
-    }
-
-    fn leave(&mut self, serial: u64, names: &[Arc<str>]) {
-        for name in names {
-            if let Some(subscribers) = self.topics.get_mut(name) {
-                leave(subscribers, serial);
-                if subscribers.is_empty() {
-                    self.topics.remove(name);
-                }
-            }
-        }
-        leave(&mut self.everyone, serial);
-    }
-
-    fn write(&self, topic: Option<&str>, run: &mut Run) {
-        let now = Instant::now();
-        let mut delivered = 0;
-        for c in topic.and_then(|name| self.topics.get(name)).into_iter().flatten() {
-            let mut state = enter(&c.state);
-            if state.phase != Phase::Live || state.cursor >= run.newest() {
-                continue;
-            } else if state.is_poll {
-                state.phase = Phase::Behind;
-            } else {
-                delivered += c.deliver(&mut state, run, now);
-            }
-            self.wake_if_not_live(c, &state);
-        }
-        self.counters.delivered.fetch_add(delivered, Relaxed);
-        run.clear();
-    }
-
-    /// Looks at every live subscriber: has it closed, and is a heartbeat due? No connection's thread wakes for either.
-    fn sweep(&self) {
-        let now = Instant::now();
-        for c in &self.everyone {
-            let mut state = enter(&c.state);
-            if state.phase != Phase::Live {
-                continue;
-            }
-            if now.duration_since(state.wrote) + SWEEP > self.heartbeat {
-                c.beat(&mut state, now); // a write looks at the socket, too
-            } else if let Some(reason) = c.look(&mut state.stray) {
-                state.phase = Phase::Closed(reason);
-            }
-            self.wake_if_not_live(c, &state);
-        }
-    }
-
-    fn wake_if_not_live(&self, c: &Connection, state: &State) {
-        if state.phase != Phase::Live {
-            self.counters.woken.fetch_add(1, Relaxed);
-            c.wake.notify_one();
-        }
-    }
-}
-
-/// Lists of subscribers are sorted by serial number: who comes is nearly always the last, and who leaves is found soon.
-fn join(list: &mut Vec<Arc<Connection>>, c: Arc<Connection>) {
-    list.insert(list.partition_point(|other| other.serial < c.serial), c);
-}
-
-fn leave(list: &mut Vec<Arc<Connection>>, serial: u64) {
-    if let Ok(at) = list.binary_search_by_key(&serial, |c| c.serial) {
-        list.remove(at);
-    }
-}
-
-// ---------------------------------------------------------------------------------------------------------------------
-// Subscriber: one connection, and whose its socket is. `phase` says it, under the subscriber's own lock: while it is
-// live the socket is the lane's, else its thread's. Non-blocking mode belongs to the open file, not to a handle, so
-// only the owner sets it; everyone else may only shut the socket down. The thread turns live under the kept lock,
-// having seen in the same hold that nothing newer is kept; whatever is published after that is queued after that, and
-// whatever is queued from before is not newer than the cursor, and skipped. So nothing is lost and nothing comes twice.
-
-/// The line that keeps a silent stream open. No blank line after it: some clients take every blank line for an event.
-const HEARTBEAT: &[u8] = b":\n";
-
-/// Why something about a connection ended, for the log and for a handler.
-type Reason = &'static str;
-
-const STOPPING: Reason = "the server is stopping";
 const POLL_IS_OVER: Reason = "the poll is over";
 const NO_ROOM: Reason = "no room for another stream";
 const NO_NAMES: Reason = "all topic names are in use";
-
-struct Connection {
-    serial: u64,
-    /// Where it is in `Connections`, under whose lock these change.
-    place: AtomicUsize,
-    turn: AtomicU64,
-    peer: SocketAddr,
-    socket: TcpStream,
-    state: Mutex<State>,
-    wake: Condvar,
-}
-
-struct State {
-    phase: Phase,
-    /// Everything up to here has been written, or is not for this subscriber.
-    cursor: Id,
-    unfinished: Option<Unfinished>,
-    /// A poll is not written to by its lane: the first event wakes its thread, which replays and ends.
-    is_poll: bool,
-    wrote: Instant,
-    sent: u64,
-    stray: usize,
-}
-
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Phase {
-    /// The socket is the thread's: also before there is a stream, and for handlers' streams.
-    Behind,
-    /// The socket is the lane's.
-    Live,
-    Closed(Reason),
-}
-
-/// An event that did not fit into the socket. It must be finished before anything else is written.
-struct Unfinished {
-    event: Encoded,
-    offset: usize,
-}
-
-impl State {
-    /// For the thread to finish, since the subscriber is behind from here on.
-    fn leave_unfinished(&mut self, event: Encoded, offset: usize) {
-        self.phase = Phase::Behind;
-        self.unfinished = Some(Unfinished { event, offset });
-    }
-}
-
-impl Connection {
-    fn new(serial: u64, peer: SocketAddr, socket: TcpStream) -> Connection {
-        let (phase, cursor, wrote) = (Phase::Behind, Id::default(), Instant::now());
-        let state = State { phase, cursor, unfinished: None, is_poll: false, wrote, sent: 0, stray: 0 };
-        Connection {
-            serial,
-            place: AtomicUsize::new(WAITING),
-            turn: AtomicU64::new(0),
-            peer,
-            socket,
-            state: Mutex::new(state),
-            wake: Condvar::new(),
-        }
-    }
-
-    /// One non-blocking write of what in `run` is newer than the cursor. Returns how many events went out whole; where
-    /// not all did, the subscriber is behind, and the first of the others unfinished.
-    fn deliver(&self, state: &mut State, run: &Run, now: Instant) -> u64 {
-        let first = run.events.partition_point(|(event, _)| event.id <= state.cursor);
-        let start = run.end_of(first);
-        let reached = match write_now(&self.socket, &run.bytes[start..]) {
-            Ok(written) => start + written,
-            Err(error) => {
-                state.phase = Phase::Closed(reason_of(&error));
-                return 0;
-            }
-        };
-        let whole = run.events.partition_point(|(_, end)| *end <= reached);
-        if whole > first {
-            state.cursor = run.events[whole - 1].0.id;
-            state.sent += (whole - first) as u64;
-            state.wrote = now;
-        }
-        if let Some((event, _)) = run.events.get(whole) {
-            state.leave_unfinished(event.clone(), reached - run.end_of(whole));
-        }
-        (whole - first) as u64
-    }
-
-    fn beat(&self, state: &mut State, now: Instant) {
-        state.wrote = now;
-        match write_now(&self.socket, HEARTBEAT) {
-            Ok(written) if written == HEARTBEAT.len() => {}
-            Ok(offset) => state.leave_unfinished(Encoded::new(state.cursor, HEARTBEAT), offset),
-            Err(error) => state.phase = Phase::Closed(reason_of(&error)),
-        }
-    }
-
-    /// One read, which says why the connection is closed, if it is. A subscriber has nothing to say, so stray bytes are
-    /// thrown away.
-    fn look(&self, stray: &mut usize) -> Option<Reason> {
-        match (&self.socket).read(&mut [0; 1024]) {
-            Ok(0) => Some("the peer closed the connection"),
-            Ok(got) => {
-                *stray += got;
-                (*stray > STRAY_BYTES).then_some("the peer sent too much after its request")
-            }
-            Err(error) if would_block(&error) || error.kind() == ErrorKind::Interrupted => None,
-            Err(error) => Some(reason_of(&error)),
-        }
-    }
-
-    /// Waits for the next request without sleeping, but not for long. Whoever else is due on this core goes first.
-    fn stay_awake(&self) -> io::Result<()> {
-        let until = Instant::now() + AWAKE_TIME;
-        self.socket.set_nonblocking(true)?;
-        while self.socket.peek(&mut [0]).is_err_and(|error| would_block(&error)) && Instant::now() < until {
-            thread::yield_now();
-        }
-        self.socket.set_nonblocking(false)
-    }
-
-    /// Finishes what stands unfinished with blocking writes: the one place where a subscriber is waited for.
-    fn finish(&self, deadline: Instant) -> Result<(), Reason> {
-        let Some(Unfinished { event, offset }) = enter(&self.state).unfinished.take() else { return Ok(()) };
-        self.write_waiting(&event.frame()[offset..], deadline)?;
-        let mut state = enter(&self.state);
-        if event.id > state.cursor {
-            state.cursor = event.id;
-            state.sent += 1;
-        }
-        state.wrote = Instant::now();
-        Ok(())
-    }
-
-    /// Writes all of `bytes`, waiting for the peer, and leaves the socket in non-blocking mode, as lanes need it.
-    fn write_waiting(&self, bytes: &[u8], deadline: Instant) -> Result<(), Reason> {
-        self.set_nonblocking(false)?;
-        self.write_whole(bytes, deadline)?;
-        self.set_nonblocking(true)
-    }
-
-    fn set_nonblocking(&self, mode: bool) -> Result<(), Reason> {
-        self.socket.set_nonblocking(mode).map_err(|error| reason_of(&error))
-    }
-
-    /// Writes all of `bytes` to a socket in blocking mode, as long as the peer takes something in each stall time.
-    fn write_whole(&self, mut bytes: &[u8], deadline: Instant) -> Result<(), Reason> {
-        while !bytes.is_empty() {
-            let mut written = (&self.socket).write(bytes);
-            if written.as_ref().is_err_and(would_block) {
-                // The time has passed, but the peer may have taken something: the kernel wakes a blocked writer only
-                // once a third of its buffer is free. So try once more without waiting.
-                self.set_nonblocking(true)?;
-                written = (&self.socket).write(bytes);
-                self.set_nonblocking(false)?;
-            }
-            match written {
-                Ok(written) => bytes = &bytes[written..],
-                Err(error) if error.kind() == ErrorKind::Interrupted => {}
-                Err(error) if would_block(&error) => return Err("the peer took nothing in the stall time"),
-                Err(error) => return Err(reason_of(&error)),
-            }
-            if !bytes.is_empty() && Instant::now() >= deadline {
-                return Err("the time is over, in the middle of a write");
-            }
-        }
-        Ok(())
-    }
-
-    /// The end of a stream that the server decides on. The peer reads why, and when to come back.
-    fn end(&self, why: Reason, retry: Duration) -> Reason {
-        let bytes = format!(": {why}\nretry: {}\n\n", retry.as_millis());
-        let _ = self.write_waiting(bytes.as_bytes(), Instant::now() + LINGER);
-        why
-    }
-
-    /// Takes the socket from the lane and wakes the thread, if the subscriber is live.
-    fn take_back(&self) {
-        let mut state = enter(&self.state);
-        if state.phase == Phase::Live {
-            state.phase = Phase::Behind;
-            self.wake.notify_one();
-        }
-    }
-}
-
-/// One write that does not wait; 0 if the socket is full.
-fn write_now(mut socket: &TcpStream, bytes: &[u8]) -> io::Result<usize> {
-    loop {
-        match socket.write(bytes) {
-            Err(error) if error.kind() == ErrorKind::Interrupted => {}
-            Err(error) if would_block(&error) => return Ok(0),
-            written => return written,
-        }
-    }
-}
-
-/// What a read or write says that would have to wait, or has waited for its timeout.
-fn would_block(error: &io::Error) -> bool {
-    error.kind() == ErrorKind::WouldBlock // `TimedOut` is the kernel giving up on the peer
-}
-
-fn reason_of(error: &io::Error) -> Reason {
-    match error.kind() {
-        ErrorKind::ConnectionReset | ErrorKind::BrokenPipe | ErrorKind::ConnectionAborted => {
-            "the peer reset the connection"
-        }
-        ErrorKind::TimedOut => "the peer stopped answering",
-        _ => "the socket failed",
-    }
-}
 
 /// A stream of topics, from the side of its connection's thread.
 struct Subscription<'a> {
@@ -847,13 +162,13 @@ impl Subscription<'_> {
         loop {
             if let Err(reason) = c.finish(self.deadline) {
                 return reason;
-            } else if core.stopping.load(SeqCst) {
+            } else if core.is_stopping() {
                 return c.end(STOPPING, spread(retry, 50, 150));
             } else if Instant::now() >= self.deadline {
                 return c.end("the lifetime is over", retry);
             }
             let State { cursor, sent, .. } = *enter(&c.state);
-            let kept = core.kept();
+            let kept = core.history();
             match kept.next(&self.names, cursor, &self.told) {
                 Next::Nothing if self.poll_until.is_some_and(|until| sent > 0 || Instant::now() >= until) => {
                     drop(kept);
@@ -871,7 +186,7 @@ impl Subscription<'_> {
                     self.told = kept.told(&self.names);
                     drop(kept);
                     core.counters.gaps.fetch_add(1, Relaxed);
-                    enter(&c.state).leave_unfinished(gap, 0);
+                    enter(&c.state).fall_behind(gap, 0);
                 }
                 Next::Events(run) => {
                     drop(kept);
@@ -890,7 +205,7 @@ impl Subscription<'_> {
         while state.phase == Phase::Live {
             let until = self.poll_until.unwrap_or(self.deadline).min(self.deadline);
             let left = until.saturating_duration_since(Instant::now());
-            if left.is_zero() || self.core.stopping.load(SeqCst) {
+            if left.is_zero() || self.core.is_stopping() {
                 state.phase = Phase::Behind;
                 break;
             }
@@ -906,14 +221,14 @@ impl Subscription<'_> {
 impl Drop for Subscription<'_> {
     fn drop(&mut self) {
         let _ = self.lane.send(ToLane::Leave(self.c.serial, self.names.clone()));
-        self.core.kept().unsubscribe(&self.names);
+        self.core.history().unsubscribe(&self.names);
     }
 }
 
 /// A handler's stream, on its connection's own thread: see [`Server::stream`].
 pub struct Stream<'a> {
     c: &'a Connection,
-    stopping: &'a AtomicBool,
+    core: &'a Core,
     query: Query,
     last_event_id: Option<String>,
     stray: usize,
@@ -974,7 +289,7 @@ impl Stream<'_> {
     fn check_open(&self) -> io::Result<()> {
         match enter(&self.c.state).phase {
             Phase::Closed(reason) => Err(io::Error::other(reason)),
-            _ if self.stopping.load(SeqCst) => Err(io::Error::other(STOPPING)),
+            _ if self.core.is_stopping() => Err(io::Error::other(STOPPING)),
             _ => Ok(()),
         }
     }
@@ -1531,8 +846,7 @@ struct Shared {
     hub: Hub,
     /// By their paths. They are few.
     routes: Mutex<Vec<(String, Route)>>,
-    connections: Mutex<Connections>,
-    someone_left: Condvar,
+    places: Places,
     /// The port, if the server is on loopback.
     loopback_port: Option<u16>,
     address_space: AddressSpace,
@@ -1567,11 +881,7 @@ impl Shared {
                 self.check_origin(request)?;
                 check_token(&self.config().publish_tokens, "publishing", request)?;
                 if !self.config().publish_tokens.is_empty() {
-                    let mut connections = enter(&self.connections);
-                    // Some places are for others, or each newcomer would have to go for the next.
-                    if connections.places[TRUSTED].len() < self.config().connections * 3 / 4 {
-                        connections.move_on(reader.c, TRUSTED);
-                    }
+                    self.places.trust(reader.c);
                 }
                 let is_post = request.method == "POST";
                 let publish = if is_post { Shared::publish } else { Shared::publish_lines };
@@ -1702,8 +1012,7 @@ impl Shared {
             let mut texts = Vec::new();
             let more = lines.take_some(&mut texts);
             let events = texts.into_iter().map(|data| Event { data, ..event.clone() }).collect();
-            let place = c.place.load(Relaxed);
-            enter(&self.connections).move_on(c, place); // who has something to say is not the first to make room
+            self.places.refresh(c);
             let (ids, published) = self.hub.core.publish_all(topic, events);
             (count, last) = (count + ids.len(), ids.last().copied().or(last));
             if let Err(error) = published {
@@ -1761,7 +1070,7 @@ impl Shared {
 
     /// Runs a stream to its end, and returns why it ended.
     fn stream(&self, c: &Arc<Connection>, head: String, opening: Opening) -> Cow<'static, str> {
-        let lane = match self.move_to_streams(c) {
+        let lane = match self.places.move_to_streams(c) {
             _ if self.stopping() => return self.send_away(c, &head, STOPPING).into(),
             None => return self.send_away(c, &head, NO_ROOM).into(),
             Some(number) => &self.hub.core.lanes[number % self.hub.core.lanes.len()],
@@ -1773,8 +1082,7 @@ impl Shared {
                     return reason.into();
                 }
                 drop(head);
-                let result =
-                    handler(&mut Stream { c, stopping: &self.hub.core.stopping, query, last_event_id, stray: 0 });
+                let result = handler(&mut Stream { c, core: &self.hub.core, query, last_event_id, stray: 0 });
                 if self.stopping() && enter(&c.state).phase == Phase::Behind {
                     return c.end(STOPPING, spread(self.config().retry, 50, 150)).into();
                 }
@@ -1793,7 +1101,7 @@ impl Shared {
         poll: Option<Duration>,
     ) -> Reason {
         let (core, config, is_poll) = (&*self.hub.core, self.config(), poll.is_some());
-        let mut kept = core.kept();
+        let mut kept = core.history();
         let Ok(names) = kept.subscribe(names) else {
             drop(kept);
             return self.send_away(c, &head, NO_NAMES);
@@ -1967,27 +1275,6 @@ pub struct Handle {
     lanes: Vec<JoinHandle<()>>,
 }
 
-/// Where the connections are, each place in the order in which they came to it: the first has been there longest.
-#[derive(Default)]
-struct Connections {
-    next_serial: u64,
-    next_turn: u64,
-    threads: usize,
-    /// Spreads the streams over the lanes; serial numbers would not, where every other connection is short.
-    streams_opened: usize,
-    /// With their turns, which rise.
-    places: [VecDeque<(u64, Arc<Connection>)>; 4],
-}
-
-/// The place of a connection whose next request's head has not come whole.
-const WAITING: usize = 0;
-/// Its head has come: its body is read, or its answer written.
-const BUSY: usize = 1;
-/// The same, for a publisher that has shown its token.
-const TRUSTED: usize = 2;
-/// It is a stream, for the rest of its life.
-const STREAMS: usize = 3;
-
 impl Server {
     /// Binds the address and starts the hub, so that publishing works from here on. Port 0 takes any free one.
     ///
@@ -2014,33 +1301,16 @@ impl Server {
         let config = system::fit(config, lane_count, &log)?;
         let (mut lanes, mut threads, counters) = (Vec::new(), Vec::new(), Arc::new(Counters::default()));
         for n in 0..lane_count {
-            let (sender, queue) = crossbeam_channel::bounded(QUEUE_SLOTS);
-            let (topics, everyone) = Default::default();
-            let lane = Lane { topics, everyone, heartbeat: config.heartbeat, counters: counters.clone() };
-            lanes.push(sender);
-            threads.push(start_thread(format!("lane {n}"), Box::new(move || lane.run(&queue)))?);
+            let (lane, thread) = lane::start(format!("lane {n}"), config.heartbeat, counters.clone())?;
+            lanes.push(lane);
+            threads.push(thread);
         }
-        // Ids begin above those of the journal; without one, whatever an earlier process had counts as let go.
-        let now = Id { ms: now_ms(), seq: 0 };
-        let mut kept = History::new(if config.journal.is_none() { now } else { Id::default() }, &config);
-        let open = |path| open_journal(path, &mut kept, &config, &log);
-        let journal = config.journal.as_deref().map(open).transpose()?;
-        counters.journal_bytes.store(journal.as_ref().map_or(0, Journal::length), Relaxed);
-        let order = Order { newest: kept.newest(), ..Order::default() };
-        let (journal, order, kept) = (Mutex::new(journal), Mutex::new(order), Mutex::new(kept));
-        let (stopping, settled) = (AtomicBool::new(false), Condvar::new());
-        let core = Core { config, stopping, journal, order, settled, kept, lanes, counters };
+        let core = Core::new(config, lanes, counters, &log)?;
+        let places = Places::new(core.config.subscribers, core.config.connections);
         let hub = Hub { core: Arc::new(core) };
         let loopback_port = Some(address.port()).filter(|_| address.ip().is_loopback());
-        let shared = Shared {
-            hub,
-            routes: Mutex::default(),
-            connections: Mutex::default(),
-            someone_left: Condvar::new(),
-            loopback_port,
-            address_space: AddressSpace::read(),
-            log,
-        };
+        let shared =
+            Shared { hub, routes: Mutex::default(), places, loopback_port, address_space: AddressSpace::read(), log };
         let (shared, listener) = (Arc::new(shared), Arc::new(listener));
         Ok(Server { handle: Handle { shared, listener, doorbell, acceptors: Vec::new(), lanes: threads } })
     }
@@ -2153,7 +1423,7 @@ impl Handle {
 
     fn stop_once(&mut self) -> usize {
         let shared = &self.shared;
-        if shared.hub.core.stopping.swap(true, SeqCst) {
+        if !shared.hub.core.stop() {
             return 0;
         }
         if self.doorbell.shutdown(Shutdown::Both).is_err() {
@@ -2189,7 +1459,7 @@ impl Shared {
     }
 
     fn stopping(&self) -> bool {
-        self.hub.core.stopping.load(SeqCst)
+        self.hub.core.is_stopping()
     }
 
     fn accept_all(self: &Arc<Shared>, listener: &TcpListener) {
@@ -2201,7 +1471,7 @@ impl Shared {
                     self.log.warn(format_args!("accepting failed: {error}"));
                     if ![ErrorKind::ConnectionAborted, ErrorKind::Interrupted].contains(&error.kind()) {
                         // Without memory or descriptors this repeats until there is some again: it must not spin.
-                        enter(&self.connections).make_room();
+                        self.places.make_room();
                         thread::sleep(Duration::from_millis(20));
                     }
                 }
@@ -2211,116 +1481,44 @@ impl Shared {
 
     /// Gives a connection its thread, or closes it where there is no room.
     fn admit(self: &Arc<Shared>, socket: TcpStream, peer: SocketAddr) {
-        let config = self.config();
-        let mut connections = enter(&self.connections);
         let has_space = self.address_space.has_room();
-        let places = config.connections + config.subscribers;
-        let taken = connections.places.iter().map(VecDeque::len).sum::<usize>();
-        // A place may be given away before the thread that had it has ended, but not too many such threads at once.
-        let has_thread = has_space && connections.threads < places + ENDING_THREADS;
-        let room = has_thread && (taken < places || connections.make_room());
         if !has_space {
-            connections.make_room(); // for the next: an ending thread's space is not free at once
+            self.places.make_room(); // for the next: an ending thread's space is not free at once
         }
-        if self.stopping() || !room {
-            drop(connections);
+        let admitted = if has_space && !self.stopping() { self.places.admit(socket, peer) } else { None };
+        let Some(c) = admitted else {
             self.hub.core.counters.sent_away.fetch_add(1, Relaxed);
-            let what = if has_space { "places are taken" } else { "places have no address space (ulimit -v)" };
-            return self.log.warn(format_args!("no room for {peer}: all {places} {what}"));
-        }
-        let serial = connections.next_serial;
-        let c = Arc::new(Connection::new(serial, peer, socket));
-        connections.next_serial += 1;
-        connections.threads += 1;
-        connections.put(c.clone(), WAITING);
-        drop(connections);
+            let (limit, what) =
+                (self.places.limit(), if has_space { "are taken" } else { "have no address space (ulimit -v)" });
+            return self.log.warn(format_args!("no room for {peer}: all {limit} places {what}"));
+        };
+        let name = format!("conn {}", c.serial);
         let thread =
             ConnectionThread { shared: self.clone(), c, path: None, reason: "".into(), opened: Instant::now() };
-        if let Err(error) = start_thread(format!("conn {serial}"), Box::new(move || thread.converse())) {
+        if let Err(error) = start_thread(name, Box::new(move || thread.converse())) {
             self.log.warn(format_args!("no thread for {peer}: {error}")); // it was dropped, and has left its place
-            enter(&self.connections).make_room();
+            self.places.make_room();
         }
-    }
-
-    /// Finds a stream its place, and numbers it; `None` where there is no room.
-    fn move_to_streams(&self, c: &Connection) -> Option<usize> {
-        let mut connections = enter(&self.connections);
-        if connections.places[STREAMS].len() >= self.config().subscribers || !connections.move_on(c, STREAMS) {
-            return None;
-        }
-        connections.streams_opened += 1;
-        Some(connections.streams_opened)
     }
 
     /// Ends every connection: streams with their reconnection time, publishers with their answer; who waits for a
     /// request may still ask for the server's health meanwhile. Returns how many did not end in time.
     fn say_goodbye(&self, deadline: Instant) -> usize {
         let started = Instant::now();
-        let connections = enter(&self.connections);
-        let at_work: Vec<_> = connections.places[BUSY..].iter().flatten().map(|(_, c)| c.clone()).collect();
-        drop(connections);
-        for c in at_work {
+        for c in self.places.at_work() {
             c.take_back();
             let _ = c.socket.shutdown(Shutdown::Read); // wakes who waits for a body or a handler's timer
         }
-        self.wait_while(started + STOP_GRACE, |connections| {
-            connections.places[BUSY..].iter().any(|place| !place.is_empty())
-        });
-        for c in enter(&self.connections).everyone() {
+        self.places.wait_for_work(started + STOP_GRACE);
+        for c in self.places.everyone() {
             let _ = c.socket.shutdown(Shutdown::Both); // wakes who waits for a request, or a slow peer
         }
-        self.wait_while(deadline, |connections| connections.threads > 0);
-        let connections = enter(&self.connections);
-        let left = connections.threads;
+        let left = self.places.wait_for_threads(deadline);
         if left > 0 {
-            let peers: Vec<String> = connections.everyone().take(10).map(|c| c.peer.to_string()).collect();
+            let peers: Vec<String> = self.places.everyone().iter().take(10).map(|c| c.peer.to_string()).collect();
             self.log.line(Log::Info, format_args!("{left} connections did not end: {}", peers.join(" ")));
         }
         left
-    }
-
-    fn wait_while(&self, deadline: Instant, mut condition: impl FnMut(&mut Connections) -> bool) {
-        let (left, connections) = (deadline.saturating_duration_since(Instant::now()), enter(&self.connections));
-        drop(self.someone_left.wait_timeout_while(connections, left, &mut condition));
-    }
-}
-
-impl Connections {
-    /// Closes one connection for a newcomer; false where there are only streams. It is the one that has been waiting longest.
-    /// But where a crowd came at once, it has not been waiting for long either (fewer have come since than three quarters of
-    /// those that are here): then the one that has been busy longest goes. Who has shown a token goes last.
-    fn make_room(&mut self) -> bool {
-        let [waiting, busy, trusted, _] = &mut self.places;
-        let recent = self.next_serial.saturating_sub((waiting.len() + busy.len()) as u64 * 3 / 4);
-        let just_came = waiting.front().is_none_or(|(_, c)| c.serial >= recent);
-        let longest = if just_came { busy.pop_front() } else { None };
-        let longest = longest.or_else(|| waiting.pop_front()).or_else(|| trusted.pop_front());
-        longest.inspect(|(_, c)| drop(c.socket.shutdown(Shutdown::Both))).is_some()
-    }
-
-    fn everyone(&self) -> impl Iterator<Item = &Arc<Connection>> {
-        self.places.iter().flatten().map(|(_, c)| c)
-    }
-
-    /// False where the connection has lost its place to a newcomer.
-    fn move_on(&mut self, c: &Connection, to: usize) -> bool {
-        let found = self.leave(c);
-        let present = found.is_some();
-        found.into_iter().for_each(|c| self.put(c, to));
-        present
-    }
-
-    fn leave(&mut self, c: &Connection) -> Option<Arc<Connection>> {
-        let place = &mut self.places[c.place.load(Relaxed)];
-        let at = place.binary_search_by_key(&c.turn.load(Relaxed), |(turn, _)| *turn).ok()?;
-        place.remove(at).map(|(_, c)| c)
-    }
-
-    fn put(&mut self, c: Arc<Connection>, place: usize) {
-        self.next_turn += 1;
-        c.place.store(place, Relaxed);
-        c.turn.store(self.next_turn, Relaxed);
-        self.places[place].push_back((self.next_turn, c));
     }
 }
 
@@ -2367,7 +1565,7 @@ impl Shared {
                     (refusal, is_head, true)
                 }
                 Ok(Some(mut request)) => {
-                    if !enter(&self.connections).move_on(c, BUSY) {
+                    if !self.places.move_to(Place::Busy, c) {
                         return None;
                     }
                     let (path, is_head) = (std::mem::take(&mut request.path), request.method == "HEAD");
@@ -2395,7 +1593,7 @@ impl Shared {
                 return None;
             }
             reader.wait_at_most(config.idle_time);
-            if !enter(&self.connections).move_on(c, WAITING) {
+            if !self.places.move_to(Place::Idle, c) {
                 return None;
             }
             if keen && c.stay_awake().is_err() {
@@ -2427,10 +1625,7 @@ impl Drop for ConnectionThread {
             let repeats = [POLL_IS_OVER, NO_ROOM, NO_NAMES].contains(&&**reason); // as fast as a flood
             shared.log.line(if repeats { Log::Debug } else { Log::Info }, line);
         }
-        let mut connections = enter(&shared.connections);
-        connections.threads -= 1;
-        connections.leave(c);
-        shared.someone_left.notify_all();
+        shared.places.leave(c);
     }
 }
 
@@ -2438,13 +1633,11 @@ impl Drop for ConnectionThread {
 
 impl Shared {
     fn metrics(&self) -> String {
-        let connections = enter(&self.connections);
-        let [waiting, busy, trusted, streams] = connections.places.each_ref().map(VecDeque::len);
-        drop(connections);
-        let Totals { topics, events, bytes } = self.hub.core.kept().totals();
+        let Counts { idle, busy, trusted, streams } = self.places.counts();
+        let Totals { topics, events, bytes } = self.hub.core.history().totals();
         let gauges = Gauges {
             subscribers: streams,
-            connections: waiting + busy + trusted,
+            connections: idle + busy + trusted,
             topics,
             kept_events: events,
             kept_bytes: bytes,

@@ -1,0 +1,204 @@
+//! Who is here, and who makes room.
+//!
+//! A connection is idle (its next request's head has not come whole), busy (its body is read, or its answer written), or
+//! a stream. When all places are taken, whoever has kept the server waiting longest makes room for a newcomer, so that no
+//! crowd of idle or slow ones can lock the others out. Streams make no room; they never take all the places, but while
+//! there are few of them, a herd that comes back at once has theirs, too.
+
+use crate::connection::Connection;
+use crate::sync::enter;
+use std::collections::{BTreeMap, HashMap};
+use std::net::{Shutdown, SocketAddr, TcpStream};
+use std::sync::{Arc, Condvar, Mutex};
+use std::time::Instant;
+
+/// Whoever makes room for another loses its place at once, but its thread takes a moment to end. So many may be ending at
+/// the same time, beside those that have a place.
+const ENDING_THREADS: usize = 128;
+
+/// What a connection is at.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Place {
+    /// The head of its next request has not come whole.
+    Idle,
+    /// Its head has come: its body is read, or its answer written.
+    Busy,
+    /// The same, for a publisher that has shown its token.
+    Trusted,
+    /// It is a stream, for the rest of its life.
+    Stream,
+}
+
+pub struct Places {
+    stream_limit: usize,
+    other_limit: usize,
+    table: Mutex<Table>,
+    somebody_left: Condvar,
+}
+
+#[derive(Default)]
+struct Table {
+    next_serial: u64,
+    next_turn: u64,
+    threads: usize,
+    /// Spreads the streams over the lanes; serial numbers would not, where every other connection is short.
+    streams_opened: usize,
+    /// For each place, by the turn in which they came to it: the first has been there longest.
+    queues: [BTreeMap<u64, Arc<Connection>>; 4],
+    /// The place and the turn of each connection, by its serial number.
+    positions: HashMap<u64, (Place, u64)>,
+}
+
+/// How many connections are at each place.
+pub struct Counts {
+    pub idle: usize,
+    pub busy: usize,
+    pub trusted: usize,
+    pub streams: usize,
+}
+
+impl Places {
+    pub fn new(stream_limit: usize, other_limit: usize) -> Places {
+        Places { stream_limit, other_limit, table: Mutex::default(), somebody_left: Condvar::new() }
+    }
+
+    /// All the places there are.
+    pub fn limit(&self) -> usize {
+        self.stream_limit + self.other_limit
+    }
+
+    /// Gives a newcomer a place, for which another may have to make room; `None` where there is none. Its thread must call
+    /// [`Places::leave`] at its end.
+    pub fn admit(&self, socket: TcpStream, peer: SocketAddr) -> Option<Arc<Connection>> {
+        let mut table = enter(&self.table);
+        // A place may be given away before the thread that had it has ended, but not too many such threads at once.
+        let has_thread = table.threads < self.limit() + ENDING_THREADS;
+        if !has_thread || table.positions.len() >= self.limit() && !table.make_room() {
+            return None;
+        }
+        let c = Arc::new(Connection::new(table.next_serial, peer, socket));
+        table.next_serial += 1;
+        table.threads += 1;
+        table.put(c.clone(), Place::Idle);
+        Some(c)
+    }
+
+    /// Closes one connection for a newcomer; false where there are only streams.
+    pub fn make_room(&self) -> bool {
+        enter(&self.table).make_room()
+    }
+
+    /// False where the connection has lost its place to a newcomer.
+    pub fn move_to(&self, place: Place, c: &Connection) -> bool {
+        enter(&self.table).move_to(place, c)
+    }
+
+    /// A publisher that has shown its token makes room last. A quarter of the places is for others, or each newcomer would
+    /// have to go for the next.
+    pub fn trust(&self, c: &Connection) {
+        let mut table = enter(&self.table);
+        if table.queue(Place::Trusted).len() < self.other_limit * 3 / 4 {
+            table.move_to(Place::Trusted, c);
+        }
+    }
+
+    /// Who has something to say is not the first to make room: it is the last to have come to its place.
+    pub fn refresh(&self, c: &Connection) {
+        let mut table = enter(&self.table);
+        if let Some((place, _)) = table.positions.get(&c.serial).copied() {
+            table.move_to(place, c);
+        }
+    }
+
+    /// Finds a stream its place, and counts it; `None` where there is no room.
+    pub fn move_to_streams(&self, c: &Connection) -> Option<usize> {
+        let mut table = enter(&self.table);
+        if table.queue(Place::Stream).len() >= self.stream_limit || !table.move_to(Place::Stream, c) {
+            return None;
+        }
+        table.streams_opened += 1;
+        Some(table.streams_opened)
+    }
+
+    /// A connection's thread ends.
+    pub fn leave(&self, c: &Connection) {
+        let mut table = enter(&self.table);
+        table.threads -= 1;
+        table.take_out(c);
+        self.somebody_left.notify_all();
+    }
+
+    pub fn counts(&self) -> Counts {
+        let [idle, busy, trusted, streams] = enter(&self.table).queues.each_ref().map(BTreeMap::len);
+        Counts { idle, busy, trusted, streams }
+    }
+
+    /// Everyone but those that are idle.
+    pub fn at_work(&self) -> Vec<Arc<Connection>> {
+        enter(&self.table).queues[Place::Busy as usize..].iter().flat_map(BTreeMap::values).cloned().collect()
+    }
+
+    pub fn everyone(&self) -> Vec<Arc<Connection>> {
+        enter(&self.table).queues.iter().flat_map(BTreeMap::values).cloned().collect()
+    }
+
+    /// Waits until nobody is at work, or until the deadline.
+    pub fn wait_for_work(&self, deadline: Instant) {
+        self.wait_while(deadline, |table| table.queues[Place::Busy as usize..].iter().any(|queue| !queue.is_empty()));
+    }
+
+    /// Waits until every connection's thread has ended, or until the deadline. Returns how many have not.
+    pub fn wait_for_threads(&self, deadline: Instant) -> usize {
+        self.wait_while(deadline, |table| table.threads > 0);
+        enter(&self.table).threads
+    }
+
+    fn wait_while(&self, deadline: Instant, condition: impl Fn(&Table) -> bool) {
+        let (left, table) = (deadline.saturating_duration_since(Instant::now()), enter(&self.table));
+        drop(self.somebody_left.wait_timeout_while(table, left, |table| condition(table)));
+    }
+}
+
+impl Table {
+    fn queue(&mut self, place: Place) -> &mut BTreeMap<u64, Arc<Connection>> {
+        &mut self.queues[place as usize]
+    }
+
+    /// Closes the connection that has been idle longest. But where a crowd came at once, nobody has been idle for long: then
+    /// the one that has been busy longest. Who has shown a token goes last.
+    fn make_room(&mut self) -> bool {
+        let order = match self.somebody_idles() {
+            true => [Place::Idle, Place::Busy, Place::Trusted],
+            false => [Place::Busy, Place::Idle, Place::Trusted],
+        };
+        let Some((_, c)) = order.into_iter().find_map(|place| self.queue(place).pop_first()) else { return false };
+        self.positions.remove(&c.serial);
+        let _ = c.socket.shutdown(Shutdown::Both);
+        true
+    }
+
+    /// Whether somebody was idle before the crowd of now came: three quarters as many have come since as are here.
+    fn somebody_idles(&mut self) -> bool {
+        let here = self.queue(Place::Idle).len() + self.queue(Place::Busy).len();
+        let crowd_begins = self.next_serial.saturating_sub(here as u64 * 3 / 4);
+        self.queue(Place::Idle).first_key_value().is_some_and(|(_, c)| c.serial < crowd_begins)
+    }
+
+    fn move_to(&mut self, place: Place, c: &Connection) -> bool {
+        let Some(c) = self.take_out(c) else { return false };
+        self.put(c, place);
+        true
+    }
+
+    fn take_out(&mut self, c: &Connection) -> Option<Arc<Connection>> {
+        let (place, turn) = self.positions.remove(&c.serial)?;
+        self.queue(place).remove(&turn)
+    }
+
+    fn put(&mut self, c: Arc<Connection>, place: Place) {
+        self.next_turn += 1;
+        let turn = self.next_turn;
+        self.positions.insert(c.serial, (place, turn));
+        self.queue(place).insert(turn, c);
+    }
+}
