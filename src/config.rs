@@ -4,7 +4,7 @@
 //! design stand as constants in the room that they bind.
 
 use crate::authority::{is_authority, split_port};
-use crate::text::{LONGEST, invalid, shown};
+use crate::text::{LONGEST, invalid, quoted};
 use std::fmt;
 use std::io;
 use std::path::PathBuf;
@@ -143,9 +143,9 @@ impl Config {
             let is_scheme =
                 !scheme.is_empty() && scheme.bytes().all(|b| b.is_ascii_alphanumeric() || b"+-.".contains(&b));
             if !is_scheme || !is_authority(authority) || origin.bytes().any(|b| b.is_ascii_uppercase()) {
-                return invalid(format!("{} is no origin: write https://app.example, null or *", shown(origin)));
+                return invalid(format!("{} is no origin: write https://app.example, null or *", quoted(origin)));
             } else if [("http", Some("80")), ("https", Some("443"))].contains(&(scheme, split_port(authority).1)) {
-                return invalid(format!("{} has the port that browsers leave out: leave it out, too", shown(origin)));
+                return invalid(format!("{} has the port that browsers leave out: leave it out, too", quoted(origin)));
             }
         }
         Ok(())

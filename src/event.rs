@@ -4,7 +4,7 @@
 //! else stands between.
 //! <https://html.spec.whatwg.org/multipage/server-sent-events.html#event-stream-interpretation>
 
-use crate::text::{invalid, shown};
+use crate::text::{invalid, quoted};
 use std::borrow::Cow;
 use std::fmt::{self, Write as _};
 use std::io;
@@ -65,7 +65,7 @@ impl Event {
         }
         for (field, text) in [("event name", &self.name), ("id", &self.id), ("key", &self.key)] {
             if let Some(text) = text.as_deref().filter(|t| t.contains(['\r', '\n', '\0'])) {
-                return invalid(format!("the {field} {} holds CR, LF or NUL: leave them out", shown(text)));
+                return invalid(format!("the {field} {} holds CR, LF or NUL: leave them out", quoted(text)));
             }
         }
         Ok(())
@@ -149,7 +149,7 @@ impl FromStr for Id {
         let (ms, seq) = text.split_once('-').unwrap_or((text, "0"));
         match (number(ms), number(seq)) {
             (Some(ms), Some(seq)) => Ok(Id { ms, seq }),
-            _ => invalid(format!("{} is no event id: write MILLISECONDS-SEQUENCE", shown(text))),
+            _ => invalid(format!("{} is no event id: write MILLISECONDS-SEQUENCE", quoted(text))),
         }
     }
 }

@@ -17,7 +17,7 @@ use crate::lane::{ToLane, send_event};
 use crate::log::Logger;
 use crate::metrics::Counters;
 use crate::sync::{enter, try_enter};
-use crate::text::{invalid, shown};
+use crate::text::{invalid, quoted};
 use crossbeam_channel::Sender;
 use std::collections::VecDeque;
 use std::io::{self, ErrorKind};
@@ -327,7 +327,7 @@ pub fn check_topic(name: &str) -> io::Result<()> {
     if (1..=TOPIC_NAME_BYTES).contains(&name.len()) && name.bytes().all(fits) {
         return Ok(());
     }
-    invalid(format!("{} is no topic name: that is 1 to {TOPIC_NAME_BYTES} of A-Z a-z 0-9 . _ ~ -", shown(name)))
+    invalid(format!("{} is no topic name: that is 1 to {TOPIC_NAME_BYTES} of A-Z a-z 0-9 . _ ~ -", quoted(name)))
 }
 
 fn stopped() -> io::Error {

@@ -1,0 +1,203 @@
+//! One connection, on its own thread: requests one after another, until it ends or becomes a stream.
+
+use crate::clock::spread;
+use crate::config::{Config, Log};
+use crate::connection::{AWAKE_TIME, Connection, LINGER, Reason, STOPPING};
+use crate::hub::Core;
+use crate::log::Logger;
+use crate::places::{Place, Places};
+use crate::reader::Reader;
+use crate::request::Request;
+use crate::response::{Response, stream_head};
+use crate::routes::{Reply, Routes, Source};
+use crate::subscription::{POLL_IS_OVER, Subscription};
+use crate::sync::{enter, start_thread};
+use crate::text::quoted;
+use std::borrow::Cow;
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
+use std::time::Instant;
+
+const NO_ROOM: Reason = "no room for another stream";
+const NO_NAMES: Reason = "all topic names are in use";
+
+/// What all conversations share.
+pub struct Shared {
+    pub core: Arc<Core>,
+    pub places: Arc<Places>,
+    pub routes: Routes,
+    pub log: Arc<Logger>,
+}
+
+/// A connection on its thread. Dropping it, also by a panic, closes the socket and gives up its place.
+struct Conversation {
+    shared: Arc<Shared>,
+    c: Arc<Connection>,
+    /// For the log, once it is a stream.
+    path: Option<String>,
+    reason: Cow<'static, str>,
+    opened: Instant,
+}
+
+/// A stream that a request has asked for.
+struct Opening {
+    path: String,
+    head: String,
+    source: Source,
+}
+
+/// What comes of one request.
+enum Turn {
+    Respond { bytes: Vec<u8>, close: bool },
+    Open(Opening),
+    End,
+}
+
+/// Starts the thread of a connection that has its place.
+///
+/// # Errors
+/// There is no thread; the connection has given its place up.
+pub fn start(shared: Arc<Shared>, c: Arc<Connection>) -> io::Result<()> {
+    let name = format!("conn {}", c.serial);
+    let conversation = Conversation { shared, c, path: None, reason: "".into(), opened: Instant::now() };
+    start_thread(name, Box::new(move || conversation.hold())).map(drop)
+}
+
+impl Conversation {
+    fn hold(mut self) {
+        let c = &self.c;
+        let prepared = c.socket.set_nonblocking(false).and(c.socket.set_nodelay(true));
+        if prepared.and(c.socket.set_write_timeout(Some(self.config().stall_time))).is_err() {
+            return; // it has gone already
+        }
+        if let Some(Opening { path, head, source }) = self.answer_requests() {
+            self.path = Some(quoted(&path));
+            self.reason = "the handler panicked".into(); // what is logged if the next line never returns
+            self.reason = self.stream(head, source);
+        }
+    }
+
+    fn config(&self) -> &Config {
+        &self.shared.core.config
+    }
+
+    /// Answers requests until the connection ends, or asks for a stream.
+    fn answer_requests(&self) -> Option<Opening> {
+        let (c, places, config) = (&*self.c, &self.shared.places, self.config());
+        let mut reader = Reader::new(c);
+        reader.wait_at_most(config.head_time);
+        let mut answered = Instant::now();
+        loop {
+            let request = Request::read(&mut reader, config);
+            let is_keen = answered.elapsed() < 2 * AWAKE_TIME; // the first of a connection counts, too: it comes at once
+            let turn = match request {
+                Ok(None) => Turn::End,
+                Ok(Some(request)) => self.answer(&mut reader, request),
+                Err(refusal) => self.refuse(&reader, &refusal),
+            };
+            match turn {
+                Turn::End => return None,
+                Turn::Open(opening) => return Some(opening),
+                Turn::Respond { bytes, close } => {
+                    if c.write_whole(&bytes, Instant::now() + config.body_time).is_err() {
+                        return None;
+                    } else if close {
+                        reader.linger();
+                        return None;
+                    }
+                }
+            }
+            reader.wait_at_most(config.idle_time);
+            if !places.move_to(Place::Idle, c) || is_keen && c.stay_awake().is_err() {
+                return None;
+            }
+            answered = Instant::now();
+        }
+    }
+
+    fn answer(&self, reader: &mut Reader, mut request: Request) -> Turn {
+        if !self.shared.places.move_to(Place::Busy, &self.c) {
+            return Turn::End;
+        }
+        let is_head = request.method == "HEAD";
+        let cors = self.shared.routes.door.cors(&request);
+        let mut response = match self.shared.routes.reply(reader, &mut request) {
+            Ok(Reply::Response(response)) | Err(response) => response,
+            Ok(Reply::Stream(_)) if is_head => {
+                self.log_request(&request, 200);
+                return Turn::Respond { bytes: stream_head(&cors).into_bytes(), close: true };
+            }
+            Ok(Reply::Stream(source)) => {
+                return Turn::Open(Opening { path: request.path, head: stream_head(&cors), source });
+            }
+        };
+        response.fields += &cors;
+        self.log_request(&request, response.status);
+        let close = request.close || response.close || !request.body.is_over() || self.shared.core.is_stopping();
+        Turn::Respond { bytes: response.encode(is_head, close), close }
+    }
+
+    /// The response to a head that was refused, and so still stands unread.
+    fn refuse(&self, reader: &Reader, refusal: &Response) -> Turn {
+        let is_head = reader.unread().starts_with(b"HEAD ");
+        let line = format_args!("{} {}: {}", self.c.peer, refusal.status, refusal.reason());
+        self.shared.log.line(Log::Debug, line);
+        Turn::Respond { bytes: refusal.encode(is_head, true), close: true }
+    }
+
+    /// A stream's line is written when it closes.
+    fn log_request(&self, request: &Request, status: u16) {
+        if self.shared.log.wants(Log::Debug) {
+            let (peer, path) = (self.c.peer, quoted(&request.path));
+            self.shared.log.line(Log::Debug, format_args!("{peer} {:.20} {path} {status}", request.method));
+        }
+    }
+
+    /// Serves a stream to its end, and returns why it ended.
+    fn stream(&self, head: String, source: Source) -> Cow<'static, str> {
+        let (c, core) = (&self.c, &*self.shared.core);
+        let count = self.shared.places.move_to_streams(c);
+        if core.is_stopping() {
+            return self.send_away(&head, STOPPING).into();
+        }
+        let Some(count) = count else { return self.send_away(&head, NO_ROOM).into() };
+        match source {
+            Source::Topics(wanted) => {
+                match Subscription::open(core, c, &core.lanes[count % core.lanes.len()], wanted) {
+                    Some(subscription) => subscription.serve(head).into(),
+                    None => self.send_away(&head, NO_NAMES).into(),
+                }
+            }
+            Source::Handler(handled) => handled.serve(core, c, head),
+        }
+    }
+
+    /// Opens a stream only to say when to come back, and ends it.
+    fn send_away(&self, head: &str, why: Reason) -> Reason {
+        self.shared.core.counters.sent_away.fetch_add(1, Relaxed);
+        self.shared.log.warn(format_args!("{} is sent away: {why}", self.c.peer));
+        let _ = self.c.write_whole(head.as_bytes(), Instant::now() + LINGER);
+        self.c.end(why, spread(self.config().retry, 50, 150))
+    }
+
+    fn log_closing(&self, path: &str) {
+        let (open, sent) = (self.opened.elapsed(), enter(&self.c.state).sent);
+        let (seconds, tenths) = (open.as_secs(), open.subsec_millis() / 100);
+        let (peer, reason) = (self.c.peer, &self.reason);
+        let line =
+            format_args!("closed peer={peer} path={path} reason={reason:?} seconds={seconds}.{tenths} events={sent}");
+        let repeats = [POLL_IS_OVER, NO_ROOM, NO_NAMES].contains(&&**reason); // as fast as a flood
+        self.shared.log.line(if repeats { Log::Debug } else { Log::Info }, line);
+    }
+}
+
+impl Drop for Conversation {
+    fn drop(&mut self) {
+        let _ = self.c.socket.shutdown(std::net::Shutdown::Write); // its lane may hold the socket for a moment longer
+        if let Some(path) = &self.path {
+            self.log_closing(path);
+        }
+        self.shared.places.leave(&self.c);
+    }
+}

@@ -1,0 +1,117 @@
+//! Who may do what: hosts, origins, tokens.
+//!
+//! A browser lends its place to every page that it shows: a page from elsewhere could publish to a server behind the same
+//! wall, or have its own name resolved to it (DNS rebinding) and read as if it came from there. So a page of another origin
+//! may publish only where that is allowed, and a server on loopback answers only to names that it knows. What does not
+//! come from a browser has no origin.
+
+use crate::authority::{is_authority, is_loopback, split_port};
+use crate::config::{Config, Token};
+use crate::request::Request;
+use crate::response::{Response, decline, refuse};
+use crate::text::quoted;
+
+pub struct Door {
+    /// The port, if the server is on loopback.
+    loopback_port: Option<u16>,
+    origins: Vec<String>,
+    publish_tokens: Vec<Token>,
+    subscribe_tokens: Vec<Token>,
+}
+
+impl Door {
+    pub fn new(config: &Config, loopback_port: Option<u16>) -> Door {
+        Door {
+            loopback_port,
+            origins: config.allow_origins.clone(),
+            publish_tokens: config.publish_tokens.clone(),
+            subscribe_tokens: config.subscribe_tokens.clone(),
+        }
+    }
+
+    /// Whether who publishes has shown a token.
+    pub fn knows_publishers(&self) -> bool {
+        !self.publish_tokens.is_empty()
+    }
+
+    pub fn check_publisher(&self, request: &Request) -> Result<(), Response> {
+        check_token(&self.publish_tokens, "publishing", request)
+    }
+
+    pub fn check_subscriber(&self, request: &Request) -> Result<(), Response> {
+        check_token(&self.subscribe_tokens, "reading", request)
+    }
+
+    /// On loopback, only names of loopback are this server's, and those of allowed origins.
+    pub fn check_host(&self, request: &Request) -> Result<(), Response> {
+        let Some(host) = request.host.as_deref().map(|host| split_port(host).0) else { return Ok(()) };
+        let names_it = |origin: &String| {
+            origin.split_once("://").is_some_and(|(_, authority)| split_port(authority).0.eq_ignore_ascii_case(host))
+        };
+        if self.loopback_port.is_none() || is_loopback(host) || self.origins.iter().any(names_it) {
+            return Ok(());
+        }
+        refuse(
+            403,
+            format!(
+                "{} is not this server: behind a proxy, start it with --allow-origin https://…, and pass that host on",
+                quoted(host)
+            ),
+        )
+    }
+
+    /// Whether the page that this request comes from may publish.
+    pub fn check_origin(&self, request: &Request) -> Result<(), Response> {
+        let Some(origin) = request.origin.as_deref() else { return Ok(()) };
+        let host = request.host.as_deref().unwrap_or_default();
+        let is_of_host = |origin: &str| origin.split_once("://").is_some_and(|(_, own)| own.eq_ignore_ascii_case(host));
+        // Where the public origin is named, its scheme counts: what came over plain HTTP, somebody else may have written.
+        let is_own = is_of_host(origin) && !self.origins.iter().any(|known| is_of_host(known));
+        if is_own || self.is_allowed(origin) {
+            return Ok(());
+        }
+        decline(403, format!("pages of {} may not publish: allow them with --allow-origin", quoted(origin)))
+    }
+
+    /// The header lines that let a page of another origin read an answer;
+    /// <https://fetch.spec.whatwg.org/#http-cors-protocol>
+    pub fn cors(&self, request: &Request) -> String {
+        let origin = request.origin.as_deref().unwrap_or_default();
+        let is_open_to_all = self.origins.iter().any(|known| known == "*");
+        let (mut lines, methods, fields) = match (self.is_allowed(origin), is_open_to_all) {
+            (true, _) => (
+                format!("Access-Control-Allow-Origin: {origin}\r\nAccess-Control-Allow-Credentials: true\r\n"),
+                "GET, HEAD, POST, PUT",
+                "Authorization, Cache-Control, Content-Type, Last-Event-ID",
+            ),
+            (_, true) => ("Access-Control-Allow-Origin: *\r\n".into(), "GET, HEAD", "Cache-Control, Last-Event-ID"),
+            _ => return if self.origins.is_empty() { String::new() } else { "Vary: Origin\r\n".into() },
+        };
+        if request.method == "OPTIONS" {
+            lines += &format!("Access-Control-Allow-Methods: {methods}\r\nAccess-Control-Allow-Headers: {fields}\r\n");
+            lines += "Access-Control-Max-Age: 600\r\n";
+        }
+        lines + "Vary: Origin\r\n"
+    }
+
+    /// Named as allowed, or one of ours: all names of loopback at this server's own port are one origin.
+    fn is_allowed(&self, origin: &str) -> bool {
+        let authority = origin.strip_prefix("http://").unwrap_or_default();
+        let (host, port) = split_port(authority);
+        let is_ours =
+            is_loopback(host) && self.loopback_port.is_some_and(|own| port.unwrap_or("80").parse() == Ok(own));
+        is_ours && is_authority(host) || self.origins.iter().any(|known| known == origin && known != "*")
+    }
+}
+
+/// Checks that one of these tokens is presented. All are compared, whichever fits.
+fn check_token(known: &[Token], what: &str, request: &Request) -> Result<(), Response> {
+    let fitting = |presented: &String| known.iter().filter(|token| token.is(presented)).count();
+    if known.is_empty() || request.tokens.iter().map(fitting).sum::<usize>() > 0 {
+        return Ok(());
+    } else if request.tokens.is_empty() {
+        let reason = format!("{what} needs a token: Authorization: Bearer TOKEN, or the cookie brooklet_token");
+        return Err(Response::text(401, reason).field("WWW-Authenticate", "Bearer realm=\"brooklet\""));
+    }
+    decline(403, format!("this token is not good for {what}"))
+}

@@ -1,0 +1,118 @@
+//! Publishing over HTTP: `POST` publishes its body as one event, `PUT` every line of it as it arrives.
+//!
+//! What is wrong with the query is said before the body is read. A refusal in the middle of a `PUT` says how far it came.
+
+use crate::connection::STOPPING;
+use crate::event::{Event, Id};
+use crate::hub::{Hub, check_topic};
+use crate::lines::Lines;
+use crate::places::Places;
+use crate::reader::Reader;
+use crate::request::Request;
+use crate::response::{Response, decline};
+use crate::text::quoted;
+use std::fmt;
+use std::io::{self, ErrorKind};
+use std::sync::Arc;
+use std::time::Duration;
+
+pub struct Publishing {
+    pub hub: Hub,
+    pub places: Arc<Places>,
+}
+
+impl Publishing {
+    pub fn post(&self, reader: &mut Reader, request: &mut Request, topic: &str) -> Result<Response, Response> {
+        let mut event = self.describe(request, topic, &["event", "retry", "key"])?;
+        let body =
+            request.read_body(reader, &self.hub.core.config, true).map_err(|refusal| self.explain(refusal, ""))?;
+        event.data = String::from_utf8(body).map_err(|error| {
+            Response::text(400, format!("the body is not UTF-8 from byte {} on", error.utf8_error().valid_up_to()))
+        })?;
+        match self.hub.publish(topic, event) {
+            Ok(id) => Ok(Response::text(200, id)),
+            Err(error) => Err(self.not_published(&error)),
+        }
+    }
+
+    pub fn put(&self, reader: &mut Reader, request: &mut Request, topic: &str) -> Result<Response, Response> {
+        let event = self.describe(request, topic, &["event", "retry"])?;
+        request.invite_body(reader)?;
+        reader.deadline = None;
+        let (mut count, mut last) = (0, None);
+        let result = self.put_lines(reader, request, topic, &event, &mut count, &mut last);
+        let summary = format!("published {count}{}", last.map_or(String::new(), |id| format!(", last id {id}")));
+        match result {
+            Ok(()) => Ok(Response::text(200, summary)),
+            Err(refusal) => Err(self.explain(refusal, &format!("; {summary}"))),
+        }
+    }
+
+    /// Silence between lines is fine; a line once begun must end in time.
+    fn put_lines(
+        &self,
+        reader: &mut Reader,
+        request: &mut Request,
+        topic: &str,
+        event: &Event,
+        count: &mut usize,
+        last: &mut Option<Id>,
+    ) -> Result<(), Response> {
+        let (c, config) = (reader.c, &self.hub.core.config);
+        let mut lines = Lines::new(reader, &mut request.body, config.line_bytes, config.body_time);
+        loop {
+            let mut texts = Vec::new();
+            let more = lines.take_some(&mut texts);
+            let events = texts.into_iter().map(|data| Event { data, ..event.clone() }).collect();
+            self.places.refresh(c);
+            let (ids, published) = self.hub.core.publish_all(topic, events);
+            *count += ids.len();
+            *last = ids.last().copied().or(*last);
+            published.map_err(|error| Response { close: true, ..self.not_published(&error) })?;
+            if !more? {
+                return Ok(());
+            }
+        }
+    }
+
+    /// The event that a request's query describes; its data comes with the body.
+    fn describe(&self, request: &Request, topic: &str, known: &[&str]) -> Result<Event, Response> {
+        if let Some((name, _)) = request.query.0.iter().find(|(name, _)| !known.contains(&name.as_str())) {
+            return decline(400, format!("the parameter {} is not known: {} are", quoted(name), known.join(", ")));
+        }
+        let mut event = Event::new("");
+        event.name = request.query.get("event").map(String::from);
+        event.key = request.query.get("key").map(String::from);
+        event.retry = request.query.get("retry").map(milliseconds).transpose()?;
+        let checked = check_topic(topic).and_then(|()| self.hub.core.check(&event));
+        checked.map_err(|error| self.not_published(&error)).map(|()| event)
+    }
+
+    fn not_published(&self, error: &io::Error) -> Response {
+        match error.kind() {
+            ErrorKind::InvalidInput => Response::text(400, error),
+            ErrorKind::StorageFull => Response { status: 507, ..self.unavailable(error) },
+            _ => self.unavailable(error),
+        }
+    }
+
+    /// Adds to a refusal how far it came. A body that stopping has cut off is not its sender's fault.
+    fn explain(&self, refusal: Response, so_far: &str) -> Response {
+        if self.hub.core.is_stopping() {
+            return Response { close: true, ..self.unavailable(format!("{STOPPING}{so_far}")) };
+        }
+        Response { body: format!("{}{so_far}\n", refusal.reason()).into_bytes(), ..refusal }
+    }
+
+    pub fn unavailable(&self, reason: impl fmt::Display) -> Response {
+        Response::text(503, reason).field("Retry-After", self.hub.core.config.retry.as_millis().div_ceil(1000))
+    }
+}
+
+fn milliseconds(text: &str) -> Result<Duration, Response> {
+    let number = text.parse::<u32>().ok().filter(|_| text.bytes().all(|b| b.is_ascii_digit()));
+    let Some(number) = number else {
+        return decline(400, format!("the retry {} is no number of milliseconds up to {}", quoted(text), u32::MAX));
+    };
+    Ok(Duration::from_millis(number.into()))
+}

@@ -1,0 +1,113 @@
+//! What came on a connection and is not used yet. Pipelined requests wait here for their turn.
+
+use crate::connection::{Connection, LINGER, would_block};
+use crate::response::{Response, refuse};
+use std::borrow::Cow;
+use std::io::{self, ErrorKind, Read};
+use std::net::Shutdown;
+use std::time::{Duration, Instant};
+
+/// What one read takes at most.
+const READ_BYTES: usize = 4096;
+/// A line of the chunked coding: a size and its extensions, or a trailer field.
+const CHUNK_LINE_BYTES: usize = 256;
+
+pub struct Reader<'a> {
+    pub c: &'a Connection,
+    buffer: Vec<u8>,
+    /// What stands before this in the buffer has been used.
+    start: usize,
+    /// Until when the next read waits; for ever without one.
+    pub deadline: Option<Instant>,
+    /// The read timeout that the socket was last given, if it was given any.
+    timeout: Option<Option<Duration>>,
+}
+
+impl<'a> Reader<'a> {
+    pub fn new(c: &'a Connection) -> Reader<'a> {
+        Reader { c, buffer: Vec::new(), start: 0, deadline: None, timeout: None }
+    }
+
+    /// The same, with something that has come already.
+    #[cfg(fuzzing)]
+    pub fn with(c: &'a Connection, bytes: &[u8]) -> Reader<'a> {
+        Reader { buffer: bytes.to_vec(), ..Reader::new(c) }
+    }
+
+    pub fn unread(&self) -> &[u8] {
+        &self.buffer[self.start..]
+    }
+
+    /// Takes `count` bytes as used.
+    pub fn use_up(&mut self, count: usize) {
+        self.start += count;
+    }
+
+    pub fn wait_at_most(&mut self, time: Duration) {
+        self.deadline = Some(Instant::now() + time);
+    }
+
+    /// One read, until the deadline. `Ok(0)` at the end.
+    pub fn fill(&mut self) -> io::Result<usize> {
+        let left = self.deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
+        if left.is_some_and(|left| left.is_zero()) {
+            return Err(ErrorKind::WouldBlock.into());
+        }
+        // In whole milliseconds, so that a request after a request need not tell the system the same again.
+        let timeout = left.map(|left| Duration::from_millis(left.as_millis() as u64 + 1));
+        if self.timeout != Some(timeout) {
+            self.c.socket.set_read_timeout(timeout)?;
+            self.timeout = Some(timeout);
+        }
+        self.buffer.drain(..self.start);
+        self.start = 0;
+        let old = self.buffer.len();
+        self.buffer.resize(old + READ_BYTES, 0);
+        let read = loop {
+            match (&self.c.socket).read(&mut self.buffer[old..]) {
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                read => break read,
+            }
+        };
+        self.buffer.truncate(old + read.as_ref().unwrap_or(&0));
+        read
+    }
+
+    pub fn fill_body(&mut self) -> Result<(), Response> {
+        match self.fill() {
+            Ok(0) => refuse(400, "the connection ended before the body did"),
+            Ok(_) => Ok(()),
+            Err(error) if would_block(&error) => refuse(408, "the body took too long"),
+            Err(error) => refuse(400, format!("the body could not be read: {error}")),
+        }
+    }
+
+    /// A line of the chunked coding, without the CRLF that ends it.
+    pub fn chunk_line(&mut self) -> Result<String, Response> {
+        let mut seen = 0;
+        loop {
+            let lf = self.unread()[seen..].iter().position(|b| *b == b'\n');
+            if lf.map_or(self.unread().len(), |lf| seen + lf) > CHUNK_LINE_BYTES {
+                return refuse(400, format!("a chunk's line is longer than {CHUNK_LINE_BYTES} bytes"));
+            }
+            if let Some(lf) = lf {
+                let line = self.unread()[..seen + lf].strip_suffix(b"\r").map(String::from_utf8_lossy);
+                let line = line.filter(|line| !line.contains(|c: char| c.is_ascii_control() && c != '\t'));
+                let line = line.map(Cow::into_owned);
+                self.use_up(seen + lf + 1);
+                return line.map_or_else(|| refuse(400, "a line of the chunked coding does not end with CRLF"), Ok);
+            }
+            seen = self.unread().len();
+            self.fill_body()?;
+        }
+    }
+
+    /// Reads on for a while after the last response, so that it arrives before the reset that closing would cause.
+    pub fn linger(&mut self) {
+        let _ = self.c.socket.shutdown(Shutdown::Write);
+        self.wait_at_most(LINGER);
+        while self.fill().is_ok_and(|got| got > 0) {
+            self.start = self.buffer.len();
+        }
+    }
+}

@@ -1,0 +1,98 @@
+//! Responses: a status, some fields, and a body of known length. A refusal is one, too.
+//!
+//! An error is one line of text that says what was wrong and what would be right. Where a request was understood the
+//! connection goes on after it (`decline`); where it was not, or where it ends cannot be told, the connection is closed
+//! (`refuse`).
+
+use crate::clock::date;
+use std::borrow::Cow;
+use std::fmt::{self, Write};
+
+pub struct Response {
+    pub status: u16,
+    pub content_type: Cow<'static, str>,
+    /// More fields, each line with its CRLF.
+    pub fields: String,
+    pub body: Vec<u8>,
+    /// Where this request ends on the connection cannot be told.
+    pub close: bool,
+}
+
+/// One line that says what was wrong and what would be right, and the end of the connection.
+pub fn refuse<T>(status: u16, reason: impl fmt::Display) -> Result<T, Response> {
+    Err(Response { close: true, ..Response::text(status, reason) })
+}
+
+/// The same, where the request was understood: the connection goes on.
+pub fn decline<T>(status: u16, reason: impl fmt::Display) -> Result<T, Response> {
+    Err(Response::text(status, reason))
+}
+
+impl Response {
+    pub fn new(status: u16, content_type: impl Into<Cow<'static, str>>, body: Vec<u8>) -> Response {
+        Response { status, content_type: content_type.into(), fields: String::new(), body, close: false }
+    }
+
+    pub fn text(status: u16, line: impl fmt::Display) -> Response {
+        Response::new(status, "text/plain; charset=utf-8", format!("{line}\n").into_bytes())
+    }
+
+    pub fn field(mut self, name: &str, value: impl fmt::Display) -> Response {
+        let _ = write!(self.fields, "{name}: {value}\r\n");
+        self
+    }
+
+    /// The line that `text` has written.
+    pub fn reason(&self) -> String {
+        String::from_utf8_lossy(&self.body).trim_end().to_string()
+    }
+
+    /// The bytes on the wire; a response to HEAD is the head only.
+    pub fn encode(&self, head_only: bool, close: bool) -> Vec<u8> {
+        let mut head = status_line(self.status);
+        if self.status != 204 {
+            let _ = write!(head, "Content-Type: {}\r\nContent-Length: {}\r\n", self.content_type, self.body.len());
+        }
+        let connection = if close { "Connection: close\r\n" } else { "" };
+        head.extend(["X-Content-Type-Options: nosniff\r\n", &self.fields, connection, "\r\n"]);
+        let mut bytes = head.into_bytes();
+        if !head_only && self.status != 204 {
+            bytes.extend_from_slice(&self.body);
+        }
+        bytes
+    }
+}
+
+/// The head of every stream. It is ended by closing, never chunked; nginx holds such a stream back to its end unless
+/// told.
+pub fn stream_head(cors: &str) -> String {
+    status_line(200)
+        + "Content-Type: text/event-stream\r\nCache-Control: no-store, no-transform\r\nX-Accel-Buffering: no\r\n\
+           X-Content-Type-Options: nosniff\r\nConnection: close\r\n"
+        + cors
+        + "\r\n"
+}
+
+fn status_line(status: u16) -> String {
+    let reason = match status {
+        200 => "OK",
+        204 => "No Content",
+        400 => "Bad Request",
+        401 => "Unauthorized",
+        403 => "Forbidden",
+        404 => "Not Found",
+        405 => "Method Not Allowed",
+        408 => "Request Timeout",
+        413 => "Content Too Large",
+        414 => "URI Too Long",
+        417 => "Expectation Failed",
+        431 => "Request Header Fields Too Large",
+        501 => "Not Implemented",
+        503 => "Service Unavailable",
+        505 => "HTTP Version Not Supported",
+        507 => "Insufficient Storage",
+        _ => "",
+    };
+    let date = date();
+    format!("HTTP/1.1 {status} {reason}\r\nDate: {date}\r\n")
+}

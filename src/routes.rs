@@ -1,0 +1,198 @@
+//! What each request gets.
+//!
+//! Never strand a browser: an `EventSource` gives up for good on any answer but 200. So a stream that there is no room for
+//! is opened all the same, told when to come back, and ended (`conversation.rs`). Only what will not mend by itself, such as
+//! a path that does not exist or a query that cannot be read, is refused for good.
+
+use crate::connection::STOPPING;
+use crate::door::Door;
+use crate::history::{Start, Totals};
+use crate::hub::{Core, Hub, check_topic};
+use crate::metrics::{self, Gauges};
+use crate::places::{Counts, Places};
+use crate::publishing::Publishing;
+use crate::reader::Reader;
+use crate::request::Request;
+use crate::response::{Response, decline};
+use crate::stream::{Handled, Handler};
+use crate::subscription::{POLL_TIME, Wanted};
+use crate::sync::enter;
+use crate::target::CURSOR_PARAMETERS;
+use crate::text::{invalid, parse_duration, quoted};
+use std::io;
+use std::sync::{Arc, Mutex};
+
+const TOPICS_PER_STREAM: usize = 16;
+/// Where the topics are.
+const EVENTS: &str = "/events/";
+const READ_METHODS: &str = "GET, HEAD, OPTIONS";
+const TOPIC_METHODS: &str = "GET, HEAD, POST, PUT, OPTIONS";
+
+#[derive(Clone)]
+pub enum Route {
+    /// Of this content type, and with this body.
+    Page(String, Vec<u8>),
+    Stream(Arc<Handler>),
+}
+
+/// What a request gets.
+pub enum Reply {
+    Response(Response),
+    /// From here on the request and its buffers are not needed any more.
+    Stream(Source),
+}
+
+/// Where the events of a stream come from.
+pub enum Source {
+    Topics(Wanted),
+    Handler(Handled),
+}
+
+pub struct Routes {
+    pub door: Door,
+    publishing: Publishing,
+    core: Arc<Core>,
+    places: Arc<Places>,
+    /// By their paths. They are few.
+    table: Mutex<Vec<(String, Route)>>,
+}
+
+impl Routes {
+    pub fn new(hub: Hub, door: Door, places: Arc<Places>) -> Routes {
+        let core = hub.core.clone();
+        Routes { door, publishing: Publishing { hub, places: places.clone() }, core, places, table: Mutex::default() }
+    }
+
+    /// Adds what is at a path, or replaces it.
+    pub fn add(&self, path: &str, route: Route) -> io::Result<()> {
+        if !path.starts_with('/') || path.starts_with(EVENTS) || ["/health", "/metrics"].contains(&path) {
+            return invalid(format!("{} cannot be routed: begin with a slash, and not with /events/", quoted(path)));
+        }
+        let mut table = enter(&self.table);
+        table.retain(|(known, _)| known != path);
+        table.push((path.into(), route));
+        Ok(())
+    }
+
+    /// Never inlined: see `Request::parse`.
+    #[inline(never)]
+    pub fn reply(&self, reader: &mut Reader, request: &mut Request) -> Result<Reply, Response> {
+        self.door.check_host(request)?;
+        let path = request.path.clone();
+        let Some(allow) = self.methods_of(&path) else {
+            return decline(404, format!("there is nothing at {}: topics are at /events/NAME", quoted(&path)));
+        };
+        match (request.method.as_str(), path.strip_prefix(EVENTS)) {
+            ("OPTIONS", _) => Ok(Reply::Response(Response::text(204, "").field("Allow", allow))),
+            ("POST" | "PUT", Some(topic)) => self.publish(reader, request, topic).map(Reply::Response),
+            ("GET" | "HEAD", Some(names)) => {
+                self.door.check_subscriber(request)?;
+                request.read_body(reader, &self.core.config, false)?;
+                Ok(Reply::Stream(Source::Topics(wanted_topics(request, names)?)))
+            }
+            ("GET" | "HEAD", None) => self.get(reader, request, &path),
+            (method @ ("POST" | "PUT" | "DELETE" | "PATCH" | "TRACE"), _) => {
+                let reason = format!("{method} is not for {}: use one of {allow}", quoted(&path));
+                Err(Response::text(405, reason).field("Allow", allow))
+            }
+            (method, _) => decline(501, format!("the method {} is not known", quoted(method))),
+        }
+    }
+
+    fn publish(&self, reader: &mut Reader, request: &mut Request, topic: &str) -> Result<Response, Response> {
+        self.door.check_origin(request)?;
+        self.door.check_publisher(request)?;
+        if self.door.knows_publishers() {
+            self.places.trust(reader.c);
+        }
+        match request.method.as_str() {
+            "POST" => self.publishing.post(reader, request, topic),
+            _ => self.publishing.put(reader, request, topic),
+        }
+    }
+
+    fn get(&self, reader: &mut Reader, request: &mut Request, path: &str) -> Result<Reply, Response> {
+        let route = enter(&self.table).iter().find(|(known, _)| known == path).map(|(_, route)| route.clone());
+        if path == "/metrics" || matches!(route, Some(Route::Stream(_))) {
+            self.door.check_subscriber(request)?;
+        }
+        request.read_body(reader, &self.core.config, false)?;
+        Ok(match route {
+            Some(Route::Stream(handler)) => {
+                let (query, last_event_id) = (std::mem::take(&mut request.query), request.last_event_id.take());
+                Reply::Stream(Source::Handler(Handled { handler, query, last_event_id }))
+            }
+            Some(Route::Page(content_type, body)) => {
+                // A foreign frame around a page that publishes would borrow its origin for a click.
+                Reply::Response(Response::new(200, content_type, body).field("X-Frame-Options", "SAMEORIGIN"))
+            }
+            None if path == "/metrics" => {
+                Reply::Response(Response::new(200, "text/plain; version=0.0.4", self.metrics().into_bytes()))
+            }
+            None if self.core.is_stopping() => Reply::Response(self.publishing.unavailable(STOPPING)),
+            None => Reply::Response(Response::text(200, "ok")),
+        })
+    }
+
+    /// The methods that a path takes, or none where there is nothing.
+    fn methods_of(&self, path: &str) -> Option<&'static str> {
+        match path {
+            _ if path.starts_with(EVENTS) || path == "*" => Some(TOPIC_METHODS),
+            "/health" | "/metrics" => Some(READ_METHODS),
+            _ => enter(&self.table).iter().any(|(known, _)| known == path).then_some(READ_METHODS),
+        }
+    }
+
+    fn metrics(&self) -> String {
+        let Counts { idle, busy, trusted, streams } = self.places.counts();
+        let Totals { topics, events, bytes } = self.core.history().totals();
+        let gauges = Gauges {
+            subscribers: streams,
+            connections: idle + busy + trusted,
+            topics,
+            kept_events: events,
+            kept_bytes: bytes,
+        };
+        metrics::render(&gauges, &self.core.counters)
+    }
+}
+
+/// What a stream of these topics wants, by its request's query.
+pub fn wanted_topics(request: &Request, list: &str) -> Result<Wanted, Response> {
+    let query = &request.query;
+    let poll = match query.get("poll") {
+        None => None,
+        Some("") => Some(POLL_TIME),
+        Some(time) => Some(parse_duration(time).map_err(|error| Response::text(400, error))?),
+    };
+    let since = match query.get("since") {
+        None => Start::Now,
+        Some("earliest") => Start::Earliest,
+        Some(text) => match (parse_duration(text), text.parse()) {
+            (Ok(time), _) => Start::Ago(time),
+            (_, Ok(id)) => Start::After(Some(id)),
+            _ => return decline(400, format!("since is earliest, a time such as 10m, or an id; not {}", quoted(text))),
+        },
+    };
+    // A page opened anew says `since`; one that comes back says where it was, and that wins.
+    let parameters = CURSOR_PARAMETERS.map(|name| query.get(name));
+    let cursors = [request.last_event_id.as_deref(), parameters[0], parameters[1]];
+    let cursor = cursors.into_iter().flatten().find(|text| !text.is_empty());
+    let start = cursor.map_or(since, |text| Start::After(text.parse().ok()));
+    Ok(Wanted { names: topic_names(list)?, start, poll })
+}
+
+/// The names of a list, each once.
+fn topic_names(list: &str) -> Result<Vec<String>, Response> {
+    let mut names: Vec<String> = Vec::new();
+    for name in list.split(',') {
+        check_topic(name).map_err(|error| Response::text(400, error))?;
+        if names.iter().any(|known| known == name) {
+            continue;
+        } else if names.len() == TOPICS_PER_STREAM {
+            return decline(400, format!("a stream takes up to {TOPICS_PER_STREAM} topics, and these are more"));
+        }
+        names.push(name.into());
+    }
+    Ok(names)
+}

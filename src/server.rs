@@ -1,0 +1,289 @@
+//! The server around it all: bind, accept, start and stop.
+//!
+//! `std` listens with a backlog of 128, and a herd must not outrun it: so the threads that accept only accept, find a
+//! place, and hand over.
+
+use crate::config::{Config, Log};
+use crate::conversation::{self, Shared};
+use crate::door::Door;
+use crate::hub::{Core, Hub};
+use crate::lane::{self, ToLane};
+use crate::log::Logger;
+use crate::metrics::Counters;
+use crate::places::Places;
+use crate::routes::{Route, Routes};
+use crate::stream::Stream;
+use crate::sync::start_thread;
+use crate::system::{self, AddressSpace};
+use std::io::{self, ErrorKind};
+use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
+use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+/// Threads that accept.
+const ACCEPTORS: usize = 2;
+/// Without memory or descriptors accepting fails until there is some again: it must not spin meanwhile.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(20);
+/// Stopping: streams have this long to take their end; then sockets are cut, and threads have until the second to go.
+const STOP_GRACE: Duration = Duration::from_millis(700);
+const STOP_TIME: Duration = Duration::from_millis(950);
+/// How many of the connections that have not ended are named in the log.
+const NAMED_PEERS: usize = 10;
+
+/// A server that is bound but does not serve yet: add pages and streams, then [`run`](Server::run) or
+/// [`spawn`](Server::spawn) it.
+pub struct Server {
+    handle: Handle,
+}
+
+/// A running server. Dropping it stops everything: streams get a reconnection time and their end, and after a second at
+/// most every thread has done its work, but for handlers that do not return (they find their socket closed), programs' own
+/// threads that wait for a stuck disk, and the log's where stderr takes nothing.
+pub struct Handle {
+    shared: Arc<Shared>,
+    listener: Arc<TcpListener>,
+    /// The listening socket as one that can be shut down, which wakes every acceptor. Made at the start, since stopping
+    /// must work without a descriptor left.
+    doorbell: TcpStream,
+    address_space: Arc<AddressSpace>,
+    acceptors: Vec<JoinHandle<()>>,
+    lanes: Vec<JoinHandle<()>>,
+}
+
+impl Server {
+    /// Binds the address and starts the hub, so that publishing works from here on. Port 0 takes any free one.
+    ///
+    /// # Errors
+    /// The address cannot be bound; it is beyond loopback and [`Config::open`] is not set
+    /// ([`ErrorKind::PermissionDenied`]); a limit makes no sense ([`ErrorKind::InvalidInput`]); the journal cannot be
+    /// used ([`ErrorKind::ResourceBusy`]: another process has it; [`ErrorKind::InvalidData`]: the file is none); or no
+    /// thread can be started; or the system has no room for two connections ([`ErrorKind::QuotaExceeded`]).
+    pub fn bind(address: impl ToSocketAddrs, config: Config) -> io::Result<Server> {
+        config.check()?;
+        let listener = TcpListener::bind(address)?;
+        let address = listener.local_addr()?;
+        check_reach(&config, address)?;
+        let doorbell = TcpStream::from(std::os::fd::OwnedFd::from(listener.try_clone()?));
+        let log = Arc::new(Logger::start(config.log)?);
+        let lane_count = if config.lanes == 0 { default_lanes() } else { config.lanes };
+        let config = system::fit(config, lane_count, &log)?;
+        let (mut lanes, mut threads, counters) = (Vec::new(), Vec::new(), Arc::new(Counters::default()));
+        for n in 0..lane_count {
+            let (lane, thread) = lane::start(format!("lane {n}"), config.heartbeat, counters.clone())?;
+            lanes.push(lane);
+            threads.push(thread);
+        }
+        let core = Arc::new(Core::new(config, lanes, counters, &log)?);
+        let places = Arc::new(Places::new(core.config.subscribers, core.config.connections));
+        let door = Door::new(&core.config, Some(address.port()).filter(|_| address.ip().is_loopback()));
+        let routes = Routes::new(Hub { core: core.clone() }, door, places.clone());
+        let handle = Handle {
+            shared: Arc::new(Shared { core, places, routes, log }),
+            listener: Arc::new(listener),
+            doorbell,
+            address_space: Arc::new(AddressSpace::read()),
+            acceptors: Vec::new(),
+            lanes: threads,
+        };
+        Ok(Server { handle })
+    }
+
+    /// Answers `GET path` with these bytes: a page, a script, a small answer of one's own.
+    ///
+    /// # Errors
+    /// [`ErrorKind::InvalidInput`] for a path that does not begin with a slash, or that is the server's own.
+    pub fn page(&self, path: &str, content_type: &str, body: impl Into<Vec<u8>>) -> io::Result<()> {
+        self.handle.shared.routes.add(path, Route::Page(content_type.into(), body.into()))
+    }
+
+    /// Answers `GET path` with a stream that `handler` writes, on the connection's own thread, until it returns or the
+    /// socket closes. The head goes out before the handler is called. The thread's stack has 128 KiB: what is large
+    /// belongs on the heap.
+    ///
+    /// # Errors
+    /// [`ErrorKind::InvalidInput`] for a path that does not begin with a slash, or that is the server's own.
+    ///
+    /// ```
+    /// # fn main() -> std::io::Result<()> {
+    /// # use brooklet::{Config, Event, Server};
+    /// # use std::time::Duration;
+    /// # let server = Server::bind("127.0.0.1:0", Config::default())?;
+    /// server.stream("/clock", |stream| {
+    ///     for tick in 0.. {
+    ///         stream.send(&Event::new(tick.to_string()))?;
+    ///         stream.sleep(Duration::from_secs(1))?; // ends at once when the page is closed
+    ///     }
+    ///     Ok(())
+    /// })?;
+    /// # Ok(()) }
+    /// ```
+    pub fn stream<H>(&self, path: &str, handler: H) -> io::Result<()>
+    where
+        H: Fn(&mut Stream) -> io::Result<()> + Send + Sync + 'static,
+    {
+        self.handle.shared.routes.add(path, Route::Stream(Arc::new(handler)))
+    }
+
+    /// The hub, to publish with.
+    pub fn hub(&self) -> Hub {
+        self.handle.hub()
+    }
+
+    /// Serves until the process ends.
+    ///
+    /// # Errors
+    /// No thread can be started.
+    pub fn run(self) -> io::Result<()> {
+        let mut handle = self.spawn()?;
+        for acceptor in handle.acceptors.drain(..) {
+            let _ = acceptor.join();
+        }
+        Ok(())
+    }
+
+    /// Serves in the background until the handle is dropped.
+    ///
+    /// # Errors
+    /// No thread can be started.
+    pub fn spawn(mut self) -> io::Result<Handle> {
+        for n in 0..ACCEPTORS {
+            let handle = &mut self.handle;
+            let (shared, space, listener) =
+                (handle.shared.clone(), handle.address_space.clone(), handle.listener.clone());
+            let accept_all = Box::new(move || accept_all(&shared, &space, &listener));
+            handle.acceptors.push(start_thread(format!("accept {n}"), accept_all)?);
+        }
+        Ok(self.handle)
+    }
+}
+
+impl Handle {
+    /// The hub, to publish with.
+    pub fn hub(&self) -> Hub {
+        Hub { core: self.shared.core.clone() }
+    }
+
+    /// The address that is bound.
+    ///
+    /// # Errors
+    /// What the system says when asked for it.
+    pub fn addr(&self) -> io::Result<SocketAddr> {
+        self.listener.local_addr()
+    }
+
+    /// Takes over a connection that another accept loop has accepted, from before its first request.
+    ///
+    /// # Errors
+    /// The connection has gone already. Where there is no room, it is closed, as one of our own would be.
+    pub fn serve(&self, socket: TcpStream) -> io::Result<()> {
+        let peer = socket.peer_addr()?;
+        admit(&self.shared, &self.address_space, socket, peer);
+        Ok(())
+    }
+
+    /// Stops everything, as dropping does, and returns how many connections' threads have not ended within the second.
+    pub fn stop(mut self) -> usize {
+        self.stop_once()
+    }
+
+    fn stop_once(&mut self) -> usize {
+        let (core, log) = (&self.shared.core, &self.shared.log);
+        if !core.stop() {
+            return 0;
+        }
+        if self.doorbell.shutdown(Shutdown::Both).is_err() {
+            // Not every system lets a listening socket be shut down; a connection wakes an acceptor, too.
+            let _ = self.addr().map(|address| self.acceptors.iter().for_each(|_| drop(TcpStream::connect(address))));
+        }
+        for acceptor in self.acceptors.drain(..) {
+            let _ = acceptor.join();
+        }
+        let deadline = Instant::now() + STOP_TIME;
+        let left = end_connections(&self.shared.places, log, deadline);
+        for lane in &core.lanes {
+            let _ = lane.send(ToLane::Stop);
+        }
+        for lane in self.lanes.drain(..) {
+            let _ = lane.join();
+        }
+        core.close_journal(deadline);
+        log.finish();
+        left
+    }
+}
+
+impl Drop for Handle {
+    fn drop(&mut self) {
+        self.stop_once();
+    }
+}
+
+fn check_reach(config: &Config, address: SocketAddr) -> io::Result<()> {
+    if config.open || !config.publish_tokens.is_empty() || address.ip().is_loopback() {
+        return Ok(());
+    }
+    let reason = format!(
+        "{address} is beyond loopback, so whoever reaches it could publish: give --publish-token TOKEN, or say --open"
+    );
+    Err(io::Error::new(ErrorKind::PermissionDenied, reason))
+}
+
+fn default_lanes() -> usize {
+    thread::available_parallelism().map_or(1, |cores| cores.get()).div_ceil(2)
+}
+
+fn accept_all(shared: &Arc<Shared>, space: &AddressSpace, listener: &TcpListener) {
+    while !shared.core.is_stopping() {
+        match listener.accept() {
+            Ok((socket, peer)) => admit(shared, space, socket, peer),
+            Err(_) if shared.core.is_stopping() => return,
+            Err(error) => {
+                shared.log.warn(format_args!("accepting failed: {error}"));
+                if ![ErrorKind::ConnectionAborted, ErrorKind::Interrupted].contains(&error.kind()) {
+                    shared.places.make_room();
+                    thread::sleep(ACCEPT_PAUSE);
+                }
+            }
+        }
+    }
+}
+
+/// Gives a connection its place and its thread, or closes it where there is no room.
+fn admit(shared: &Arc<Shared>, space: &AddressSpace, socket: TcpStream, peer: SocketAddr) {
+    let has_space = space.has_room();
+    if !has_space {
+        shared.places.make_room(); // for the next: an ending thread's space is not free at once
+    }
+    let has_way = has_space && !shared.core.is_stopping();
+    let Some(c) = has_way.then(|| shared.places.admit(socket, peer)).flatten() else {
+        shared.core.counters.sent_away.fetch_add(1, Relaxed);
+        let why = if has_space { "are taken" } else { "have no address space (ulimit -v)" };
+        return shared.log.warn(format_args!("no room for {peer}: all {} places {why}", shared.places.limit()));
+    };
+    if let Err(error) = conversation::start(shared.clone(), c) {
+        shared.log.warn(format_args!("no thread for {peer}: {error}"));
+        shared.places.make_room();
+    }
+}
+
+/// Ends every connection: streams with their reconnection time, publishers with their response; who waits for a request
+/// may still ask for the server's health meanwhile. Returns how many did not end in time.
+fn end_connections(places: &Places, log: &Logger, deadline: Instant) -> usize {
+    let started = Instant::now();
+    for c in places.at_work() {
+        c.take_back();
+        let _ = c.socket.shutdown(Shutdown::Read); // wakes who waits for a body or a handler's timer
+    }
+    places.wait_for_work(started + STOP_GRACE);
+    for c in places.everyone() {
+        let _ = c.socket.shutdown(Shutdown::Both); // wakes who waits for a request, or a slow peer
+    }
+    let left = places.wait_for_threads(deadline);
+    if left > 0 {
+        let peers: Vec<String> = places.everyone().iter().take(NAMED_PEERS).map(|c| c.peer.to_string()).collect();
+        log.line(Log::Info, format_args!("{left} connections did not end: {}", peers.join(" ")));
+    }
+    left
+}

@@ -1,0 +1,169 @@
+//! A stream of topics, while it must be waited for.
+//!
+//! Connecting, resuming and being slow are the same thing, *being behind*: the connection's thread replays everything
+//! after the cursor with writes that wait. Once nothing newer is kept the subscriber turns live, the socket is its lane's,
+//! and the thread sleeps until the lane gives it back.
+//!
+//! # Why nothing is lost and nothing comes twice
+//! 1. The topics count their subscriber before anything else (`History::subscribe`), so from then on publishing hands its
+//!    lane every event.
+//! 2. The lane hears of the subscriber before it turns live (`ToLane::Join`). The lane's queue is first in, first out: a
+//!    lane that takes an event which was queued after that knows the subscriber.
+//! 3. "Nothing newer is kept" and "live" happen in one hold of the history's lock (`Subscription::follow`).
+//! 4. Publishing keeps an event before it queues it (`Core::show`). So an event is either kept before 3, and was replayed;
+//!    or it is kept after 3, and queued after that, for a lane to which the subscriber is live.
+//! 5. A lane skips what is not newer than the cursor (`Lane::write_run`, `Connection::deliver`): what was replayed and
+//!    still stands in the queue does not come twice.
+
+use crate::clock::spread;
+use crate::connection::{Connection, Phase, Reason, STOPPING, State};
+use crate::encoded::Encoded;
+use crate::event::Id;
+use crate::history::{Next, Start};
+use crate::hub::Core;
+use crate::lane::ToLane;
+use crate::sync::enter;
+use crossbeam_channel::Sender;
+use std::fmt::Write;
+use std::sync::atomic::Ordering::Relaxed;
+use std::sync::{Arc, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+/// How long `?poll` waits for its first event, and how soon the next poll comes.
+pub const POLL_TIME: Duration = Duration::from_secs(25);
+const POLL_RETRY: Duration = Duration::from_millis(100);
+pub const POLL_IS_OVER: Reason = "the poll is over";
+
+/// What a request for a stream of topics has asked for.
+pub struct Wanted {
+    pub names: Vec<String>,
+    pub start: Start,
+    /// How long it waits for its first event, after which it ends.
+    pub poll: Option<Duration>,
+}
+
+pub struct Subscription<'a> {
+    core: &'a Core,
+    c: &'a Arc<Connection>,
+    lane: &'a Sender<ToLane>,
+    names: Arc<[Arc<str>]>,
+    /// The cursor it starts after, and the gap it must hear first.
+    start: (Id, Option<Encoded>),
+    /// What each topic had forgotten when the subscriber was last told of a gap.
+    told: Vec<Id>,
+    poll_until: Option<Instant>,
+    deadline: Instant,
+}
+
+impl<'a> Subscription<'a> {
+    /// `None` where all topic names are in use.
+    pub fn open(
+        core: &'a Core,
+        c: &'a Arc<Connection>,
+        lane: &'a Sender<ToLane>,
+        wanted: Wanted,
+    ) -> Option<Subscription<'a>> {
+        let mut history = core.history();
+        let names = history.subscribe(&wanted.names).ok()?;
+        let (start, told) = (history.start(&names, wanted.start), history.told(&names));
+        drop(history);
+        let deadline = Instant::now() + spread(core.config.lifetime, 80, 100);
+        let poll_until = wanted.poll.map(|time| Instant::now() + time);
+        Some(Subscription { core, c, lane, names, start, told, poll_until, deadline })
+    }
+
+    /// Serves the stream to its end, and returns why it ended.
+    pub fn serve(mut self, head: String) -> Reason {
+        if let Err(reason) = self.begin(head) {
+            return reason;
+        }
+        let _ = self.lane.send(ToLane::Join(self.c.clone(), self.names.clone()));
+        self.follow()
+    }
+
+    /// Writes the head, a block without data, which dispatches nothing, but from whose id a browser resumes that is cut off
+    /// before its first event; and the gap, if there is one.
+    fn begin(&mut self, mut head: String) -> Result<(), Reason> {
+        let is_poll = self.poll_until.is_some();
+        let (cursor, gap) = (self.start.0, self.start.1.take());
+        let retry = if is_poll { POLL_RETRY } else { self.core.config.retry };
+        let _ = write!(head, "retry: {}\nid: {cursor}\n\n", retry.as_millis());
+        let mut bytes = head.into_bytes();
+        if let Some(gap) = &gap {
+            bytes.extend_from_slice(gap.frame());
+            self.core.counters.gaps.fetch_add(1, Relaxed);
+        }
+        let mut state = enter(&self.c.state);
+        (state.cursor, state.sent, state.is_poll) = (cursor, gap.is_some().into(), is_poll);
+        drop(state);
+        self.c.write_waiting(&bytes, self.deadline)
+    }
+
+    /// Replays, turns live, sleeps until the lane gives the socket back, and begins again, until the stream ends.
+    fn follow(&mut self) -> Reason {
+        let (core, c) = (self.core, self.c);
+        loop {
+            if let Err(reason) = c.finish(self.deadline) {
+                return reason;
+            } else if core.is_stopping() {
+                return c.end(STOPPING, spread(core.config.retry, 50, 150));
+            } else if Instant::now() >= self.deadline {
+                return c.end("the lifetime is over", core.config.retry);
+            }
+            let State { cursor, sent, .. } = *enter(&c.state);
+            let history = core.history();
+            match history.next(&self.names, cursor, &self.told) {
+                Next::Nothing if self.poll_until.is_some_and(|until| sent > 0 || Instant::now() >= until) => {
+                    drop(history);
+                    return c.end(POLL_IS_OVER, POLL_RETRY);
+                }
+                Next::Nothing => {
+                    let mut state = enter(&c.state);
+                    state.phase = Phase::Live; // under the history's lock still: see 3 above
+                    drop(history);
+                    if let Some(reason) = self.sleep(state) {
+                        return reason;
+                    }
+                }
+                Next::Gap(gap) => {
+                    self.told = history.told(&self.names);
+                    drop(history);
+                    core.counters.gaps.fetch_add(1, Relaxed);
+                    enter(&c.state).fall_behind(gap, 0);
+                }
+                Next::Events(run) => {
+                    drop(history);
+                    let mut state = enter(&c.state);
+                    core.counters.delivered.fetch_add(c.deliver(&mut state, &run, Instant::now()), Relaxed);
+                    if let Phase::Closed(reason) = state.phase {
+                        return reason;
+                    }
+                }
+            }
+        }
+    }
+
+    /// Sleeps while the subscriber is live. Returns why the connection closed, if it did.
+    fn sleep(&self, mut state: MutexGuard<'_, State>) -> Option<Reason> {
+        while state.phase == Phase::Live {
+            let until = self.poll_until.unwrap_or(self.deadline).min(self.deadline);
+            let left = until.saturating_duration_since(Instant::now());
+            if left.is_zero() || self.core.is_stopping() {
+                state.phase = Phase::Behind;
+                break;
+            }
+            state = self.c.wake.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
+        }
+        match state.phase {
+            Phase::Closed(reason) => Some(reason),
+            _ => None,
+        }
+    }
+}
+
+impl Drop for Subscription<'_> {
+    fn drop(&mut self) {
+        let _ = self.lane.send(ToLane::Leave(self.c.serial, self.names.clone()));
+        self.core.history().unsubscribe(&self.names);
+    }
+}

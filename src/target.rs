@@ -1,0 +1,92 @@
+//! The target of a request: what it asks for, percent-decoded once
+//! ([RFC 9112 §3.2](https://www.rfc-editor.org/rfc/rfc9112#section-3.2)).
+
+use crate::authority::is_authority;
+use crate::response::{Response, refuse};
+use crate::text::quoted;
+
+const QUERY_PARAMETERS: usize = 100;
+/// The parameters that say where a page was; a widely used polyfill has its own.
+pub const CURSOR_PARAMETERS: [&str; 2] = ["last_event_id", "lastEventId"];
+
+pub struct Target {
+    pub path: String,
+    pub query: Query,
+    /// The host, where the target names one.
+    pub authority: Option<String>,
+}
+
+/// The parts of a query.
+#[derive(Default)]
+pub struct Query(pub Vec<(String, String)>);
+
+impl Query {
+    pub fn get(&self, name: &str) -> Option<&str> {
+        self.0.iter().find(|(n, _)| n == name).map(|(_, value)| value.as_str())
+    }
+
+    fn parse(text: &str) -> Result<Query, Response> {
+        let mut parts = Vec::new();
+        for part in text.split('&').filter(|part| !part.is_empty()) {
+            if parts.len() == QUERY_PARAMETERS {
+                return refuse(400, format!("more than {QUERY_PARAMETERS} parameters"));
+            }
+            let (name, value) = part.split_once('=').unwrap_or((part, ""));
+            let name = percent_decode(name)?;
+            let value = match percent_decode(value) {
+                // A cursor that cannot be decoded is none of ours, and gets a gap: a refusal would strand the browser.
+                Err(_) if CURSOR_PARAMETERS.contains(&name.as_str()) => value.into(),
+                decoded => decoded?,
+            };
+            parts.push((name, value));
+        }
+        Ok(Query(parts))
+    }
+}
+
+impl Target {
+    pub fn parse(method: &str, target: &str) -> Result<Target, Response> {
+        if target == "*" && method == "OPTIONS" {
+            return Ok(Target { path: "*".into(), query: Query::default(), authority: None });
+        }
+        let (authority, origin_form) = split_authority(target);
+        let begins_well = authority.map_or(origin_form.starts_with('/'), is_authority);
+        if !begins_well || target.contains('#') {
+            return refuse(400, format!("{} is no target: it begins with a slash, or http://HOST", quoted(target)));
+        }
+        let (path, query) = origin_form.split_once('?').unwrap_or((origin_form, ""));
+        let query = Query::parse(query)?;
+        if path.to_ascii_lowercase().contains("%2f") {
+            return refuse(400, format!("{} hides a slash, which a proxy may take for none", quoted(path)));
+        }
+        let path = percent_decode(if path.is_empty() { "/" } else { path })?;
+        Ok(Target { path, query, authority: authority.map(String::from) })
+    }
+}
+
+/// Takes `http://HOST` off the front, if the target is of the absolute form.
+fn split_authority(target: &str) -> (Option<&str>, &str) {
+    let scheme = "http://";
+    match target.split_at_checked(scheme.len()) {
+        Some((start, rest)) if start.eq_ignore_ascii_case(scheme) => {
+            let (authority, origin_form) = rest.split_at(rest.find(['/', '?']).unwrap_or(rest.len()));
+            (Some(authority), origin_form)
+        }
+        _ => (None, target),
+    }
+}
+
+fn percent_decode(text: &str) -> Result<String, Response> {
+    let bad =
+        || Response { close: true, ..Response::text(400, format!("{} is not percent-encoded UTF-8", quoted(text))) };
+    let mut bytes = Vec::with_capacity(text.len());
+    let mut rest = text.bytes();
+    while let Some(mut byte) = rest.next() {
+        if byte == b'%' {
+            let mut digit = || rest.next().and_then(|b| char::from(b).to_digit(16)).ok_or_else(bad);
+            byte = (digit()? * 16 + digit()?) as u8;
+        }
+        bytes.push(byte);
+    }
+    String::from_utf8(bytes).map_err(|_| bad())
+}
