@@ -15,7 +15,7 @@ pub struct Block<'a> {
     pub boot: Option<&'a str>,
     pub topic: Option<&'a str>,
     pub key: Option<&'a str>,
-    /// It has no data: everything up to its id was let go.
+    /// It has no data: everything up to its id is forgotten.
     pub is_mark: bool,
     /// Where the frame begins, after what only the journal needs.
     pub frame_at: usize,

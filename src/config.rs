@@ -169,9 +169,10 @@ pub struct Token(String);
 
 impl Token {
     /// Compares in a time that does not depend on where they differ.
-    pub(crate) fn is(&self, shown: &str) -> bool {
-        let differ = self.0.bytes().zip(shown.bytes()).fold(0, |differ, (a, b)| std::hint::black_box(differ | (a ^ b)));
-        differ == 0 && self.0.len() == shown.len()
+    pub(crate) fn is(&self, presented: &str) -> bool {
+        let differ =
+            self.0.bytes().zip(presented.bytes()).fold(0, |differ, (a, b)| std::hint::black_box(differ | (a ^ b)));
+        differ == 0 && self.0.len() == presented.len()
     }
 }
 

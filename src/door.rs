@@ -1,6 +1,6 @@
 //! Who may do what: hosts, origins, tokens.
 //!
-//! A browser lends its place to every page that it shows: a page from elsewhere could publish to a server behind the same
+//! A browser lends its address to every page that it shows: a page from elsewhere could publish to a server behind the same
 //! wall, or have its own name resolved to it (DNS rebinding) and read as if it came from there. So a page of another origin
 //! may publish only where that is allowed, and a server on loopback answers only to names that it knows. What does not
 //! come from a browser has no origin.
@@ -29,7 +29,7 @@ impl Door {
         }
     }
 
-    /// Whether who publishes has shown a token.
+    /// Whether publishers must present a token.
     pub fn knows_publishers(&self) -> bool {
         !self.publish_tokens.is_empty()
     }

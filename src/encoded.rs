@@ -32,7 +32,7 @@ impl Encoded {
 /// Encoded events in the order of their ids, one after another in one buffer, so that one write can take them all.
 #[derive(Default)]
 pub struct Run {
-    pub events: Vec<(Encoded, usize)>, // with the place in `bytes` where it ends
+    pub events: Vec<(Encoded, usize)>, // with the offset in `bytes` where it ends
     pub bytes: Vec<u8>,
 }
 

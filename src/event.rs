@@ -95,7 +95,7 @@ impl Event {
     }
 }
 
-/// The place of an event in the one order over all topics, written `MILLISECONDS-SEQUENCE` as Redis streams do.
+/// The position of an event in the one order over all topics, written `MILLISECONDS-SEQUENCE` as Redis streams do.
 ///
 /// ```
 /// use brooklet::Id;
@@ -123,7 +123,7 @@ impl Id {
         }
     }
 
-    /// The place just before this one; it need not belong to any event.
+    /// The position just before this one; it need not belong to any event.
     pub(crate) fn before(self) -> Id {
         match self.seq {
             0 => Id { ms: self.ms.saturating_sub(1), seq: u64::MAX },

@@ -357,7 +357,7 @@ fn recover(path: &Path, history: &mut History, config: &Config, log: &Arc<Logger
 }
 
 /// Takes in a block of the journal.
-fn restore(history: &mut History, block: Block, bytes: &[u8]) {
+pub fn restore(history: &mut History, block: Block, bytes: &[u8]) {
     let Block { id, topic, key, is_mark, frame_at, .. } = block;
     match topic {
         Some(name) if !is_mark => {
@@ -369,7 +369,7 @@ fn restore(history: &mut History, block: Block, bytes: &[u8]) {
 }
 
 /// What a journal holds that was written anew: what each topic has forgotten, and every kept event.
-fn snapshot(history: &History, boot: Option<&str>) -> Vec<Encoded> {
+pub fn snapshot(history: &History, boot: Option<&str>) -> Vec<Encoded> {
     let mark = |field, value, id| encode_block(id, &[(field, value)], &format!("id: {id}\n\n"));
     let (topics, others) = history.all_forgotten();
     let mut blocks = vec![mark("boot", boot, others)];

@@ -7,7 +7,7 @@
 use crate::block::{Block, read_block};
 use std::io::{self, BufReader, IsTerminal, Read, Write};
 
-/// How many damaged blocks are named by their place in the file.
+/// How many damaged blocks are named by their offset in the file.
 const NAMED_DAMAGE: usize = 10;
 
 /// What a journal held.

@@ -22,7 +22,7 @@ use crate::text::{invalid, parse_duration, quoted};
 use std::io;
 use std::sync::{Arc, Mutex};
 
-const TOPICS_PER_STREAM: usize = 16;
+pub const TOPICS_PER_STREAM: usize = 16;
 /// Where the topics are.
 const EVENTS: &str = "/events/";
 const READ_METHODS: &str = "GET, HEAD, OPTIONS";

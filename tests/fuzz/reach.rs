@@ -2,7 +2,24 @@
 //! alone. Each function panics where something does not hold.
 #![allow(missing_docs)]
 
-use super::*;
+use crate::authority::{is_authority, is_loopback, split_port};
+use crate::block::Block;
+use crate::body::{Body, skip_quoted};
+use crate::config::{Config, Token};
+use crate::connection::Connection;
+use crate::event::Id;
+use crate::history::History;
+use crate::hub::{check_topic, restore, snapshot};
+use crate::lines::Lines;
+use crate::reader::Reader;
+use crate::recovery::Found;
+use crate::request::Request;
+use crate::routes::{TOPICS_PER_STREAM, wanted_topics};
+use crate::target::{Query, Target};
+use crate::text::parse_duration;
+use std::net::{TcpListener, TcpStream};
+use std::sync::OnceLock;
+use std::time::Duration;
 
 fn small() -> Config {
     let (head_bytes, body_bytes, line_bytes, keep_events, keep_bytes) = (2_000, 500, 300, 5, 4_000);
@@ -23,7 +40,7 @@ fn gone() -> &'static Connection {
 }
 
 fn reader(bytes: &[u8]) -> Reader<'static> {
-    Reader { c: gone(), buffer: bytes.to_vec(), start: 0, deadline: None, timeout: None }
+    Reader::with(gone(), bytes)
 }
 
 /// Requests on one connection, with their bodies, until one is refused.
@@ -53,37 +70,36 @@ pub fn requests(bytes: &[u8]) {
 /// A chunked body alone, as lines and in one piece.
 pub fn body(bytes: &[u8]) {
     let config = small();
-    let chunked = || Body { left: 0, chunked: true, in_chunks: false };
-    lines(&mut reader(bytes), &mut chunked(), &config);
-    let (mut reader, mut body, mut out) = (reader(bytes), chunked(), Vec::new());
+    lines(&mut reader(bytes), &mut Body::chunked(), &config);
+    let (mut reader, mut body, mut out) = (reader(bytes), Body::chunked(), Vec::new());
     while body.read(&mut reader, &mut out).unwrap_or(false) {}
-    assert!(out.len() <= bytes.len() && reader.start <= reader.buffer.len());
+    assert!(out.len() + reader.unread().len() <= bytes.len());
 }
 
 fn lines(reader: &mut Reader, body: &mut Body, config: &Config) {
-    let mut lines = Lines::new(reader, body, config);
+    let mut lines = Lines::new(reader, body, config.line_bytes, config.body_time);
     while let Ok(Some(line)) = lines.next() {
         assert!(line.len() <= config.line_bytes && !line.contains(&b'\n'));
     }
 }
 
 fn streams(request: &Request, names: &str) {
-    if let Ok(Opening::Topics { names, .. }) = open_topics(request, names) {
-        assert!((1..=TOPICS_PER_STREAM).contains(&names.len()));
-        assert!(names.iter().all(|name| check_topic(name).is_ok()));
+    if let Ok(wanted) = wanted_topics(request, names) {
+        assert!((1..=TOPICS_PER_STREAM).contains(&wanted.names.len()));
+        assert!(wanted.names.iter().all(|name| check_topic(name).is_ok()));
     }
 }
 
 /// The target of a request: what it decodes to, encoded again, is read as the same.
 pub fn target(text: &str) {
-    let Ok((path, query, host)) = parse_target("GET", text) else { return };
-    assert!(host.as_deref().is_none_or(is_authority) && path.starts_with('/'));
+    let Ok(Target { path, query, authority }) = Target::parse("GET", text) else { return };
+    assert!(authority.as_deref().is_none_or(is_authority) && path.starts_with('/'));
     let encode = |text: &str| text.bytes().map(|byte| format!("%{byte:02x}")).collect::<String>();
     let parts: Vec<_> = query.0.iter().map(|(name, value)| format!("{}={}", encode(name), encode(value))).collect();
     let path_again: Vec<_> = path.split('/').map(encode).collect();
     let again = format!("{}?{}", path_again.join("/"), parts.join("&"));
-    let (second_path, second_query, _) = parse_target("GET", &again).ok().expect("what was read once");
-    assert_eq!((second_path, second_query.0), (path, query.0));
+    let second = Target::parse("GET", &again).ok().expect("what was read once");
+    assert_eq!((second.path, second.query.0), (path, query.0));
 }
 
 /// Cursors, `since`, lengths of time, hosts, tokens: what is read is written, and read again as the same.
@@ -115,21 +131,28 @@ pub fn cursor(text: &str) {
 /// A journal. Under `cfg(fuzzing)` no sum is compared, or hardly a block would be looked at; what is kept of it, written
 /// anew with its right sums, is read as the same.
 pub fn journal(bytes: &[u8]) {
-    let (config, mut kept) = (small(), Kept::new(Id::default()));
-    let found = Found::read(bytes, bytes.len() as u64, &mut kept, &config).unwrap();
+    let (config, limit) = (small(), 8_096);
+    let read = |bytes: &[u8]| {
+        let mut history = History::new(Id::default(), &config);
+        let mut take = |block: Block, bytes: &[u8]| restore(&mut history, block, bytes);
+        let found = Found::read(bytes, bytes.len() as u64, limit, false, &mut take).unwrap();
+        history.remove_unused();
+        (found, history)
+    };
+    let (found, history) = read(bytes);
     assert!(found.whole <= bytes.len() as u64 && found.events + found.damaged <= found.blocks);
-    assert!(kept.bytes <= config.keep_bytes && kept.topics.values().all(|topic| !topic.events.is_empty()));
-    assert_eq!(kept.events, kept.topics.values().map(|topic| topic.events.len()).sum::<usize>());
+    let totals = history.totals();
+    assert!(totals.bytes <= config.keep_bytes && totals.topics == history.all_forgotten().0.len());
+    assert_eq!(totals.events, history.all_events().len());
     let boot = found.boot.as_deref();
-    let blocks = |kept: &Kept| {
-        let mut blocks: Vec<_> = kept.for_journal(boot).iter().map(|event| event.block.to_vec()).collect();
+    let blocks = |history: &History| {
+        let mut blocks: Vec<_> = snapshot(history, boot).iter().map(|event| event.block.to_vec()).collect();
         blocks[1..].sort(); // the marks are in no order of their own
         blocks
     };
-    let whole: Vec<u8> = kept.for_journal(boot).iter().flat_map(|event| event.block.to_vec()).collect();
-    let mut again = Kept::new(Id::default());
-    let second = Found::read(&whole[..], whole.len() as u64, &mut again, &config).unwrap();
+    let whole: Vec<u8> = snapshot(&history, boot).iter().flat_map(|event| event.block.to_vec()).collect();
+    let (second, again) = read(&whole);
     assert_eq!((second.damaged, second.whole, &second.boot), (0, whole.len() as u64, &found.boot));
-    assert_eq!((again.newest, again.forgotten, again.bytes), (kept.newest, kept.forgotten, kept.bytes));
-    assert!(blocks(&kept) == blocks(&again), "written anew, read, and written anew again");
+    assert_eq!((again.newest(), again.totals().bytes), (history.newest(), totals.bytes));
+    assert!(blocks(&history) == blocks(&again), "written anew, read, and written anew again");
 }
