@@ -64,7 +64,7 @@ pub struct Config {
     pub retry: Duration,
     /// Newest events kept of each topic (1,000).
     pub keep_events: usize,
-    /// Bytes kept of all topics together (64 MiB), each event counted with 128 bytes of bookkeeping.
+    /// Bytes kept of all topics together (64 MiB), each event counted with 136 bytes of bookkeeping.
     pub keep_bytes: usize,
     /// How long an event is kept (24 h).
     pub keep_age: Duration,

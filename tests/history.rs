@@ -4,7 +4,8 @@ use crate::common::*;
 use brooklet::{Config, Event, Id};
 use std::io::Write;
 use std::net::{SocketAddr, TcpStream};
-use std::time::Duration;
+use std::thread;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 /// Publishes all of these, and says how many were taken. The requests are pipelined.
 fn publish_all(addr: SocketAddr, targets: impl Iterator<Item = String>, body: &str) -> usize {
@@ -193,4 +194,65 @@ fn a_topic_table_that_is_full_refuses_publishers_and_sends_pages_away_until_ther
     assert!(end.starts_with(": ") && end.contains("\nretry: "), "{end:?}");
     held.close();
     wait_for("the place of a topic that nobody uses", || (post(addr, "/events/c", "x").status == 200).then_some(()));
+}
+
+/// What a poll that does not wait gets: its events and gaps, and the last id that its client then has.
+fn polled(addr: SocketAddr, target: &str) -> (Vec<Seen>, Id) {
+    let join = if target.contains('?') { '&' } else { '?' };
+    let mut wire = Wire::stream(addr, &format!("{target}{join}poll=1ms"), "");
+    read_to_the_end(&mut wire)
+}
+
+fn read_to_the_end(wire: &mut Wire) -> (Vec<Seen>, Id) {
+    let (mut events, mut last) = (Vec::new(), None);
+    while let Some(seen) = wire.block() {
+        last = seen.id.clone().or(last);
+        events.extend(Some(seen).filter(|seen| seen.data.is_some()));
+    }
+    (events, last.expect("an id").parse().unwrap())
+}
+
+#[test]
+fn ages_go_by_the_clock_also_while_ids_are_ahead_of_it() {
+    let dir = Scratch::new();
+    let Some(clock) = Clock::new(&dir) else { return };
+    let (journal, publish) = (dir.path("events"), |process: &Process| post(process.addr, "/events/a", "x").body);
+    let first = clock.start(&["--journal", &journal]);
+    clock.set("+1h");
+    publish(&first);
+    clock.set("+0");
+    publish(&first);
+    let assert_ages = |process: &Process, what: &str| {
+        let since = |time: &str| polled(process.addr, &format!("/events/a?since={time}")).0;
+        wait_for(&format!("{what} to be older than a second"), || since("1s").is_empty().then_some(()));
+        assert_eq!(since("30m").iter().filter(|seen| !seen.is_gap()).count(), 2, "{what}: both are still kept");
+    };
+    assert_ages(&first, "what was published");
+    drop(first);
+    let second = clock.start(&["--journal", &journal]);
+    assert_ages(&second, "what was restored");
+    drop(second);
+    let third = clock.start(&["--journal", &journal, "--keep-age", "3s"]);
+    wait_for_metric(third.addr, "kept_events", 0);
+    clock.set("+1h");
+    publish(&third);
+    clock.set("+0");
+    wait_for_metric(third.addr, "kept_events", 0);
+}
+
+#[test]
+fn a_clock_that_is_a_day_ahead_for_a_moment_makes_nothing_old() {
+    let dir = Scratch::new();
+    let Some(clock) = Clock::new(&dir) else { return };
+    let journal = dir.path("events");
+    let kept = |process: &Process| polled(process.addr, "/events/a?since=earliest").0.len();
+    let first = clock.start(&["--journal", &journal]);
+    post(first.addr, "/events/a", "before");
+    clock.set("+25h");
+    post(first.addr, "/events/a", "meanwhile");
+    assert_eq!((kept(&first), polled(first.addr, "/events/a?since=1h").0.len()), (2, 3), "with a gap");
+    clock.set("+0");
+    assert_eq!(kept(&first), 2);
+    drop(first);
+    assert_eq!(kept(&clock.start(&["--journal", &journal])), 2);
 }
