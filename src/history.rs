@@ -233,8 +233,11 @@ impl History {
     }
 
     fn resume(&self, names: &[Arc<str>], asked: Option<Id>) -> (Id, Option<Encoded>) {
-        // From the future is an id of an earlier life of this server: all that is kept is new to its owner.
-        let known = asked.filter(|asked| *asked <= self.newest);
+        // Later than both the newest id and the clock is only an id of an earlier life of this server: all that is kept is
+        // new to its owner. Between the two it means from now on, which is after the newest: should the clock be set back,
+        // ids up to the asked one are still to come.
+        let is_known = |asked: &Id| *asked <= self.newest || asked.ms <= now_ms();
+        let known = asked.filter(is_known).map(|asked| asked.min(self.newest));
         match known {
             Some(cursor) if cursor >= self.forgotten_of(names).id => (cursor, None),
             _ => {

@@ -256,3 +256,32 @@ fn a_clock_that_is_a_day_ahead_for_a_moment_makes_nothing_old() {
     drop(first);
     assert_eq!(kept(&clock.start(&["--journal", &journal])), 2);
 }
+
+#[test]
+fn a_cursor_between_the_newest_id_and_the_clock_means_from_now_on() {
+    let server = serve(Config { keep_events: 2, ..Config::default() });
+    let addr = server.addr().unwrap();
+    let mut newest = (0..5).map(|_| server.hub().publish("a", Event::new("old")).unwrap()).last().unwrap();
+    let now_ms = || SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_millis() as u64;
+    for (query, header) in [("?since=", ""), ("?last_event_id=", ""), ("", "Last-Event-ID: ")] {
+        let cursor = wait_for("the clock to pass the newest id", || Some(now_ms()).filter(|now| *now > newest.ms));
+        let value =
+            |name: &str, end: &str| if name.is_empty() { name.into() } else { format!("{name}{cursor}-7{end}") };
+        let target = format!("/events/a{}", value(query, ""));
+        let (mut stream, first) = Wire::subscribe(addr, &target, &value(header, "\r\n"));
+        assert_eq!(first, newest, "not the cursor: should the clock be set back, events may come before that");
+        newest = server.hub().publish("a", Event::new("new")).unwrap();
+        assert_eq!(stream.event().unwrap().id(), newest, "{query}{header}");
+    }
+    let ahead = Id { ms: now_ms() + 3_600_000, seq: 0 };
+    let (events, _) = polled(addr, &format!("/events/a?since={ahead}"));
+    assert!(events[0].is_gap() && events.len() == 3, "later than the clock, too: {events:?}");
+}
+
+#[test]
+fn a_malformed_since_is_400() {
+    let server = serve_default();
+    for since in ["nonsense", "1-", "-1", "+5", "10x", "1-2-3", ""] {
+        assert_eq!(get(server.addr().unwrap(), &format!("/events/a?since={since}")).status, 400, "{since:?}");
+    }
+}
