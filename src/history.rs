@@ -247,6 +247,11 @@ impl History {
         }
     }
 
+    /// Whether these topics have anything for a subscriber at `cursor`: see [`History::next`].
+    pub fn has_news(&self, names: &[Arc<str>], cursor: Id, told: &[Id]) -> bool {
+        self.has_untold(names, cursor, told) || self.oldest_after(names, cursor).is_some()
+    }
+
     fn has_untold(&self, names: &[Arc<str>], cursor: Id, told: &[Id]) -> bool {
         self.topics(names).zip(told).any(|(topic, told)| topic.forgotten.id > cursor.max(*told))
     }

@@ -285,3 +285,55 @@ fn a_malformed_since_is_400() {
         assert_eq!(get(server.addr().unwrap(), &format!("/events/a?since={since}")).status, 400, "{since:?}");
     }
 }
+
+/// Nothing is kept, so each event that is published here is forgotten at once, and its topic leaves the table.
+fn keeping_nothing() -> Config {
+    Config { keep_bytes: 1, ..Config::default() }
+}
+
+#[test]
+fn the_page_of_a_quiet_topic_hears_no_gap_after_its_lifetime_or_an_empty_poll() {
+    let server = serve(Config { lifetime: Duration::from_secs(2), ..keeping_nothing() });
+    let addr = server.addr().unwrap();
+    for (target, end) in [("/events/quiet", "the lifetime is over"), ("/events/quiet?poll=1s", "the poll is over")] {
+        let (mut stream, opened) = Wire::subscribe(addr, target, "");
+        let newest = server.hub().publish("other", Event::new("x")).unwrap();
+        assert!(opened < newest);
+        let last = stream.block().unwrap();
+        assert_eq!((last.comments.last().unwrap().as_str(), last.id()), (end, newest));
+        assert_eq!(stream.block(), None);
+        let (events, _) = polled(addr, &format!("/events/quiet?last_event_id={newest}"));
+        assert_eq!(events, [], "{target}");
+        // Who missed something hears of it all the same.
+        let (events, _) = polled(addr, &format!("/events/other,quiet?last_event_id={opened}"));
+        assert!(events[0].is_gap(), "{events:?}");
+    }
+}
+
+#[test]
+fn the_page_of_a_quiet_topic_hears_no_gap_after_a_restart_from_the_journal() {
+    let dir = Scratch::new();
+    let config = Config { journal: Some(dir.path("events").into()), ..keeping_nothing() };
+    let server = serve(config.clone());
+    let (mut stream, _) = Wire::subscribe(server.addr().unwrap(), "/events/quiet", "");
+    let newest = server.hub().publish("other", Event::new("x")).unwrap();
+    server.stop();
+    let (events, last) = read_to_the_end(&mut stream);
+    assert_eq!((events.len(), last), (0, newest));
+    let server = serve(config);
+    let (events, _) = polled(server.addr().unwrap(), &format!("/events/quiet?last_event_id={last}"));
+    assert_eq!(events, []);
+}
+
+#[test]
+fn an_end_names_no_id_beyond_what_its_reader_still_has_to_get() {
+    let lifetime = Duration::from_secs(1);
+    let server = serve(Config { lifetime, stall_time: Duration::from_secs(3600), ..Config::default() });
+    let ids: Vec<Id> = (0..200).map(|_| server.hub().publish("a", Event::new("x".repeat(60_000))).unwrap()).collect();
+    let mut wire = narrow(server.addr().unwrap(), 4_096, Some(1_448));
+    open(&mut wire, "/events/a?since=earliest");
+    thread::sleep(lifetime); // its lifetime ends while an event is being written to it
+    let (events, last) = read_to_the_end(&mut wire);
+    assert!((1..200).contains(&events.len()), "the kernel has buffered {}: the test shows nothing", events.len());
+    assert_eq!(last, ids[events.len() - 1]);
+}
