@@ -377,11 +377,13 @@ impl History {
         self.topics(names).filter_map(|topic| topic.after(cursor).next()).map(|event| event.id).min()
     }
 
-    /// The event that says that something between the asked cursor and the oldest kept event may be missing. Its id is
-    /// just before that event, so whoever resumes from it gets all that is kept.
+    /// The event that says that something may be missing after the asked cursor, and before the event that it calls the
+    /// oldest: from that on, all of these topics are whole. Its id is just before everything that is kept after the cursor,
+    /// so whoever resumes from it gets that, though one topic may keep what is older than something that another forgot.
     fn gap(&self, names: &[Arc<str>], asked: Option<Id>, cursor: Id) -> Encoded {
-        let oldest = self.oldest_after(names, cursor);
-        let id = oldest.map_or(self.forgotten_of(names).id, Id::before);
+        let forgotten = self.forgotten_of(names).id;
+        let id = self.oldest_after(names, cursor).map_or(forgotten, Id::before);
+        let oldest = self.oldest_after(names, cursor.max(forgotten));
         let json = |id: Option<Id>| id.map_or("null".into(), |id| format!("\"{id}\""));
         let data = format!("{{\"after\":{},\"oldest\":{}}}", json(asked), json(oldest));
         Encoded::new(id, Event::new(data).name("gap").encode(Some(&id)))

@@ -337,3 +337,29 @@ fn an_end_names_no_id_beyond_what_its_reader_still_has_to_get() {
     assert!((1..200).contains(&events.len()), "the kernel has buffered {}: the test shows nothing", events.len());
     assert_eq!(last, ids[events.len() - 1]);
 }
+
+#[test]
+fn what_a_gap_of_several_topics_tells_of_ends_before_its_oldest() {
+    let server = serve(Config { keep_events: 3, ..Config::default() });
+    let hub = server.hub();
+    let addr = server.addr().unwrap();
+    let (_, base) = Wire::subscribe(addr, "/events/a,b,c", "");
+    let publish = |topic: &str, count: usize| -> Vec<(String, Id)> {
+        (0..count).map(|n| (topic.to_string(), hub.publish(topic, Event::new(n.to_string())).unwrap())).collect()
+    };
+    // `a` keeps what is older than much that `b` has forgotten.
+    let published = [publish("a", 2), publish("b", 50), publish("c", 4), publish("a", 1), publish("b", 1)].concat();
+    for cursor in ["nonsense".to_string(), base.to_string(), published[10].1.to_string()] {
+        let (events, _) = polled(addr, &format!("/events/a,b,c?last_event_id={cursor}"));
+        assert!(events[0].is_gap() && events[1..].iter().all(|seen| !seen.is_gap()), "{events:?}");
+        let came: Vec<Id> = events[1..].iter().map(Seen::id).collect();
+        let after: Id = cursor.parse().unwrap_or_default();
+        let data = events[0].data().split("\"oldest\":\"").nth(1).unwrap();
+        let oldest: Id = data.trim_end_matches("\"}").parse().unwrap();
+        assert!(came.contains(&oldest) && events[0].id() < came[0], "{events:?}");
+        assert!(came[0] < oldest, "what is kept before it follows, too");
+        for (topic, id) in published.iter().filter(|(_, id)| *id > after && !came.contains(id)) {
+            assert!(*id < oldest, "{id} of {topic} is missing after {oldest}");
+        }
+    }
+}
