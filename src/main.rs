@@ -34,6 +34,7 @@ flags, with their defaults (times: 500ms 15s 10m 24h; sizes: 900 64KiB 1MiB)
   --line-bytes SIZE      64KiB            a line of a PUT
   --head-time TIME       10s              to send a whole head
   --body-time TIME       30s              to send a whole body, or a PUT's line
+  --put-idle-time TIME   12h              silence between the lines of a PUT
   --idle-time TIME       15s              between a connection's requests
   --heartbeat TIME       15s              longest silence, 3.5s or more
   --lifetime TIME        10m              of a topic's stream, 80 to 100 % of it
@@ -131,6 +132,7 @@ impl Command {
             "--line-bytes" => config.line_bytes = size(&value()?)?,
             "--head-time" => config.head_time = time(&value()?)?,
             "--body-time" => config.body_time = time(&value()?)?,
+            "--put-idle-time" => config.put_idle_time = time(&value()?)?,
             "--idle-time" => config.idle_time = time(&value()?)?,
             "--heartbeat" => config.heartbeat = time(&value()?)?,
             "--lifetime" => config.lifetime = time(&value()?)?,

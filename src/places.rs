@@ -94,11 +94,12 @@ impl Places {
     }
 
     /// A publisher that has shown its token makes room last. A quarter of the places is for others, or each newcomer would
-    /// have to go for the next.
+    /// have to go for the next. So where too many have shown one, the one that has said nothing for longest is trusted no
+    /// more: perhaps it has vanished.
     pub fn trust(&self, c: &Connection) {
         let mut table = enter(&self.table);
-        if table.queue(Place::Trusted).len() < self.other_limit * 3 / 4 {
-            table.move_to(Place::Trusted, c);
+        if table.move_to(Place::Trusted, c) && table.queue(Place::Trusted).len() > self.other_limit * 3 / 4 {
+            table.distrust_first();
         }
     }
 
@@ -182,6 +183,14 @@ impl Table {
         let here = self.queue(Place::Idle).len() + self.queue(Place::Busy).len();
         let crowd_begins = self.next_serial.saturating_sub(here as u64 * 3 / 4);
         self.queue(Place::Idle).first_key_value().is_some_and(|(_, c)| c.serial < crowd_begins)
+    }
+
+    /// It keeps its turn, so that it makes room before all who have said something since.
+    fn distrust_first(&mut self) {
+        if let Some((turn, c)) = self.queue(Place::Trusted).pop_first() {
+            self.positions.insert(c.serial, (Place::Busy, turn));
+            self.queue(Place::Busy).insert(turn, c);
+        }
     }
 
     fn move_to(&mut self, place: Place, c: &Connection) -> bool {

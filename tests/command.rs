@@ -60,7 +60,7 @@ fn help_fits_one_screen_and_names_every_flag() {
     assert!(output.status.success());
     let help = String::from_utf8(output.stdout).unwrap();
     assert!(help.lines().count() <= 40 && help.lines().all(|line| line.chars().count() <= 80), "{help}");
-    let flags = "listen open publish-token subscribe-token allow-origin journal fsync subscribers connections head-bytes body-bytes line-bytes head-time body-time idle-time heartbeat \
+    let flags = "listen open publish-token subscribe-token allow-origin journal fsync subscribers connections head-bytes body-bytes line-bytes head-time body-time put-idle-time idle-time heartbeat \
                  lifetime stall-time retry keep-events keep-bytes keep-age topics lanes log help version";
     for flag in flags.split_whitespace() {
         assert!(help.contains(&format!("--{flag}")), "{flag}");
