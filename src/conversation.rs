@@ -1,4 +1,9 @@
 //! One connection, on its own thread: requests one after another, until it ends or becomes a stream.
+//!
+//! # A small stack
+//! What a thread once had on its stack stays resident as long as it lives, and a subscriber's lives long. So what happens
+//! one after another (reading a head, answering it, following topics) is never inlined into one frame: each uses the
+//! same page again. Otherwise every subscriber takes 15.5 kB instead of 11.5.
 
 use crate::clock::spread;
 use crate::config::{Config, Log};
@@ -116,6 +121,7 @@ impl Conversation {
         }
     }
 
+    #[inline(never)] // a small stack
     fn answer(&self, reader: &mut Reader, mut request: Request) -> Turn {
         if !self.shared.places.move_to(Place::Busy, &self.c) {
             return Turn::End;
@@ -155,6 +161,7 @@ impl Conversation {
     }
 
     /// Serves a stream to its end, and returns why it ended.
+    #[inline(never)] // a small stack
     fn stream(&self, head: String, source: Source) -> Cow<'static, str> {
         let (c, core) = (&self.c, &*self.shared.core);
         let count = self.shared.places.move_to_streams(c);
