@@ -10,7 +10,7 @@ use std::io::{ErrorKind, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
-use std::sync::{Arc, Barrier, Mutex};
+use std::sync::{Arc, Barrier, Condvar, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -144,6 +144,27 @@ fn a_cursor_from_before_the_journal_hears_a_gap() {
     }
 }
 
+/// Where the process of the moment listens, for those who outlive many. Between two they wait: knocking at the one that is
+/// gone would take the processor from the one that starts.
+#[derive(Default)]
+struct Current {
+    addr: Mutex<Option<SocketAddr>>,
+    changed: Condvar,
+}
+
+impl Current {
+    fn set(&self, addr: Option<SocketAddr>) {
+        *self.addr.lock().unwrap() = addr;
+        self.changed.notify_all();
+    }
+
+    fn wait(&self) -> SocketAddr {
+        let addr = self.addr.lock().unwrap();
+        let (addr, _) = self.changed.wait_timeout_while(addr, PATIENCE, |addr| addr.is_none()).unwrap();
+        addr.expect("the next process to start")
+    }
+}
+
 #[test]
 fn two_hundred_kills_lose_nothing_that_was_answered_and_repeat_nothing() {
     const ROUNDS: usize = 200;
@@ -152,20 +173,16 @@ fn two_hundred_kills_lose_nothing_that_was_answered_and_repeat_nothing() {
     // At an address of its own: the port of who was killed may next be another test's, and be asked meanwhile.
     let flags = ["--listen", "127.0.0.2:0", "--journal", &path, "--log", "off"];
     let flags = [&flags[..], &["--keep-events", "10000000", "--keep-bytes", "1GiB"]].concat();
-    let (addr, done) = (Arc::new(Mutex::new(None)), Arc::new(AtomicBool::new(false)));
+    let (current, done) = (Arc::new(Current::default()), Arc::new(AtomicBool::new(false)));
     let acknowledged = Arc::new(Mutex::new(Vec::new()));
 
     // Each speaks with whatever process there is, and begins again with the next one.
     let publishers: Vec<_> = (0..4)
         .map(|n| {
-            let (addr, done, acknowledged) = (addr.clone(), done.clone(), acknowledged.clone());
+            let (current, done, acknowledged) = (current.clone(), done.clone(), acknowledged.clone());
             thread::spawn(move || {
                 while !done.load(SeqCst) {
-                    let current: Option<SocketAddr> = *addr.lock().unwrap();
-                    let Some(Ok(socket)) = current.map(TcpStream::connect) else {
-                        thread::sleep(Duration::from_millis(1));
-                        continue;
-                    };
+                    let Ok(socket) = TcpStream::connect(current.wait()) else { continue };
                     let mut wire = Wire::on(socket);
                     let request =
                         format!("POST /events/t{n} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 5\r\n\r\nevent");
@@ -181,16 +198,13 @@ fn two_hundred_kills_lose_nothing_that_was_answered_and_repeat_nothing() {
         .collect();
     let subscribers: Vec<_> = (0..20)
         .map(|n| {
-            let (addr, done) = (addr.clone(), done.clone());
+            let (current, done) = (current.clone(), done.clone());
             thread::spawn(move || {
                 let (mut seen, mut cursor): (Vec<Id>, Option<Id>) = (Vec::new(), None);
                 let topics = if n % 2 == 0 { "t0,t1,t2,t3" } else { "t0,t1,t2,t3,unused" };
                 loop {
-                    let current: Option<SocketAddr> = *addr.lock().unwrap();
-                    let Some(Ok(socket)) = current.map(TcpStream::connect) else {
-                        thread::sleep(Duration::from_millis(1));
-                        continue;
-                    };
+                    let addr = current.wait();
+                    let Ok(socket) = TcpStream::connect(addr) else { continue };
                     let mut wire = Wire::on(socket);
                     let from = cursor.map_or("?since=earliest".into(), |id| format!("?last_event_id={id}"));
                     let request = format!("GET /events/{topics}{from} HTTP/1.1\r\nHost: localhost\r\n\r\n");
@@ -207,7 +221,7 @@ fn two_hundred_kills_lose_nothing_that_was_answered_and_repeat_nothing() {
                         }
                         cursor = block.id.as_ref().map(|_| block.id()).or(cursor);
                     }
-                    assert!(!done.load(SeqCst) || current != *addr.lock().unwrap() || wire.buffer.is_empty());
+                    assert!(!done.load(SeqCst) || addr != current.wait() || wire.buffer.is_empty());
                 }
             })
         })
@@ -216,12 +230,13 @@ fn two_hundred_kills_lose_nothing_that_was_answered_and_repeat_nothing() {
     let mut random = Random(17);
     for _ in 0..ROUNDS {
         let process = Process::start(&flags);
-        *addr.lock().unwrap() = Some(process.addr);
+        current.set(Some(process.addr));
         thread::sleep(Duration::from_millis(10 + random.below(40) as u64));
+        current.set(None);
         drop(process); // kill -9
     }
     let process = Process::start(&flags);
-    *addr.lock().unwrap() = Some(process.addr);
+    current.set(Some(process.addr));
     done.store(true, SeqCst);
     publishers.into_iter().for_each(|publisher| publisher.join().unwrap());
     assert_eq!(post(process.addr, "/events/t0?event=last", "").status, 200);
