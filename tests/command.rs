@@ -1,9 +1,7 @@
 //! The command as a person runs it: the article's stream, flags, limits of the system, stopping.
 
-mod common;
-
+use crate::common::*;
 use base64::prelude::*;
-use common::*;
 use sha2::{Digest, Sha256};
 use std::io::{BufRead, BufReader};
 use std::net::SocketAddr;

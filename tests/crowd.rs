@@ -1,10 +1,8 @@
 //! Crowds, floods, and a system that has nothing left to give. Whoever was there before is served on, whoever comes
 //! meanwhile is answered, and when the crowd has gone, everything is as it was.
 
-mod common;
-
+use crate::common::*;
 use brooklet::Config;
-use common::*;
 use std::io::{self, ErrorKind, Read, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::process::Command;

@@ -1,9 +1,7 @@
 //! Who gets in: tokens, origins, hosts, and what a browser asks before it does.
 
-mod common;
-
+use crate::common::*;
 use brooklet::{Config, Server, Token};
-use common::*;
 use std::ffi::OsStr;
 use std::fs;
 use std::io::ErrorKind;

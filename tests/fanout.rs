@@ -1,9 +1,7 @@
 //! Many subscribers, slow ones, and the hand-over between a connection's thread and its lane, by force.
 
-mod common;
-
+use crate::common::*;
 use brooklet::{Config, Event, Hub, Id, Server};
-use common::*;
 use std::collections::HashMap;
 use std::io::Write;
 use std::net::SocketAddr;

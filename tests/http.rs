@@ -1,9 +1,7 @@
 //! HTTP over raw bytes: what is understood, and the answer that each kind of bad input gets.
 
-mod common;
-
+use crate::common::*;
 use brooklet::{Config, Event, Server};
-use common::*;
 use std::net::TcpStream;
 use std::process::Command;
 use std::thread;

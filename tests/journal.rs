@@ -1,9 +1,7 @@
 //! The journal: what was answered with 200 survives, whatever happens to the process and to the file.
 
-mod common;
-
+use crate::common::*;
 use brooklet::{Config, Event, Handle, Id, Server};
-use common::*;
 use std::collections::BTreeSet;
 use std::fs;
 use std::io::{ErrorKind, Write};

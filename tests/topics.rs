@@ -1,9 +1,7 @@
 //! Topics as a client on the wire sees them: publishing, ids, replaying, gaps, polls.
 
-mod common;
-
+use crate::common::*;
 use brooklet::{Config, Event, Id};
-use common::*;
 use std::thread;
 use std::time::Duration;
 

@@ -1,11 +1,9 @@
-//! The corpus of malformed and ambiguous requests, `requests.txt`: each is refused, or read in the one way that stands
+//! The corpus of malformed and ambiguous requests, `corpus.txt`: each is refused, or read in the one way that stands
 //! there, however its bytes are cut. Behind each, on the same connection, comes a canary: a request that publishes. After a
 //! refusal it must not be heard; after a request that was read it must be heard once, which shows where that one ended.
 
-mod common;
-
+use crate::common::*;
 use brooklet::{Config, Event, Handle, Server};
-use common::*;
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::hash::{BuildHasher, RandomState};
 use std::io::{ErrorKind, Read, Write, stderr};
@@ -13,7 +11,7 @@ use std::net::{Shutdown, SocketAddr, TcpStream};
 use std::thread;
 use std::time::{Duration, Instant};
 
-const CORPUS: &str = include_str!("requests.txt");
+const CORPUS: &str = include_str!("corpus.txt");
 
 /// What a canary inside of a message says, and the one that the runner sends behind it.
 const INSIDE: &str = "POST /events/canary HTTP/1.1\r\nHost: localhost\r\nContent-Length: 6\r\n\r\ninside";

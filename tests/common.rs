@@ -1,5 +1,4 @@
 //! What the tests share: a server on port 0, a client that speaks raw bytes, and waiting on conditions with deadlines.
-#![allow(dead_code)] // each test file uses its part
 
 use brooklet::{Config, Handle, Id, Server};
 use socket2::{Domain, Socket, Type};
