@@ -17,7 +17,6 @@ const CORPUS: &str = include_str!("corpus.txt");
 const INSIDE: &str = "POST /events/canary HTTP/1.1\r\nHost: localhost\r\nContent-Length: 6\r\n\r\ninside";
 const BEHIND: &str =
     "POST /events/canary HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Length: 6\r\n\r\nbehind";
-const HEALTH: &str = "GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n";
 
 const WAYS: [&str; 3] = ["in one write", "byte by byte", "behind another request, and cut"];
 /// Longer requests do not come byte by byte.

@@ -100,7 +100,7 @@ fn tokens_come_from_flags_files_and_the_environment_and_stand_in_no_log() {
     fs::write(dir.path("tokens"), "from-file-1\nfrom-file-2\n").unwrap();
     let file = format!("@{}", dir.path("tokens"));
     let flags = ["--listen", "127.0.0.1:0", "--log", "debug", "--publish-token", "from-flag", "--publish-token", &file];
-    let mut command = Command::new(env!("CARGO_BIN_EXE_brooklet"));
+    let mut command = Command::new(BROOKLET);
     command
         .args(flags)
         .env("BROOKLET_PUBLISH_TOKEN", "from-env-1\nfrom-env-2")
@@ -131,7 +131,7 @@ fn a_token_that_cannot_be_one_stops_the_start_and_is_not_shown() {
         (&[], Some(OsStr::new("semi;colon-secret"))),
         (&[], Some(OsStr::from_bytes(b"no-utf8-\xff-secret"))), // unread, it must not leave the door open
     ] {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_brooklet"));
+        let mut command = Command::new(BROOKLET);
         command.args(["--listen", "127.0.0.1:0"]).args(flags).stdin(Stdio::null());
         if let Some(text) = environment {
             command.env("BROOKLET_PUBLISH_TOKEN", text);
