@@ -1,7 +1,7 @@
 //! The journal's format, whole, cut, and damaged.
 
 use crate::common::*;
-use brooklet::{Event, Id, Server};
+use brooklet::{Event, Id};
 use std::fs;
 use std::io::ErrorKind;
 
@@ -91,7 +91,7 @@ fn ten_thousand_damaged_files_never_panic_and_never_invent_or_withhold_an_event(
         let found = blocks(&bytes);
         let good: Vec<_> = found.iter().filter(|block| originals.contains(block)).collect();
         let expected: Vec<_> = good.iter().filter(|block| is_event(block)).map(|block| frame(block)).collect();
-        match Server::bind("127.0.0.1:0", with_journal(&path)) {
+        match bind(with_journal(&path)) {
             Ok(server) => {
                 let server = server.spawn().unwrap();
                 assert_eq!(kept(server.addr().unwrap(), "t0,t1,t2"), expected, "round {round}");

@@ -3,11 +3,11 @@
 use crate::common::*;
 use base64::prelude::*;
 use sha2::{Digest, Sha256};
-use std::process::{Command, Output, Stdio};
+use std::process::{Command, Output};
 use std::time::{Duration, Instant};
 
 fn run(flags: &[&str]) -> Output {
-    Command::new(BROOKLET).args(flags).stdin(Stdio::null()).output().unwrap()
+    output(Command::new(BROOKLET).args(flags))
 }
 
 #[test]

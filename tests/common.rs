@@ -5,7 +5,7 @@ use socket2::{Domain, Socket, Type};
 use std::io::{self, BufRead, BufReader, ErrorKind, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpStream};
 use std::path::{Path, PathBuf};
-use std::process::{Child, ChildStdout, Command, Stdio};
+use std::process::{Child, ChildStdout, Command, Output, Stdio};
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::sync::{Arc, Mutex};
 use std::thread;
@@ -20,13 +20,51 @@ pub const BROOKLET: &str = env!("CARGO_BIN_EXE_brooklet");
 /// A request that always has an answer: `ok`.
 pub const HEALTH: &str = "GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n";
 
+/// Held while a child starts. Until it runs its program, a child has copies of all our descriptors, also of the lock on a
+/// journal whose server another test has just dropped: so nobody may look for that lock meanwhile.
+static STARTING: Mutex<()> = Mutex::new(());
+
+pub fn bind(config: Config) -> io::Result<Server> {
+    drop(STARTING.lock().unwrap());
+    Server::bind("127.0.0.1:0", config)
+}
+
 pub fn serve(config: Config) -> Handle {
-    Server::bind("127.0.0.1:0", config).unwrap().spawn().unwrap()
+    bind(config).unwrap().spawn().unwrap()
+}
+
+/// All children are started here.
+pub fn start(command: &mut Command) -> Child {
+    let starting = STARTING.lock().unwrap();
+    let child = command.spawn();
+    drop(starting);
+    child.unwrap()
+}
+
+/// Runs a command to its end, without input.
+pub fn output(command: &mut Command) -> Output {
+    command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    start(command).wait_with_output().unwrap()
 }
 
 /// Runs a line of shell, which has `kill` where a small system has no such program.
 pub fn shell(line: &str) -> bool {
-    Command::new("sh").args(["-c", line]).status().unwrap().success()
+    start(Command::new("sh").args(["-c", line])).wait().unwrap().success()
+}
+
+/// Runs the test of this name, which calls this, in a process of its own: for those that take so many of the descriptors
+/// which a process may have that others beside it would get none.
+pub fn alone(test: &str, body: impl FnOnce()) {
+    const ALONE: &str = "TEST_ALONE";
+    if std::env::var_os(ALONE).is_some() {
+        return body();
+    }
+    let mut program = Command::new(std::env::current_exe().unwrap());
+    let output = output(program.args([test, "--exact", "--nocapture"]).env(ALONE, test));
+    let [stdout, stderr] = [&output.stdout, &output.stderr].map(|said| String::from_utf8_lossy(said));
+    print!("{stdout}");
+    eprint!("{stderr}");
+    assert!(output.status.success() && stdout.contains("1 passed"), "{test}, in a process of its own");
 }
 
 pub fn serve_default() -> Handle {
@@ -389,7 +427,8 @@ impl Process {
     }
 
     pub fn from(command: &mut Command) -> Process {
-        let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+        command.stdout(Stdio::piped()).stderr(Stdio::piped());
+        let mut child = start(command);
         let (log, stderr) = (Arc::new(Mutex::new(String::new())), child.stderr.take().unwrap());
         let copy = log.clone();
         thread::spawn(move || {

@@ -3,7 +3,7 @@
 //! refusal it must not be heard; after a request that was read it must be heard once, which shows where that one ended.
 
 use crate::common::*;
-use brooklet::{Config, Event, Handle, Server};
+use brooklet::{Config, Event, Handle};
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::hash::{BuildHasher, RandomState};
 use std::io::{ErrorKind, Read, Write, stderr};
@@ -277,7 +277,7 @@ impl Ear {
 
 /// Serves every page that a case reads, each of which says its own path.
 fn server(cases: &[&Case], config: Config) -> Handle {
-    let server = Server::bind("127.0.0.1:0", config).unwrap();
+    let server = bind(config).unwrap();
     server.page("/page", "text/plain", "/page").unwrap();
     for case in cases {
         if let Expected::Read { method, target, statuses, .. } = &case.expected

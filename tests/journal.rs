@@ -1,7 +1,7 @@
 //! The journal: what was answered with 200 survives, whatever happens to the process and to the file.
 
 use crate::common::*;
-use brooklet::{Config, Event, Handle, Id, Server};
+use brooklet::{Config, Event, Handle, Id};
 use std::collections::BTreeSet;
 use std::io::{ErrorKind, Write};
 use std::net::{SocketAddr, TcpStream};
@@ -227,18 +227,18 @@ fn what_stands_in_the_place_of_the_lock_is_not_overwritten() {
     let dir = Scratch::new();
     fs::write(dir.path("letter"), "dear reader").unwrap();
     std::os::unix::fs::symlink(dir.path("letter"), dir.path("events.lock")).unwrap();
-    let error = Server::bind("127.0.0.1:0", with_journal(&dir.path("events"))).err().unwrap();
+    let error = bind(with_journal(&dir.path("events"))).err().unwrap();
     assert!(error.to_string().contains("events.lock"), "{error}");
     assert_eq!(fs::read_to_string(dir.path("letter")).unwrap(), "dear reader");
     fs::remove_file(dir.path("events.lock")).unwrap();
     for other in [&b"dear reader"[..], b"\xff\x00dear reader", b"\x00\x00process"] {
         fs::write(dir.path("events.lock"), other).unwrap();
-        assert!(Server::bind("127.0.0.1:0", with_journal(&dir.path("events"))).is_err());
+        assert!(bind(with_journal(&dir.path("events"))).is_err());
         assert_eq!(fs::read(dir.path("events.lock")).unwrap(), other);
     }
     fs::remove_file(dir.path("events.lock")).unwrap();
     assert!(shell(&format!("mkfifo {}", dir.path("events.lock")))); // reading it would never end
-    assert!(Server::bind("127.0.0.1:0", with_journal(&dir.path("events"))).is_err());
+    assert!(bind(with_journal(&dir.path("events"))).is_err());
     fs::remove_file(dir.path("events.lock")).unwrap();
     fs::write(dir.path("events.lock"), [0; 14]).unwrap(); // as a power cut may leave it
     drop(serve(with_journal(&dir.path("events"))));
@@ -249,11 +249,7 @@ fn a_second_server_on_the_same_journal_is_told_who_holds_it() {
     let dir = Scratch::new();
     let path = dir.path("events");
     let first = Process::start(&["--journal", &path]);
-    let second = Command::new(BROOKLET)
-        .args(["--listen", "127.0.0.1:0", "--journal", &path])
-        .stdin(Stdio::null())
-        .output()
-        .unwrap();
+    let second = output(Command::new(BROOKLET).args(["--listen", "127.0.0.1:0", "--journal", &path]));
     let said = String::from_utf8(second.stderr).unwrap();
     assert_eq!(second.status.code(), Some(1), "{said}");
     assert!(said.contains(&format!("process {} ", first.child.id())) && said.contains(&path), "{said}");
@@ -268,11 +264,7 @@ fn dropping_the_handle_gives_the_journal_free_though_a_hub_lives_on() {
     let server = serve(with_journal(&path));
     let hub = server.hub();
     hub.publish("a", Event::new("one")).unwrap();
-    assert_eq!(
-        Server::bind("127.0.0.1:0", with_journal(&path)).err().unwrap().kind(),
-        ErrorKind::ResourceBusy,
-        "held by this process"
-    );
+    assert_eq!(bind(with_journal(&path)).err().unwrap().kind(), ErrorKind::ResourceBusy, "held by this process");
     drop(server);
     assert_eq!(hub.publish("a", Event::new("two")).unwrap_err().kind(), ErrorKind::NotConnected);
     let server = serve(with_journal(&path));
@@ -325,11 +317,11 @@ fn what_cannot_be_a_journal_is_refused_with_a_clear_error_and_left_alone() {
         ("/dev/null".into(), "no regular file"),
         (dir.path("text"), "no journal"),
     ] {
-        let error = Server::bind("127.0.0.1:0", with_journal(&path)).err().unwrap().to_string();
+        let error = bind(with_journal(&path)).err().unwrap().to_string();
         assert!(error.contains(part) && error.contains(&path), "{error}");
     }
     assert_eq!(fs::read_to_string(dir.path("text")).unwrap(), "a letter\n\nto someone\n\n");
-    let error = Server::bind("127.0.0.1:0", Config { fsync: true, ..Config::default() }).err().unwrap();
+    let error = bind(Config { fsync: true, ..Config::default() }).err().unwrap();
     assert_eq!(error.kind(), ErrorKind::InvalidInput);
 }
 
@@ -502,7 +494,7 @@ fn a_disk_that_cannot_be_written_is_an_error_at_the_start() {
     let dir = Scratch::new();
     let Some(mut command) = on_a_small_disk(&dir, "mount -o remount,ro $1/disk &&", "") else { return };
     fs::write(dir.path("trigger"), "").unwrap();
-    let output = command.stdin(Stdio::null()).output().unwrap();
+    let output = output(&mut command);
     let said = String::from_utf8(output.stderr).unwrap();
     assert_eq!(output.status.code(), Some(1), "{said}");
     assert!(said.contains("Read-only file system") && said.contains("disk/events"), "{said}");
@@ -727,8 +719,8 @@ fn who_watches_sees_how_far_a_long_recovery_has_come() {
     drop(server);
     let command = format!("{} --listen 127.0.0.1:0 --journal {path}", BROOKLET);
     let mut script = Command::new("script");
-    let mut script =
-        script.args(["-qfec", &command, "/dev/null"]).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+    script.args(["-qfec", &command, "/dev/null"]).stdin(Stdio::piped()).stdout(Stdio::piped());
+    let mut script = start(&mut script);
     let (mut terminal, mut shown) = (script.stdout.take().unwrap(), Vec::new());
     let deadline = Instant::now() + PATIENCE;
     while !String::from_utf8_lossy(&shown).contains("kept 200 events") {

@@ -1,7 +1,7 @@
 //! Writing to whoever is live, and the hand-over between a connection and its lane, by force.
 
 use crate::common::*;
-use brooklet::{Config, Event, Server};
+use brooklet::{Config, Event};
 use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 use std::thread;
 use std::time::Duration;
@@ -85,7 +85,7 @@ fn subscribers_behind_a_real_links_segments_stay_live() {
 
 #[test]
 fn a_closed_subscriber_is_noticed_without_an_event() {
-    let server = Server::bind("127.0.0.1:0", Config::default()).unwrap();
+    let server = bind(Config::default()).unwrap();
     server.stream("/slow", |stream| stream.sleep(Duration::from_secs(3_600))).unwrap();
     let server = server.spawn().unwrap();
     let addr = server.addr().unwrap();

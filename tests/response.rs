@@ -28,8 +28,7 @@ fn head_answers_with_the_head_alone() {
 fn the_date_of_an_answer_is_the_systems() {
     let server = serve_default();
     let system = || {
-        let output =
-            Command::new("date").args(["-u", "+%a, %d %b %Y %H:%M:%S GMT"]).env("LC_ALL", "C").output().unwrap();
+        let output = output(Command::new("date").args(["-u", "+%a, %d %b %Y %H:%M:%S GMT"]).env("LC_ALL", "C"));
         String::from_utf8(output.stdout).unwrap().trim_end().to_string()
     };
     wait_for("both to be asked in the same second", || {

@@ -1,7 +1,7 @@
 //! What is at a path.
 
 use crate::common::*;
-use brooklet::{Config, Event, Server};
+use brooklet::{Config, Event};
 use std::time::Duration;
 
 #[test]
@@ -21,7 +21,7 @@ fn options_names_the_methods() {
 
 #[test]
 fn pages_and_handlers_live_beside_the_topics() {
-    let server = Server::bind("127.0.0.1:0", Config::default()).unwrap();
+    let server = bind(Config::default()).unwrap();
     server.page("/style.css", "text/css", "body {}").unwrap();
     server
         .stream("/echo", |stream| {

@@ -104,7 +104,8 @@ fn a_connection_that_another_accept_loop_took_can_be_handed_in() {
 
 #[test]
 fn a_server_that_is_dropped_is_gone() {
-    let server = serve_default();
+    // At an address of its own, where no other test's server can get the port meanwhile.
+    let server = Server::bind("127.0.0.3:0", Config::default()).unwrap().spawn().unwrap();
     let addr = server.addr().unwrap();
     let hub = server.hub();
     let (mut stream, _) = Wire::subscribe(addr, "/events/a", "");

@@ -1,7 +1,7 @@
 //! A handler's stream.
 
 use crate::common::*;
-use brooklet::{Config, Server};
+use brooklet::Config;
 
 #[test]
 fn a_handlers_stream_gets_its_head_at_once_and_nothing_its_handler_did_not_write() {
@@ -18,7 +18,7 @@ fn a_handlers_stream_gets_its_head_at_once_and_nothing_its_handler_did_not_write
 
 #[test]
 fn a_handler_that_panics_ends_only_its_own_stream() {
-    let server = Server::bind("127.0.0.1:0", Config::default()).unwrap();
+    let server = bind(Config::default()).unwrap();
     server.stream("/panic", |_| panic!("on purpose")).unwrap();
     let server = server.spawn().unwrap();
     let addr = server.addr().unwrap();

@@ -4,7 +4,7 @@
 use crate::common::*;
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpStream};
-use std::process::{Command, Stdio};
+use std::process::Command;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -44,7 +44,7 @@ fn large_limits_leave_mappings_for_their_buffers() {
 #[test]
 fn where_the_system_has_no_room_at_all_it_does_not_start() {
     let script = format!("ulimit -n 12; exec {} --listen 127.0.0.1:0", BROOKLET);
-    let output = Command::new("sh").args(["-c", &script]).stdin(Stdio::null()).output().unwrap();
+    let output = output(Command::new("sh").args(["-c", &script]));
     let error = String::from_utf8(output.stderr).unwrap();
     assert!(!output.status.success() && error.contains("the limit is on open files (ulimit -n)"), "{error}");
 }
