@@ -1,10 +1,9 @@
 //! The command as a person runs it: flags, the page, stopping.
 
-use crate::common::*;
+use crate::{both, common::*};
 use base64::prelude::*;
 use sha2::{Digest, Sha256};
 use std::process::{Command, Output};
-use std::time::{Duration, Instant};
 
 fn run(flags: &[&str]) -> Output {
     output(Command::new(BROOKLET).args(flags))
@@ -12,21 +11,7 @@ fn run(flags: &[&str]) -> Output {
 
 #[test]
 fn the_articles_stream_has_exactly_these_bytes_and_its_counter_goes_on_after_the_pause() {
-    let process = Process::start(&[]);
-    let before = now_ms();
-    let mut stream = Wire::stream(process.addr, "/test", "");
-    let mut last_id = 0;
-    for count in 0..7 {
-        let frame = String::from_utf8(stream.take_until(b"\n\n").unwrap()).unwrap();
-        let id: u64 = frame.split("id: ").nth(1).and_then(|rest| rest.lines().next()?.parse().ok()).unwrap();
-        let name = if count == 5 { "pause" } else { "test" };
-        assert_eq!(frame, format!("event: {name}\nid: {id}\ndata: {count}\nretry: 10000\n\n"));
-        assert!(id > before && id > last_id && id <= now_ms());
-        last_id = id;
-    }
-    assert!(last_id >= before + 6_900, "once a second, not faster");
-    stream.close();
-    let line = process.wait_for_log("closed");
+    let line = both::the_articles_stream_has_exactly_these_bytes(&Process::start(&[]));
     for part in
         ["peer=127.0.0.1:", "path=\"/test\"", "reason=\"the peer closed the connection\"", "seconds=", "events=7"]
     {
@@ -34,19 +19,9 @@ fn the_articles_stream_has_exactly_these_bytes_and_its_counter_goes_on_after_the
     }
 }
 
-fn now_ms() -> u64 {
-    std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_millis() as u64
-}
-
 #[test]
 fn each_stream_has_its_own_timer() {
-    let process = Process::start(&[]);
-    let mut first = Wire::stream(process.addr, "/test", "");
-    assert_eq!(first.event().unwrap().data(), "0");
-    let mut second = Wire::stream(process.addr, "/test", "");
-    assert_eq!(second.event().unwrap().data(), "0");
-    first.close();
-    assert_eq!(second.event().unwrap().data(), "1");
+    both::each_stream_has_its_own_timer(&Process::start(&[]));
 }
 
 #[test]
@@ -54,26 +29,14 @@ fn ctrl_c_ends_a_thousand_streams_with_a_retry_and_the_process_with_success() {
     for (signal, count) in [("INT", 1_000), ("TERM", 50_usize)] {
         let mut process = Process::start(&["--log", "off"]);
         let target = |n| ["/events/a", "/events/a,b", "/test", "/events/c?poll"][n % 4];
-        let mut streams: Vec<Wire> = (0..count).map(|n| Wire::stream(process.addr, target(n), "")).collect();
+        let streams: Vec<Wire> = (0..count).map(|n| Wire::stream(process.addr, target(n), "")).collect();
         let mut publisher = Wire::connect(process.addr);
         publisher.send(b"PUT /events/a HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n2\r\na\n\r\n");
         wait_for_metric(process.addr, "published_total", 1);
         wait_for_metric(process.addr, "subscribers", count as u64);
-        let started = Instant::now();
-        process.signal(signal);
-        let status = process.child.wait().unwrap();
-        assert!(status.success(), "{status}");
-        assert!(started.elapsed() < Duration::from_secs(10), "{:?}", started.elapsed());
-        let mut retries: Vec<u64> = Vec::new();
-        for wire in &mut streams {
-            let mut last = None;
-            while let Some(block) = wire.block() {
-                last = Some(block);
-            }
-            let last = last.expect("a last block");
-            assert!(last.data.is_none() && last.comments == ["the server is stopping"], "{last:?}");
-            retries.push(last.retry.expect("a retry"));
-        }
+        let last_blocks = both::stopping_ends_each_stream_with_a_retry(&mut process, signal, streams);
+        assert!(last_blocks.iter().all(|last| last.comments == ["the server is stopping"]), "{last_blocks:?}");
+        let retries: Vec<u64> = last_blocks.iter().map(|last| last.retry.unwrap()).collect();
         assert!(retries.iter().all(|retry| (1_500..=4_500).contains(retry)), "{retries:?}");
         let answer = publisher.answer();
         assert_eq!((answer.status, answer.header("retry-after")), (503, Some("3")));

@@ -131,6 +131,13 @@ pub fn post(addr: SocketAddr, target: &str, body: &str) -> Answer {
     Wire::connect(addr).post(target, body)
 }
 
+/// Publishes, and returns the id that the answer says.
+pub fn publish(addr: SocketAddr, target: &str, body: &str) -> String {
+    let answer = post(addr, target, body);
+    assert_eq!(answer.status, 200, "{answer:?}");
+    answer.body.trim_end().into()
+}
+
 pub fn post_request(target: &str, body: &str) -> String {
     format!("POST {target} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {}\r\n\r\n{body}", body.len())
 }

@@ -180,10 +180,25 @@ impl Case {
         String::from_utf8(wire.buffer).map_err(|error| error.to_string())
     }
 
+    /// What is wrong with these answers, whatever the program makes of the request: each is whole, and says in one line why
+    /// where it refuses.
+    fn judge_form(&self, answered: &str) -> Result<(), String> {
+        for answer in split(answered, self.is_head())? {
+            let line = answer.body.strip_suffix('\n').is_some_and(|line| !line.is_empty() && !line.contains('\n'));
+            if answer.status >= 400 && !line && !self.is_head() {
+                return Err(format!("{answer:?}"));
+            }
+        }
+        Ok(())
+    }
+
+    fn is_head(&self) -> bool {
+        matches!(&self.expected, Expected::Read { method, .. } if method == "HEAD")
+    }
+
     /// What is wrong with these answers, and with what was published meanwhile.
     fn judge(&self, answered: &str, published: &Published) -> Result<(), String> {
-        let head_only = matches!(&self.expected, Expected::Read { method, .. } if method == "HEAD");
-        let answers = split(answered, head_only)?;
+        let answers = split(answered, self.is_head())?;
         let got: Vec<u16> = answers.iter().map(|answer| answer.status).collect();
         let right = match &self.expected {
             Expected::Refused(statuses) => {
@@ -344,6 +359,35 @@ fn each_request_is_refused_or_read_in_one_way() {
     }
     report(outcomes);
     assert_eq!(ear.heard(&server), [], "nothing comes later");
+}
+
+/// A program that need not know more than `GET` and `POST` has an answer or a close for each request, takes nothing inside of
+/// one for another, and serves on.
+pub fn each_request_is_answered_or_closed(process: &Process) {
+    let begin = publish(process.addr, "/events/canary", "begin");
+    let all = corpus();
+    for case in all.iter().filter(|case| !case.waits()) {
+        for (way, how) in WAYS.into_iter().enumerate().take(2).filter(|(way, _)| *way == 0 || case.bytes.len() <= SHORT)
+        {
+            let judged = case.send(process.addr, way).and_then(|answered| case.judge_form(&answered));
+            judged.unwrap_or_else(|error| panic!("{}, {how}: {error}", case.name));
+        }
+    }
+    publish(process.addr, "/events/canary", "end");
+    let mut canaries = Wire::stream(process.addr, "/events/canary", &format!("Last-Event-ID: {begin}\r\n"));
+    loop {
+        match canaries.event().expect("all that was published").data() {
+            "end" => break,
+            other => assert_eq!(other, "behind"),
+        }
+    }
+}
+
+#[test]
+fn the_command_survives_the_corpus() {
+    let process = Process::start(&["--body-time", "5s", "--log", "debug"]);
+    each_request_is_answered_or_closed(&process);
+    process.finish();
 }
 
 #[test]

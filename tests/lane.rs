@@ -1,6 +1,6 @@
 //! Writing to whoever is live, and the hand-over between a connection and its lane, by force.
 
-use crate::common::*;
+use crate::{both, common::*};
 use brooklet::{Config, Event};
 use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 use std::thread;
@@ -95,6 +95,17 @@ fn a_closed_subscriber_is_noticed_without_an_event() {
         wire.close();
         wait_for_metric(addr, "subscribers", 0);
     }
+}
+
+#[test]
+fn the_end_of_a_stream_that_its_reader_closed_is_logged_with_the_reason() {
+    let process = Process::start(&[]);
+    for target in ["/events/a", "/test"] {
+        both::a_closed_stream_is_noticed(&process, target, || {});
+        let line = process.wait_for_log(&format!("path={target:?}"));
+        assert!(line.contains("reason=\"the peer closed the connection\""), "{line}");
+    }
+    process.finish();
 }
 
 #[test]

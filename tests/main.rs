@@ -3,6 +3,7 @@
 
 mod block;
 mod body;
+mod both;
 mod command;
 mod common;
 mod conversation;

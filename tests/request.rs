@@ -1,6 +1,6 @@
 //! Reading a request, and the answer that each kind of bad one gets.
 
-use crate::common::*;
+use crate::{both, common::*};
 
 /// Each of these became more than a hundred bytes, for as long as the stream was open.
 #[test]
@@ -24,7 +24,7 @@ fn each_bad_request_gets_the_answer_of_the_table_and_the_next_connection_works()
     let body = |target: &str, fields: &str, body: &str| format!("POST {target} HTTP/1.1\r\n{host}{fields}\r\n{body}");
     let length = |n: usize| format!("Content-Length: {n}\r\n");
     let chunked = "Transfer-Encoding: chunked\r\n";
-    for (status, said, request) in [
+    let table = [
         // What is asked for.
         (404, "there is nothing at \"/nothing\"", to("GET", "/nothing")),
         (404, "there is nothing at", to("GET", "/events")),
@@ -119,18 +119,9 @@ fn each_bad_request_gets_the_answer_of_the_table_and_the_next_connection_works()
         (408, "the body took too long", body("/events/a", &length(5), "hel")),
         (408, "the body took too long", body("/events/a", chunked, "5\r\nhel")),
         (408, "the body took too long", format!("PUT /events/a HTTP/1.1\r\n{host}{}\r\nbegun", length(50))),
-    ] {
-        let mut wire = Wire::connect(addr);
-        wire.send(request.as_bytes());
-        let answer = wire.answer();
-        let shown = &request[..request.len().min(120)];
-        assert_eq!(answer.status, status, "{shown:?}: {}", answer.body);
-        assert!(answer.body.contains(said), "{shown:?} got {:?}, which does not say {said:?}", answer.body);
-        assert!(answer.body.ends_with('\n') && answer.body.matches('\n').count() == 1, "one line: {:?}", answer.body);
-        assert_eq!(answer.header("content-type"), Some("text/plain; charset=utf-8"));
-        assert_eq!(answer.header("allow").is_some(), status == 405, "{shown:?}");
-        assert_eq!(get(addr, "/health").body, "ok\n", "after {shown:?}");
-    }
+    ];
+    let works = || assert_eq!(get(addr, "/health").body, "ok\n");
+    both::each_bad_request_gets_its_answer(addr, &table, works);
     assert_eq!(metric(addr, "published_total"), 0);
     let mut wire = Wire::connect(addr);
     wire.send(b"POST /events/a HTTP/1.1\r\nHost: localhost\r\nContent-Length: 4\r\n\r\nab\xff\xfe");

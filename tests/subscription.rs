@@ -1,6 +1,6 @@
 //! A stream of topics: where it begins, what it resumes, and what becomes of it while it is behind.
 
-use crate::common::*;
+use crate::{both, common::*};
 use brooklet::{Config, Event, Hub, Id};
 use std::collections::HashMap;
 use std::net::SocketAddr;
@@ -12,29 +12,17 @@ use std::time::Duration;
 #[test]
 fn a_subscriber_that_is_cut_off_200_times_sees_every_event_once_and_in_order() {
     let server = serve(Config { keep_events: 2_000, ..Config::default() });
-    let addr = server.addr().unwrap();
-    let (_, mut cursor) = Wire::subscribe(addr, "/events/a", "");
-    let (mut random, mut seen, mut cuts) = (Random(7), 0, 0);
     let hub = server.hub();
-    let publisher = thread::spawn(move || {
-        for n in 0..2_000 {
-            hub.publish("a", numbered(n, 50)).unwrap();
-            thread::sleep(Duration::from_micros(200));
-        }
+    both::who_is_cut_off_200_times_sees_every_event_once_and_in_order(server.addr().unwrap(), |data| {
+        hub.publish("a", Event::new(data)).unwrap().to_string()
     });
-    while seen < 2_000 {
-        let (mut wire, _) = Wire::subscribe(addr, "/events/a", &format!("Last-Event-ID: {cursor}\r\n"));
-        let quota = random.below(18);
-        for _ in 0..quota.min(2_000 - seen) {
-            let event = wire.event().unwrap();
-            assert_eq!(event.data().split(' ').next().unwrap(), seen.to_string());
-            (cursor, seen) = (event.id(), seen + 1);
-        }
-        drop(wire); // with unread bytes: a reset
-        cuts += 1;
-    }
-    assert!(cuts >= 200, "{cuts}");
-    publisher.join().unwrap();
+}
+
+#[test]
+fn a_slow_reader_is_cut_off_and_comes_back_to_what_it_missed() {
+    let process = Process::start(&["--stall-time", "1s"]);
+    both::a_slow_reader_is_cut_off_and_comes_back_to_what_it_missed(&process);
+    process.finish();
 }
 
 /// Publishes to sixteen topics in bursts of one topic and in alternation, each event saying its topic.
