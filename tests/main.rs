@@ -1,0 +1,26 @@
+//! All tests are one program, which is linked once. Each file has the tests of one room of the server, `both` what the server
+//! in one file promises, too, `corpus` the malformed requests, and `common` what they share. Tests run beside each other in one
+//! process: whatever looks at threads, descriptors or memory looks at a process that it has started itself.
+
+mod block;
+mod body;
+mod both;
+mod command;
+mod common;
+mod conversation;
+mod corpus;
+mod door;
+mod event;
+mod history;
+mod hub;
+mod journal;
+mod lane;
+mod log;
+mod places;
+mod request;
+mod response;
+mod routes;
+mod server;
+mod stream;
+mod subscription;
+mod system;
