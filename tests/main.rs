@@ -16,6 +16,7 @@ mod hub;
 mod journal;
 mod lane;
 mod log;
+mod metrics;
 mod places;
 mod request;
 mod response;
