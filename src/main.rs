@@ -50,6 +50,11 @@ flags, with their defaults (times: 500ms 15s 10m 24h; sizes: 900 64KiB 1MiB)
   --help  --version
 ";
 
+/// Signals in this time after the first one belong to it: a terminal that closes sends SIGHUP and its shell another, a
+/// service manager SIGTERM and then SIGHUP. They come some milliseconds apart, on a busy machine more. A person who
+/// presses Ctrl-C again because nothing happens is slower, and does not lose much: the server needs a second at most.
+const ONE_SIGNAL: Duration = Duration::from_millis(500);
+
 fn main() -> ExitCode {
     let args: Result<Vec<String>, _> = std::env::args_os().skip(1).map(|arg| arg.into_string()).collect();
     let command =
@@ -190,18 +195,22 @@ impl Command {
 
 static STOPPING: AtomicBool = AtomicBool::new(false);
 
-/// The first Ctrl-C or SIGTERM stops the server in order, the second at once.
+/// The first Ctrl-C, SIGTERM or SIGHUP stops the server in order; one that does not belong to the first, at once.
 fn stop_on_signals(serving: Thread) -> io::Result<()> {
     if hangup_is_ignored() {
         // Under nohup the server outlives its terminal. ctrlc would take the hang-up for a request to stop, so its handler
         // stays out, and SIGTERM ends the process without farewell.
         return Ok(());
     }
-    let handler = move || {
-        if STOPPING.swap(true, SeqCst) {
-            process::exit(130);
+    let mut first: Option<Instant> = None;
+    let handler = move || match first {
+        None => {
+            first = Some(Instant::now());
+            STOPPING.store(true, SeqCst);
+            serving.unpark();
         }
-        serving.unpark();
+        Some(first) if first.elapsed() < ONE_SIGNAL => {}
+        Some(_) => process::exit(130),
     };
     ctrlc::set_handler(handler).map_err(io::Error::other)
 }

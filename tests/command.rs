@@ -310,3 +310,46 @@ fn the_pages_policy_names_the_hashes_of_its_script_and_style() {
         assert!(!page.contains(unsafe_way), "{unsafe_way}");
     }
 }
+
+/// A server that needs its whole grace to stop, since one of its streams takes nothing; and that stream.
+fn slow_to_stop() -> (Process, Wire) {
+    let process = Process::start(&["--keep-events", "100000", "--log=off"]);
+    let stalled = Wire::stream(process.addr, "/events/stalled", "");
+    let body = "x".repeat(60_000);
+    wait_for("the reader to fall behind", || {
+        assert_eq!(post(process.addr, "/events/stalled", &body).status, 200);
+        (metric(process.addr, "woken_total") > 0).then_some(())
+    });
+    (process, stalled)
+}
+
+#[test]
+fn the_two_signals_of_a_closing_terminal_are_one_and_streams_get_their_farewell() {
+    for (first, second) in [("TERM", "HUP"), ("HUP", "TERM"), ("INT", "HUP")] {
+        let (mut process, _stalled) = slow_to_stop();
+        let mut stream = Wire::stream(process.addr, "/events/a", "");
+        // Both wait for it at the moment when it goes on, so that they come together on any machine.
+        for signal in ["STOP", first, second, "CONT"] {
+            process.signal(signal);
+        }
+        let status = process.child.wait().unwrap();
+        assert!(status.success(), "{first} and {second}: {status}");
+        assert!(String::from_utf8(stream.rest()).unwrap().contains(": the server is stopping\nretry: "));
+    }
+}
+
+/// Between the half second in which signals are one and the end of the grace there is a fifth of a second, which a busy
+/// machine may miss: so it has several tries.
+#[test]
+fn a_second_ctrl_c_that_is_no_double_ends_it_at_once() {
+    let ends_at_once = |_| {
+        let (mut process, _stalled) = slow_to_stop();
+        loop {
+            process.signal("INT");
+            if let Some(status) = process.child.try_wait().unwrap() {
+                break status.code() == Some(130);
+            }
+        }
+    };
+    assert!((0..10).any(ends_at_once), "a second Ctrl-C changes nothing");
+}
