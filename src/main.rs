@@ -184,7 +184,9 @@ impl Command {
         stop_on_signals(thread::current())?;
         let server = server.spawn()?;
         let url = format!("http://{}", server.addr()?);
-        say(&format!("brooklet listens on {url} (open it in a browser; Ctrl-C stops it)\n  curl -N {url}/test\n"));
+        let text = format!("brooklet listens on {url} (open it in a browser; Ctrl-C stops it)\n  curl -N {url}/test\n");
+        // Standard output may be a full pipe that nobody reads: then this thread waits, and not the one that stops.
+        thread::Builder::new().name("first line".into()).spawn(move || say(&text))?;
         while !STOPPING.load(SeqCst) {
             thread::park();
         }

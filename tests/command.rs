@@ -5,8 +5,11 @@ mod common;
 use base64::prelude::*;
 use common::*;
 use sha2::{Digest, Sha256};
-use std::io::{BufRead, BufReader};
+use std::fs::OpenOptions;
+use std::io::{BufRead, BufReader, PipeReader, PipeWriter, Write};
 use std::net::SocketAddr;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::OpenOptionsExt;
 use std::process::{Child, Command, Output, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -309,6 +312,57 @@ fn the_pages_policy_names_the_hashes_of_its_script_and_style() {
     for unsafe_way in ["innerHTML", "insertAdjacentHTML", "document.write", "eval(", "https://", "src=\"http"] {
         assert!(!page.contains(unsafe_way), "{unsafe_way}");
     }
+}
+
+/// The writing end of a pipe that has not room for a single byte more, and the end that nobody reads.
+fn full_pipe() -> (PipeReader, PipeWriter) {
+    let (reader, writer) = std::io::pipe().unwrap();
+    // Opened once more, it can be filled without waiting; the pipe's own end stays one that waits.
+    let path = format!("/proc/self/fd/{}", writer.as_raw_fd());
+    const O_NONBLOCK: i32 = 0o4000;
+    let mut filler = OpenOptions::new().write(true).custom_flags(O_NONBLOCK).open(path).unwrap();
+    for bytes in [&[0; 4096][..], &[0]] {
+        while filler.write(bytes).is_ok() {}
+    }
+    (reader, writer)
+}
+
+/// The port on which this process listens, as the system tells it.
+fn port_of(pid: u32) -> Option<u16> {
+    let sockets: Vec<String> = std::fs::read_dir(format!("/proc/{pid}/fd"))
+        .ok()?
+        .filter_map(|entry| Some(std::fs::read_link(entry.ok()?.path()).ok()?.to_string_lossy().into_owned()))
+        .collect();
+    std::fs::read_to_string("/proc/net/tcp").unwrap().lines().find_map(|line| {
+        let fields: Vec<&str> = line.split_whitespace().collect();
+        let is_ours = fields.get(3) == Some(&"0A") && sockets.contains(&format!("socket:[{}]", fields.get(9)?));
+        is_ours.then(|| u16::from_str_radix(fields[1].split(':').nth(1)?, 16).ok())?
+    })
+}
+
+#[test]
+fn a_full_standard_output_holds_up_neither_serving_nor_stopping() {
+    let (_reader, writer) = full_pipe();
+    let mut command = Command::new(env!("CARGO_BIN_EXE_brooklet"));
+    let mut child = command.args(["--listen", "127.0.0.1:0", "--log=off"]).stdout(writer).spawn().unwrap();
+    let port = wait_for("it to listen", || port_of(child.id()));
+    let addr = SocketAddr::from(([127, 0, 0, 1], port));
+    assert_eq!(get(addr, "/health").status, 200);
+    let mut stream = Wire::stream(addr, "/events/a", "");
+    assert!(shell(&format!("kill -TERM {}", child.id())));
+    let deadline = Instant::now() + PATIENCE;
+    let status = loop {
+        match child.try_wait().unwrap() {
+            Some(status) => break status,
+            None if Instant::now() < deadline => thread::sleep(Duration::from_millis(2)),
+            None => {
+                child.kill().unwrap();
+                panic!("SIGTERM does not end it");
+            }
+        }
+    };
+    assert!(status.success(), "{status}");
+    assert!(String::from_utf8(stream.rest()).unwrap().contains(": the server is stopping\nretry: "));
 }
 
 /// A server that needs its whole grace to stop, since one of its streams takes nothing; and that stream.
