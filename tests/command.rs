@@ -139,7 +139,7 @@ fn help_fits_one_screen_and_names_every_flag() {
     let output = run(&["--help"]);
     assert!(output.status.success());
     let help = String::from_utf8(output.stdout).unwrap();
-    assert!(help.lines().count() <= 40 && help.lines().all(|line| line.chars().count() <= 80), "{help}");
+    assert!(help.lines().count() <= 50 && help.lines().all(|line| line.chars().count() <= 80), "{help}");
     let flags = "listen open publish-token subscribe-token allow-origin journal fsync subscribers connections head-bytes body-bytes line-bytes head-time body-time idle-time heartbeat \
                  lifetime stall-time retry keep-events keep-bytes keep-age topics lanes log help version";
     for flag in flags.split_whitespace() {
@@ -183,7 +183,7 @@ fn a_bad_flag_is_told_what_was_expected() {
     ] {
         let output = run(flags);
         let error = String::from_utf8(output.stderr).unwrap();
-        assert_eq!((output.status.code(), error.contains(said)), (Some(1), true), "{flags:?}: {error}");
+        assert_eq!((output.status.code(), error.contains(said)), (Some(2), true), "{flags:?}: {error}");
     }
 }
 
@@ -311,6 +311,137 @@ fn the_pages_policy_names_the_hashes_of_its_script_and_style() {
     assert!(page.contains("default-src 'none'"));
     for unsafe_way in ["innerHTML", "insertAdjacentHTML", "document.write", "eval(", "https://", "src=\"http"] {
         assert!(!page.contains(unsafe_way), "{unsafe_way}");
+    }
+}
+
+/// The flags that `--help` names, each with a value that it takes; the switches have none.
+fn flags_of_the_help() -> Vec<(String, Option<&'static str>)> {
+    let help = String::from_utf8(run(&["--help"]).stdout).unwrap();
+    let flags = help.lines().filter_map(|line| {
+        let (flag, rest) = line.trim_start().strip_prefix("--")?.split_once(' ')?;
+        let value = match rest.split(' ').next()? {
+            "ADDR" => Some("127.0.0.1:0"),
+            "N" => Some("1"),
+            "SIZE" => Some("64KiB"),
+            "TIME" => Some("5s"),
+            "T" => Some("token"),
+            "ORIGIN" => Some("https://app.example"),
+            "FILE" => Some("journal"),
+            "off|info|debug" => Some("off"),
+            "" => None,
+            other => panic!("what is {other}?"),
+        };
+        Some((format!("--{flag}"), value))
+    });
+    flags.filter(|(flag, _)| flag != "--help").collect()
+}
+
+/// How `--retry` is spelled in the environment, for instance.
+fn variable(flag: &str) -> String {
+    format!("BROOKLET_{}", flag[2..].to_uppercase().replace('-', "_"))
+}
+
+fn run_with(variables: &[(&str, &str)], flags: &[&str]) -> (Option<i32>, String) {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_brooklet"));
+    let output = command.args(flags).envs(variables.iter().copied()).stdin(Stdio::null()).output().unwrap();
+    (output.status.code(), String::from_utf8(output.stderr).unwrap())
+}
+
+#[test]
+fn a_flag_that_takes_one_value_is_refused_when_it_is_given_twice() {
+    let flags = flags_of_the_help();
+    assert_eq!(flags.len(), 25, "{flags:?}");
+    for (flag, value) in flags {
+        let Some(value) = value.filter(|value| !["token", "https://app.example"].contains(value)) else { continue };
+        let (code, error) = run_with(&[], &[&flag, value, &format!("{flag}={value}")]);
+        assert_eq!(code, Some(2), "{flag}: {error}");
+        assert!(error.contains(&format!("brooklet: {flag}: it is given twice")), "{error}");
+    }
+}
+
+#[test]
+fn a_switch_may_be_given_twice_and_so_may_what_adds_up() {
+    let origins = ["--allow-origin=https://a.example", "--allow-origin", "https://b.example"];
+    let process = Process::start(&[&["--open", "--open", "--log=off"][..], &origins].concat());
+    for host in ["a.example", "b.example"] {
+        assert_eq!(Wire::ask(process.addr, &format!("GET /health HTTP/1.1\r\nHost: {host}\r\n\r\n")).status, 200);
+    }
+}
+
+#[test]
+fn a_flag_without_its_value_does_not_take_the_next_flag_for_it() {
+    for (flags, said) in [
+        (&["--journal", "--fsync"][..], "--journal: a value is missing"),
+        (&["--journal="], "--journal: a value is missing"),
+        (&["--listen", ""], "--listen: a value is missing"),
+    ] {
+        let (code, error) = run_with(&[], &[flags, &["--lanes=1000"]].concat()); // it must not start whatever it takes
+        assert_eq!((code, error.contains(said)), (Some(2), true), "{flags:?}: {error}");
+    }
+}
+
+#[test]
+fn every_flag_can_come_from_the_environment_and_a_bad_value_names_its_variable() {
+    for (flag, value) in flags_of_the_help() {
+        // What would be refused after the environment ends a server that has not read it.
+        let refused = if flag == "--lanes" { "--head-bytes=0" } else { "--lanes=1000" };
+        let name = variable(&flag);
+        let bad = if value.is_none() { "maybe" } else { "" };
+        let (code, error) = run_with(&[(&name, bad)], &[refused]);
+        assert_eq!(code, Some(2), "{flag}: {error}");
+        assert!(error.starts_with(&format!("brooklet: {name}: ")) && error.contains("brooklet --help"), "{error}");
+    }
+    for (name, value, said) in [
+        ("BROOKLET_RETRY", "5", "BROOKLET_RETRY: \"5\" is no length of time"),
+        ("BROOKLET_OPEN", "maybe", "BROOKLET_OPEN: \"maybe\" is neither 1 nor 0"),
+        ("BROOKLET_FSYNC", "1", "give --journal FILE"),
+        ("BROOKLET_LISTEN", "3001", "BROOKLET_LISTEN: \"3001\" is no address"),
+    ] {
+        let refused: &[&str] = if name == "BROOKLET_FSYNC" { &[] } else { &["--lanes=1000"] };
+        let (code, error) = run_with(&[(name, value)], refused);
+        assert_eq!((code, error.contains(said)), (Some(2), true), "{name}: {error}");
+    }
+}
+
+#[test]
+fn flags_win_over_the_environment_and_lists_add_up() {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_brooklet"));
+    command
+        .args(["--listen", "127.0.0.1:0", "--retry", "1234ms", "--open", "--allow-origin", "https://c.example"])
+        .envs([
+            ("BROOKLET_LISTEN", "nowhere"), // not read, since the flag is given
+            ("BROOKLET_RETRY", "4s"),
+            ("BROOKLET_OPEN", "0"),
+            ("BROOKLET_FSYNC", "0"),
+            ("BROOKLET_LOG", "debug"),
+            ("BROOKLET_ALLOW_ORIGIN", "https://a.example https://b.example"),
+            ("BROOKLET_PORT", "tcp://10.0.0.1:3000"), // what Kubernetes sets for a service of that name is not ours
+        ]);
+    let process = Process::from(&mut command);
+    assert_eq!(Wire::stream(process.addr, "/events/a", "").block().unwrap().retry, Some(1234));
+    for host in ["a.example", "b.example", "c.example"] {
+        assert_eq!(Wire::ask(process.addr, &format!("GET /health HTTP/1.1\r\nHost: {host}\r\n\r\n")).status, 200);
+    }
+    process.wait_for_log("GET \"/health\" 200");
+}
+
+#[test]
+fn what_can_never_be_ends_with_2_and_what_the_system_refuses_with_1() {
+    let process = Process::start(&[]);
+    let taken = process.addr.to_string();
+    for (flags, expected, said) in [
+        (&["--fsync"][..], 2, "brooklet: only a journal can be synced"),
+        (&["--listen", "0.0.0.0:0"], 2, "brooklet: --listen: 0.0.0.0:"),
+        (
+            &["--allow-origin", "https://app.example/"],
+            2,
+            "has a path, and an origin has none: write https://app.example",
+        ),
+        (&["--listen", &taken], 1, "cannot serve 127.0.0.1:"),
+        (&["--listen=127.0.0.1:0", "--journal=/nowhere/at/all"], 1, "the journal /nowhere/at/all: "),
+    ] {
+        let (code, error) = run_with(&[], flags);
+        assert_eq!((code, error.contains(said)), (Some(expected), true), "{flags:?}: {error}");
     }
 }
 
