@@ -538,3 +538,14 @@ fn a_second_ctrl_c_that_is_no_double_ends_it_at_once() {
     };
     assert!((0..10).any(ends_at_once), "a second Ctrl-C changes nothing");
 }
+
+#[test]
+fn the_page_names_nothing_from_the_root_so_that_it_works_under_a_prefix() {
+    let page = include_str!("../src/page.html");
+    for quote in ['\'', '"', '`', ' ', '>'] {
+        for path in ["/test", "/events", "/metrics", "/health"] {
+            assert!(!page.contains(&format!("{quote}{path}")), "{quote}{path}");
+        }
+    }
+    assert!(page.contains("new URL('.', location)"), "the commands it shows begin with where it stands");
+}
