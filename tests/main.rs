@@ -12,6 +12,7 @@ mod corpus;
 mod door;
 mod event;
 mod history;
+mod house;
 mod hub;
 mod journal;
 mod lane;

@@ -123,7 +123,8 @@ fn each_bad_request_gets_the_answer_of_the_table_and_the_next_connection_works()
     let servers = [serve(short_times()), serve_default()];
     let [short, addr] = [0, 1].map(|n| servers[n].addr().unwrap());
     let ask = |addr, rows: &[_]| {
-        both::each_bad_request_gets_its_answer(addr, rows, || assert_eq!(get(addr, "/health").body, "ok\n"));
+        let works = |after: &str| assert_eq!(get(addr, "/health").body, "ok\n", "after {after:?}");
+        both::each_bad_request_gets_its_answer(addr, rows, works);
     };
     thread::scope(|scope| {
         late.chunks(1).for_each(|row| drop(scope.spawn(|| ask(short, row))));
