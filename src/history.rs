@@ -144,7 +144,7 @@ impl History {
         self.keep(name, Kept { event, key, moment_ms })
     }
 
-    /// Keeps an event that an earlier process has published, unless it is too old.
+    /// Keeps an event that an earlier process has published. What is too old goes at once, or a long journal would fill memory.
     pub fn restore(&mut self, name: &str, event: Encoded, key: Option<Arc<str>>) {
         self.expire();
         let moment_ms = self.clock.before_start(event.id.ms);

@@ -358,10 +358,10 @@ fn recover(path: &Path, history: &mut History, config: &Config, log: &Arc<Logger
     Ok(journal)
 }
 
-/// An id above all that may have been published and are not in the journal: what came before, or stood there, is not known, so
-/// every topic may have lost something up to now. Where the clock has gone back, also for a while after the newest event. But
-/// ids may be ahead of the clock because an earlier start has put them there by this very rule, in a mark; then they have its
-/// millisecond until the clock passes it, and to add another while at each start would put them ahead without end.
+/// An id above all that may have been published and lost. What came before, or stood there, is not known, so that is up to now;
+/// where the clock has gone back, also for a while after the newest event. But this rule itself puts ids ahead of the clock:
+/// they have the millisecond of the mark that a start has written, until the clock passes it. To add the while again at each
+/// start would put them ahead without end.
 fn after_what_is_lost(newest_event: Id, newest_mark: Id) -> Id {
     let now = now_ms();
     let lost_until = match newest_event.ms > newest_mark.ms {
