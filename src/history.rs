@@ -42,13 +42,13 @@ pub struct History {
 #[derive(Default)]
 struct Topic {
     name: Arc<str>,
-    events: VecDeque<Kept>,
+    events: VecDeque<KeptEvent>,
     keys: HashMap<Arc<str>, Id>,
     forgotten: Point,
     subscribers: usize,
 }
 
-struct Kept {
+struct KeptEvent {
     event: Encoded,
     key: Option<Arc<str>>,
     moment_ms: u64,
@@ -141,17 +141,17 @@ impl History {
     /// the event, since whoever follows the topic later finds it kept.
     pub fn insert(&mut self, name: &str, event: Encoded, key: Option<Arc<str>>) -> Option<Arc<str>> {
         let moment_ms = self.clock.now_ms();
-        self.keep(name, Kept { event, key, moment_ms })
+        self.keep(name, KeptEvent { event, key, moment_ms })
     }
 
     /// Keeps an event that an earlier process has published. What is too old goes at once, or a long journal would fill memory.
     pub fn restore(&mut self, name: &str, event: Encoded, key: Option<Arc<str>>) {
         self.expire();
         let moment_ms = self.clock.before_start(event.id.ms);
-        self.keep(name, Kept { event, key, moment_ms });
+        self.keep(name, KeptEvent { event, key, moment_ms });
     }
 
-    fn keep(&mut self, name: &str, kept: Kept) -> Option<Arc<str>> {
+    fn keep(&mut self, name: &str, kept: KeptEvent) -> Option<Arc<str>> {
         let topic = self.topic(name);
         let (point, is_first, cost) = (kept.point(), topic.events.is_empty(), kept.cost());
         topic.keys.extend(kept.key.clone().map(|key| (key, point.id)));
@@ -404,7 +404,7 @@ impl Topic {
     }
 }
 
-impl Kept {
+impl KeptEvent {
     fn point(&self) -> Point {
         Point { id: self.event.id, moment_ms: self.moment_ms }
     }

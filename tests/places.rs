@@ -313,6 +313,28 @@ fn publishers_that_have_vanished_make_room_for_live_ones_also_where_both_hold_a_
 }
 
 #[test]
+fn a_crowd_without_a_token_does_not_make_a_silent_publisher_with_one_go() {
+    let config =
+        Config { publish_tokens: vec!["t".parse().unwrap()], connections: 20, subscribers: 1, ..Config::default() };
+    let server = serve(config);
+    let addr = server.addr().unwrap();
+    let (mut watcher, _) = Wire::subscribe(addr, "/events/log", "");
+    let mut puts: Vec<Wire> = (0..15).map(|_| put_with_token(addr, &mut watcher)).collect();
+    let _crowd: Vec<Wire> = (0..60)
+        .map(|_| {
+            let mut wire = Wire::connect(addr);
+            wire.send(b"GET /hea");
+            wire
+        })
+        .collect();
+    assert_eq!(get(addr, "/health").status, 200); // who came before has been let in, and others have gone for them
+    for put in &mut puts {
+        put.send(b"still here\n");
+        assert_eq!(watcher.event().unwrap().data(), "still here");
+    }
+}
+
+#[test]
 fn a_put_that_says_nothing_for_too_long_is_told_what_has_come_and_gives_up_its_place() {
     let server = serve(Config { put_idle_time: Duration::from_millis(300), ..Config::default() });
     let addr = server.addr().unwrap();
