@@ -71,8 +71,9 @@ pub fn serve_default() -> Handle {
     serve(Config::default())
 }
 
+/// Times that soon are over, and long enough for a busy machine to send a whole head.
 pub fn short_times() -> Config {
-    let short = Duration::from_millis(200);
+    let short = Duration::from_secs(1);
     Config { head_time: short, body_time: short, idle_time: short, ..Config::default() }
 }
 
