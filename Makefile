@@ -10,7 +10,8 @@ setup:
 	sh tests/setup.sh
 
 # Formatting, lints, all tests, the consoles of the README, a short siege, the doctor, other people's clients, proxies, a browser. Some
-# tests open a thousand connections at once, and most wait more than they work, so two run for each core. What a part needs and is not there leaves that part out, and says so.
+# tests open a thousand connections at once; most wait more than they work, so two run for each core. What a part needs and is not
+# there leaves that part out, and says so.
 test: need-cargo
 	cargo fmt --check
 	cargo clippy --all-targets -- --deny warnings
