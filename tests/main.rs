@@ -1,6 +1,7 @@
 //! All tests are one program, which is linked once. Each file has the tests of one room of the server, `both` what the server
-//! in one file promises, too, `corpus` the malformed requests, and `common` what they share. Tests run beside each other in one
-//! process: whatever looks at threads, descriptors or memory looks at a process that it has started itself.
+//! in one file promises, too, `corpus` the malformed requests, `house` the rules of the rooms, and `common` what they share.
+//! Tests run beside each other in one process: whatever looks at threads, descriptors or memory looks at a process that it has
+//! started itself.
 
 mod block;
 mod body;
@@ -12,6 +13,7 @@ mod corpus;
 mod door;
 mod event;
 mod history;
+mod house;
 mod hub;
 mod journal;
 mod lane;
