@@ -23,16 +23,16 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use std::{env, thread};
 
-// Whatever can grow has a limit, and every wait has an end (as flags: `config.rs`). So memory is bounded: TOPICS × KEPT_BYTES,
-// and for each connection its request or the one event that it writes, which is 448 KiB if 64 KiB of newlines were posted.
+// Whatever can grow has a limit, and every wait has an end (to set them: `config.rs`). So memory is bounded: KEPT_BYTES, and
+// for each connection its request or the one event that it writes, which is 448 KiB if 64 KiB of newlines were posted.
 const ADDRESS: &str = "127.0.0.1:3000";
 const STREAMS: usize = 1_000; // a thread each; 100,000 of them, and no threads for those that only listen: `lane.rs`
 const CONNECTIONS: usize = STREAMS + 100; // so that one can publish when all streams are taken
 const HEAD_BYTES: usize = 16 * 1024; // browsers send 1 KiB, and cookies
 const BODY_BYTES: usize = 64 * 1024; // events are notices, not files
-const TOPICS: usize = 250; // once published to, a topic stays for as long as the process
+const TOPICS: usize = 1_000; // once published to, a topic stays for as long as the process
 const KEPT_EVENTS: usize = 1_000; // of each topic: what a page may miss and still resume
-const KEPT_BYTES: usize = 1024 * 1024; // of each topic, too
+const KEPT_BYTES: usize = 64 * 1024 * 1024; // of all topics together
 const QUEUED_EVENTS: usize = 64; // how far a subscriber may fall behind
 const REQUEST_TIME: Duration = Duration::from_secs(10); // for all of it: a byte now and then must not hold a thread
 const WRITE_TIME: Duration = Duration::from_secs(10); // in which a peer must take something
@@ -65,16 +65,33 @@ fn main() -> ExitCode {
     ExitCode::from(2)
 }
 
-/// Serves until the other end of `stopping` is dropped, on which nothing is ever sent. Then every stream is ended. Returns
-/// when all connections have ended, or after STOP_TIME.
+/// Serves until the other end of `stopping`, on which nothing is ever sent, is dropped. Then every stream gets its end.
+/// Returns when all connections are closed, or after STOP_TIME. What happens to one of them never ends the loop.
 pub fn serve(listener: TcpListener, stopping: Receiver<Infallible>) -> io::Result<()> {
-    let (address, base) = (listener.local_addr()?, now_us());
-    let (running, ended) = bounded(0);
-    let hub = Mutex::new(Hub { topics: HashMap::new(), base, newest: base });
-    let server = Arc::new(Server { hub, stopping: stopping.clone(), _running: running });
-    thread::Builder::new().name("accept".into()).spawn(move || server.accept(&listener))?;
-    let _ = stopping.recv();
-    let _ = TcpStream::connect_timeout(&address, PAUSE); // wakes the thread that accepts
+    let (address, base, stopped) = (listener.local_addr()?, now_us(), stopping.clone());
+    let (running, ended) = bounded::<Infallible>(0); // this one ends with the last thread that has a share in the server
+    let hub = Mutex::new(Hub { topics: HashMap::new(), base, newest: base, kept_bytes: 0 });
+    let server = Arc::new(Server { hub, stopping, _running: running });
+    thread::Builder::new().name("stop".into()).spawn(move || {
+        let _ = stopped.recv();
+        let _ = TcpStream::connect_timeout(&address, PAUSE); // the loop wakes up
+    })?;
+    loop {
+        let accepted = listener.accept();
+        if server.stopping.try_recv().is_err_and(|error| error.is_disconnected()) {
+            break;
+        }
+        let (connections, share) = (Arc::strong_count(&server), server.clone()); // each has a share, and so has this loop
+        let start = |(socket, peer)| {
+            let thread = thread::Builder::new().name("connection".into());
+            thread.spawn(move || share.connection(socket, peer, connections)).map(drop)
+        };
+        if let Err(error) = accepted.and_then(start) {
+            log(&format!("cannot accept: {error}"));
+            thread::sleep(PAUSE);
+        }
+    }
+    drop(server);
     let _ = ended.recv_timeout(STOP_TIME);
     Ok(())
 }
@@ -82,45 +99,26 @@ pub fn serve(listener: TcpListener, stopping: Receiver<Infallible>) -> io::Resul
 struct Server {
     hub: Mutex<Hub>,
     stopping: Receiver<Infallible>,
-    _running: Sender<Infallible>, // dropped by the last thread that serves
+    _running: Sender<Infallible>,
 }
 
 impl Server {
-    /// Nothing that happens to one connection ends this loop.
-    fn accept(self: &Arc<Self>, listener: &TcpListener) {
-        loop {
-            let accepted = listener.accept();
-            if self.stopping.try_recv().is_err_and(|error| error.is_disconnected()) {
-                return;
-            }
-            let (server, count) = (self.clone(), Arc::strong_count(self)); // one for each connection
-            let start = |(socket, peer)| {
-                let thread = thread::Builder::new().name("connection".into());
-                thread.spawn(move || server.connection(socket, peer, count)).map(drop)
-            };
-            if let Err(error) = accepted.and_then(start) {
-                log(&format!("cannot accept: {error}"));
-                thread::sleep(PAUSE);
-            }
-        }
-    }
-
-    /// One request, and its answer or its stream (more requests on a connection: `http.rs`). One connection too many is closed
-    /// without a word: a browser takes that for a broken network, and tries again (who should make room for it: `places.rs`).
-    fn connection(&self, mut socket: TcpStream, peer: SocketAddr, count: usize) {
-        if count > CONNECTIONS {
+    /// One request, then its answer or its stream (more requests on a connection: `http.rs`). One connection too many is closed
+    /// without a word. A browser takes that for a broken network and tries again (who makes room instead: `places.rs`).
+    fn connection(&self, mut socket: TcpStream, peer: SocketAddr, connections: usize) {
+        if connections > CONNECTIONS {
             return;
         }
         let _ = socket.set_nodelay(true).and(socket.set_write_timeout(Some(WRITE_TIME)));
         let last_bytes = match Request::read(&mut socket) {
             Ok(request) => match self.answer(&request) {
                 Some(answer) => answer,
-                None => self.stream(&request, &mut socket, peer, count <= STREAMS),
+                None => self.stream(&request, &mut socket, peer, connections <= STREAMS),
             },
             Err(refusal) => refusal,
         };
         let _ = socket.write_all(last_bytes.as_bytes());
-        // To close with unread input resets the connection, and the peer may lose what it was told. So read on for a while.
+        // Closing a socket with unread input resets it, and the peer may lose what it was told. So read on for a while.
         let _ = socket.shutdown(Shutdown::Write);
         let (deadline, mut unread) = (Instant::now() + LINGER, Vec::new());
         while more(&mut socket, &mut unread, deadline).is_ok() {
@@ -128,7 +126,7 @@ impl Server {
         }
     }
 
-    /// A whole answer, or None where a stream is asked for.
+    /// A whole answer, or None where a stream is asked for. Queries are ignored (types, keys, where to begin: `routes.rs`).
     fn answer(&self, request: &Request) -> Option<String> {
         let answer = match (&*request.method, &*request.path, request.topic()) {
             ("GET", "/test", _) | ("GET", _, Some(_)) => return None,
@@ -150,7 +148,7 @@ impl Server {
     /// 200. So where it helps to come back, a stream is opened all the same, and ended in order.
     fn stream(&self, request: &Request, socket: &mut TcpStream, peer: SocketAddr, room: bool) -> String {
         let ended = socket.write_all(STREAM_HEAD.as_bytes()).and_then(|()| match request.topic() {
-            _ if !room => Ok("there is no room for more streams"),
+            _ if !room => Ok("no room for another stream"),
             Some(topic) => self.follow(topic, request.last_event_id.as_deref(), socket),
             None => self.count(socket),
         });
@@ -163,8 +161,8 @@ impl Server {
         last_bytes
     }
 
-    /// The article's stream. Its timer goes with this function, which ends when a write fails. That is the second write after
-    /// the tab was closed: the first one only brings a reset back. So the timer stops within two seconds.
+    /// The article's stream. Its timer lives in this function, which a failing write ends. That is the second write after the
+    /// tab was closed, for the first one only brings back a reset. So the timer stops within two seconds.
     fn count(&self, socket: &mut TcpStream) -> io::Result<&'static str> {
         let timer = tick(Duration::from_secs(1));
         for count in 0_u64.. {
@@ -187,9 +185,9 @@ impl Server {
         ended
     }
 
-    /// A slow reader overflows its queue, which is then closed behind the events in it; or finds that the next of them is not
-    /// kept any more. Its stream ends, and it comes back and resumes. A closed tab is noticed as in `count`, so on a quiet
-    /// topic by the second heartbeat (in two seconds, and without waking a thread for each event: `lane.rs`).
+    /// Whoever reads too slowly overflows the queue, which is then closed behind the events in it, or finds that the next of
+    /// them is not kept any more. The stream ends, and the browser comes back and resumes. A closed tab is noticed as in
+    /// `count`: on a quiet topic at the second heartbeat (in two seconds, and without a thread to wake: `lane.rs`).
     fn deliver(&self, queue: &Queue, socket: &mut TcpStream) -> io::Result<&'static str> {
         loop {
             select! {
@@ -215,12 +213,12 @@ struct Hub {
     topics: HashMap<String, Topic>,
     base: u64,   // below all ids of this process
     newest: u64, // the last id that was given
+    kept_bytes: usize,
 }
 
 #[derive(Default)]
 struct Topic {
     kept: VecDeque<Arc<Event>>,
-    kept_bytes: usize,
     forgotten: u64, // up to this id, events may be missing from the kept
     subscribers: HashMap<u64, Sender<Weak<Event>>>,
 }
@@ -256,11 +254,18 @@ impl Hub {
         // The id comes last, because some clients take it at once, and would lose an event that is cut off behind it.
         let event = Arc::new(Event { id, text: format!("data: {data}\nid: {id}\n\n") });
         topic.subscribers.retain(|_, queue| queue.try_send(Arc::downgrade(&event)).is_ok());
-        topic.kept_bytes += event.text.len();
-        topic.kept.push_back(event);
-        while topic.kept.len() > KEPT_EVENTS || topic.kept_bytes > KEPT_BYTES {
-            let Some(event) = topic.kept.pop_front() else { break };
-            (topic.forgotten, topic.kept_bytes) = (event.id, topic.kept_bytes - event.text.len());
+        let forget = |topic: &mut Topic| {
+            let Some(event) = topic.kept.pop_front() else { return 0 };
+            topic.forgotten = event.id;
+            event.text.len()
+        };
+        let freed = if topic.kept.len() == KEPT_EVENTS { forget(topic) } else { 0 };
+        topic.kept.push_back(event.clone());
+        self.kept_bytes = self.kept_bytes - freed + event.text.len();
+        while self.kept_bytes > KEPT_BYTES {
+            let oldest =
+                self.topics.values_mut().min_by_key(|topic| topic.kept.front().map_or(u64::MAX, |event| event.id));
+            self.kept_bytes -= oldest.map_or(0, forget);
         }
         Some(id)
     }
@@ -287,7 +292,7 @@ impl Hub {
     fn unsubscribe(&mut self, name: &str, number: u64) {
         let Some(topic) = self.topics.get_mut(name) else { return };
         topic.subscribers.remove(&number);
-        if topic.subscribers.is_empty() && topic.kept.is_empty() {
+        if topic.subscribers.is_empty() && topic.kept.is_empty() && topic.forgotten == self.base {
             self.topics.remove(name); // it was never published to: listening alone uses no name up
         }
     }

@@ -17,6 +17,9 @@ pub const PATIENCE: Duration = Duration::from_secs(30);
 /// The command.
 pub const BROOKLET: &str = env!("CARGO_BIN_EXE_brooklet");
 
+/// The server in one file.
+pub const MINIMAL: &str = env!("CARGO_BIN_EXE_brooklet-minimal");
+
 /// A request that always has an answer: `ok`.
 pub const HEALTH: &str = "GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n";
 
@@ -426,6 +429,11 @@ pub struct Process {
 impl Process {
     pub fn start(flags: &[&str]) -> Process {
         Process::from(Command::new(BROOKLET).args(["--listen", "127.0.0.1:0"]).args(flags))
+    }
+
+    /// The server in one file, which has no flags.
+    pub fn minimal() -> Process {
+        Process::from(Command::new(MINIMAL).arg("127.0.0.1:0"))
     }
 
     /// The command after a line of shell, which has limited what the system gives.

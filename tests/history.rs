@@ -1,6 +1,6 @@
 //! What is kept, what was let go, and what a cursor hears of it.
 
-use crate::common::*;
+use crate::{both, common::*};
 use brooklet::{Config, Event, Id};
 use std::io::Write;
 use std::net::{SocketAddr, TcpStream};
@@ -193,4 +193,9 @@ fn a_topic_table_that_is_full_refuses_publishers_and_sends_pages_away_until_ther
     assert!(end.starts_with(": ") && end.contains("\nretry: "), "{end:?}");
     held.close();
     wait_for("the place of a topic that nobody uses", || (post(addr, "/events/c", "x").status == 200).then_some(()));
+}
+
+#[test]
+fn a_restart_is_a_gap_that_is_told_once() {
+    both::a_restart_is_a_gap_that_is_told_once(Process::start(&[]), || Process::start(&[]));
 }

@@ -18,6 +18,7 @@ mod hub;
 mod journal;
 mod lane;
 mod log;
+mod minimal;
 mod places;
 mod request;
 mod response;
