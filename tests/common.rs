@@ -335,6 +335,11 @@ impl Wire {
     pub fn close(self) {
         let _ = self.socket.shutdown(Shutdown::Both);
     }
+
+    /// Closes with a reset, so that the server's next write fails, and its port is free at once.
+    pub fn reset(self) {
+        socket2::SockRef::from(&self.socket).set_linger(Some(Duration::ZERO)).unwrap();
+    }
 }
 
 pub fn wire_arrives(server: &brooklet::Handle, wire: &mut Wire) {
@@ -731,7 +736,7 @@ pub fn frame(block: &[u8]) -> Vec<u8> {
 pub fn kept(addr: SocketAddr, topics: &str) -> Vec<Vec<u8>> {
     let mut stream = Wire::stream(addr, &format!("/events/{topics}?since=earliest&poll=1ms"), "");
     let all = blocks(&stream.rest());
-    socket2::SockRef::from(&stream.socket).set_linger(Some(Duration::ZERO)).unwrap();
+    stream.reset();
     all[1..all.len() - 1].to_vec()
 }
 

@@ -149,6 +149,17 @@ fn a_cursor_that_cannot_be_answered_is_told_of_the_gap_and_gets_all_that_is_kept
 }
 
 #[test]
+fn a_quiet_stream_has_a_heartbeat_every_15_seconds() {
+    let process = Process::minimal();
+    let mut stream = Wire::stream(process.addr, "/events/a", "");
+    stream.block().unwrap();
+    let started = Instant::now();
+    assert_eq!(stream.take_until(b"\n").unwrap(), b":\n");
+    assert!(started.elapsed() >= Duration::from_secs(14), "{:?}", started.elapsed());
+    process.finish();
+}
+
+#[test]
 fn every_kind_of_line_end_in_the_data_begins_a_new_line_and_nul_may_stand_in_it() {
     both::every_kind_of_line_end_in_the_data_begins_a_new_line_and_nul_may_stand_in_it(Process::minimal().addr);
 }
@@ -246,6 +257,20 @@ fn each_bad_request_gets_one_line_that_says_what_is_wrong() {
     process.finish();
 }
 
+/// A client that sends its whole body before it reads must not find the connection broken.
+#[test]
+fn for_a_while_after_a_refusal_what_is_still_sent_is_taken() {
+    let process = Process::minimal();
+    let mut wire = Wire::connect(process.addr);
+    wire.send(b"POST /events/a HTTP/1.1\r\nHost: localhost\r\nContent-Length: 70000\r\n\r\n");
+    assert_eq!(wire.answer().status, 413);
+    let answered = Instant::now();
+    let is_taken = (0..7).all(|_| wire.socket.write_all(&[b'x'; 10_000]).is_ok());
+    assert!(is_taken || answered.elapsed() > Duration::from_millis(400), "it was cut off at once");
+    assert!(wire.rest().is_empty());
+    process.finish();
+}
+
 #[test]
 fn head_answers_with_the_head_alone_and_a_query_changes_nothing() {
     let process = Process::minimal();
@@ -286,7 +311,7 @@ fn the_corpus_of_malformed_requests_is_read_as_the_library_reads_it_or_refused()
 }
 
 #[test]
-fn twenty_thousand_damaged_requests_leave_a_server_that_answers() {
+fn ten_thousand_damaged_requests_leave_a_server_that_answers() {
     let process = Process::minimal();
     let (addr, before) = (process.addr, process.at_rest());
     let originals: [String; 5] = [
@@ -311,7 +336,7 @@ fn twenty_thousand_damaged_requests_leave_a_server_that_answers() {
     };
     let hammer = |seed: u64| {
         let mut random = Random(seed);
-        for _ in 0..5_000 {
+        for _ in 0..2_500 {
             let bytes = damage(&mut random);
             let mut wire = Wire::connect(addr);
             let _ = wire.socket.write_all(&bytes);
@@ -319,9 +344,9 @@ fn twenty_thousand_damaged_requests_leave_a_server_that_answers() {
             let head = wire.take_until(b"\r\n\r\n").map(|head| String::from_utf8(head).unwrap());
             let head = head.unwrap_or_else(|| panic!("no answer to {:?}", String::from_utf8_lossy(&bytes)));
             assert!(head.starts_with("HTTP/1.1 "), "{head}");
-            drop(wire);
+            wire.reset();
             if head.contains("text/event-stream") {
-                (0..2).for_each(|_| drop(publish(addr, "/events/a", "x"))); // the stream's end is noticed
+                publish(addr, "/events/a", "x"); // so that the reset is noticed
             }
         }
     };
@@ -378,7 +403,7 @@ fn names_of_topics_run_out_and_listening_alone_holds_one_only_while_it_lasts() {
     let mut away = Wire::stream(addr, "/events/another", "");
     assert_eq!(away.rest(), b": there are too many topics\nretry: 3000\n\n");
     assert_eq!(publish_to(0).status, 200, "one that there is");
-    drop(listening); // is noticed at the first heartbeat, since their first blocks were not read
+    listening.into_iter().for_each(Wire::reset); // the first heartbeat notices
     wait_for("a name", || (publish_to(TOPICS).status == 200).then_some(()));
     process.finish();
 }
@@ -425,14 +450,15 @@ fn readers_that_stand_still_hold_no_events_that_are_not_kept() {
     let process = Process::minimal();
     let newlines = "\n".repeat(64 * 1024); // become 448 KiB
     let mut stalled = Vec::new();
-    for _ in 0..15 {
+    for _ in 0..8 {
         let mut wire = narrow(process.addr, 4_096, Some(1_400));
         open(&mut wire, "/events/a");
         stalled.push(wire);
         (0..70).for_each(|_| drop(publish(process.addr, "/events/a", &newlines)));
     }
     let peak = process.status("VmHWM");
-    assert!(peak < 200_000, "{peak} kB");
+    println!("at most {peak} kB");
+    assert!(peak < 150_000, "{peak} kB");
     process.finish();
 }
 
