@@ -444,13 +444,14 @@ fn may_open(descriptors: usize) -> bool {
     files.is_some_and(|files| files.parse().map_or(files == "unlimited", |files: usize| files >= descriptors))
 }
 
-/// Each reader stands still at another place, with a full queue behind it: 28 MB for each, if the queue kept them.
+/// Each reader stands still at another place, with a full queue behind it: 28 MB for each, if the queue kept them. What is kept
+/// takes 67 MB, and malloc holds back about as much.
 #[test]
 fn readers_that_stand_still_hold_no_events_that_are_not_kept() {
     let process = Process::minimal();
     let newlines = "\n".repeat(64 * 1024); // become 448 KiB
     let mut stalled = Vec::new();
-    for _ in 0..8 {
+    for _ in 0..10 {
         let mut wire = narrow(process.addr, 4_096, Some(1_400));
         open(&mut wire, "/events/a");
         stalled.push(wire);
@@ -458,7 +459,7 @@ fn readers_that_stand_still_hold_no_events_that_are_not_kept() {
     }
     let peak = process.status("VmHWM");
     println!("at most {peak} kB");
-    assert!(peak < 150_000, "{peak} kB");
+    assert!(peak < 200_000, "{peak} kB");
     process.finish();
 }
 
@@ -498,7 +499,9 @@ fn nobody_need_read_what_it_says() {
 #[test]
 fn a_second_ctrl_c_ends_it_at_once() {
     let mut process = Process::minimal();
+    let before = process.descriptors();
     let _silent = Wire::connect(process.addr); // for which the first one would wait
+    wait_for("it to be accepted", || (process.descriptors() > before).then_some(()));
     process.signal("INT");
     let started = Instant::now();
     let status = wait_for("its end", || {
