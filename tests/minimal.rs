@@ -236,8 +236,8 @@ fn each_bad_request_gets_one_line_that_says_what_is_wrong() {
         (403, "this Host is not loopback", from("evil.example", "http://evil.example")),
     ];
     let mut stream = Wire::stream(process.addr, "/events/a", "");
-    both::each_bad_request_gets_its_answer(process.addr, &table, || {
-        assert_eq!(get(process.addr, "/").status, 200);
+    both::each_bad_request_gets_its_answer(process.addr, &table, |after| {
+        assert_eq!(get(process.addr, "/").status, 200, "after {after:?}");
     });
     for request in
         [&b"POST /events/a HTTP/1.1\r\nHost: localhost\r\nContent-Length: 4\r\n\r\nab\xff\xfe"[..], b"GET / HT"]
