@@ -45,7 +45,7 @@ doctor-test: build
 clients: build
 	sh tests/clients/run.sh
 
-# What a delivery costs beside what the kernel charges for it: a table and a plot, in two minutes.
+# What a delivery costs beside what the kernel charges for it, and in the server in one file: tables and a plot, in three minutes.
 bench: need-cargo
 	ulimit -n $$(ulimit -Hn); cargo bench --bench bench
 
