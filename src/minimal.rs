@@ -1,16 +1,16 @@
 //! A Server-Sent Events server in one file, to be read from top to bottom in a quarter of an hour.
 //!
-//! A page says `new EventSource('/events/news')` and keeps that connection open. Whoever posts to `/events/news` reaches
-//! every page that listens. When a connection breaks, the browser comes back by itself and names the last event it had. So
-//! the server keeps the newest events and goes on from there: each event once, and in order.
+//! A page says `new EventSource('/events/news')` and keeps that connection open. Whoever posts to `/events/news`
+//! reaches every page that listens. When a connection breaks, the browser comes back by itself and names the last event
+//! it had. So the server keeps the newest events and goes on from there: each event once, and in order.
 //!
 //! ```text
 //! POST ──▶ number it, put it into each subscriber's queue, keep it ──▶ the subscriber's thread ──▶ its socket
 //! GET  ──▶ a new queue, which begins with the events it missed ──▲
 //! ```
 //!
-//! Each connection has a thread. What is left out is named in its place, with the room of the library beside this file that
-//! has it, such as `http.rs`. A program of your own takes the file as a module and calls [`serve`].
+//! Each connection has a thread. What is left out is named in its place, with the file of the library beside this one
+//! that has it, such as `http.rs`. A program of your own takes this file as a module and calls [`serve`].
 
 use crossbeam_channel::{Receiver, Sender, bounded, select, tick};
 use std::collections::{HashMap, VecDeque};
@@ -23,8 +23,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use std::{env, thread};
 
-// Whatever can grow has a limit, and every wait has an end (to set them: `config.rs`). So memory is bounded: KEPT_BYTES, and
-// for each connection its request or the one event that it writes, which is 448 KiB if 64 KiB of newlines were posted.
+// Whatever can grow has a limit, and every wait has an end (to set them: `config.rs`). So memory is bounded:
+// KEPT_BYTES, and for each connection its request or the event that it writes. The largest event has 448 KiB: 64 KiB of
+// newlines.
 const ADDRESS: &str = "127.0.0.1:3000";
 const STREAMS: usize = 1_000; // a thread each; 100,000 of them, and no threads for those that only listen: `lane.rs`
 const CONNECTIONS: usize = STREAMS + 100; // so that one can publish when all streams are taken
@@ -44,7 +45,7 @@ const PAUSE: Duration = Duration::from_millis(100); // when the system has no de
 const _: () = assert!(QUEUED_EVENTS < KEPT_EVENTS); // so that whoever overflows a queue can resume
 
 /// Ctrl-C closes the stopping channel, on which everybody waits. A second one ends the process at once.
-#[allow(dead_code)] // in a module
+#[allow(dead_code)] // where this file is a module
 fn main() -> ExitCode {
     let arguments: Vec<_> = env::args_os().skip(1).map(|argument| argument.to_string_lossy().into_owned()).collect();
     let address = if arguments.is_empty() { ADDRESS.into() } else { arguments.join(" ") };
@@ -65,23 +66,23 @@ fn main() -> ExitCode {
     ExitCode::from(2)
 }
 
-/// Serves until the other end of `stopping`, on which nothing is ever sent, is dropped. Then every stream gets its end.
-/// Returns when all connections are closed, or after STOP_TIME. What happens to one of them never ends the loop.
+/// Serves until the other end of `stopping` is dropped; nothing is ever sent on it. Then every stream gets its end.
+/// Returns when all connections are closed, or after STOP_TIME. Nothing that happens to one connection ends the loop.
 pub fn serve(listener: TcpListener, stopping: Receiver<Infallible>) -> io::Result<()> {
     let (address, base, stopped) = (listener.local_addr()?, now_us(), stopping.clone());
-    let (running, ended) = bounded::<Infallible>(0); // this one ends with the last thread that has a share in the server
+    let (running, ended) = bounded::<Infallible>(0); // closed when the last thread drops its share of the server
     let hub = Mutex::new(Hub { topics: HashMap::new(), base, newest: base, kept_bytes: 0 });
     let server = Arc::new(Server { hub, stopping, _running: running });
     thread::Builder::new().name("stop".into()).spawn(move || {
         let _ = stopped.recv();
-        let _ = TcpStream::connect_timeout(&address, PAUSE); // the loop wakes up
+        let _ = TcpStream::connect_timeout(&address, PAUSE); // so that the loop looks
     })?;
     loop {
         let accepted = listener.accept();
         if server.stopping.try_recv().is_err_and(|error| error.is_disconnected()) {
             break;
         }
-        let (connections, share) = (Arc::strong_count(&server), server.clone()); // each has a share, and so has this loop
+        let (connections, share) = (Arc::strong_count(&server), server.clone()); // each has a share; so has the loop
         let start = |(socket, peer)| {
             let thread = thread::Builder::new().name("connection".into());
             thread.spawn(move || share.connection(socket, peer, connections)).map(drop)
@@ -103,13 +104,14 @@ struct Server {
 }
 
 impl Server {
-    /// One request, then its answer or its stream (more requests on a connection: `http.rs`). One connection too many is closed
-    /// without a word. A browser takes that for a broken network and tries again (who makes room instead: `places.rs`).
+    /// One request, then its answer or its stream (more requests on a connection: `http.rs`). One connection too many
+    /// is closed without a word. A browser takes that for a broken network and tries again (making room: `places.rs`).
     fn connection(&self, mut socket: TcpStream, peer: SocketAddr, connections: usize) {
         if connections > CONNECTIONS {
             return;
         }
-        let _ = socket.set_nodelay(true).and(socket.set_write_timeout(Some(WRITE_TIME)));
+        let _ = socket.set_nodelay(true);
+        let _ = socket.set_write_timeout(Some(WRITE_TIME));
         let last_bytes = match Request::read(&mut socket) {
             Ok(request) => match self.answer(&request) {
                 Some(answer) => answer,
@@ -118,7 +120,7 @@ impl Server {
             Err(refusal) => refusal,
         };
         let _ = socket.write_all(last_bytes.as_bytes());
-        // Closing a socket with unread input resets it, and the peer may lose what it was told. So read on for a while.
+        // Closing a socket with unread input resets it, and the peer may lose what it was told. So read on a little.
         let _ = socket.shutdown(Shutdown::Write);
         let (deadline, mut unread) = (Instant::now() + LINGER, Vec::new());
         while more(&mut socket, &mut unread, deadline).is_ok() {
@@ -126,7 +128,7 @@ impl Server {
         }
     }
 
-    /// A whole answer, or None where a stream is asked for. Queries are ignored (types, keys, where to begin: `routes.rs`).
+    /// A whole answer, or None for a stream. Queries are ignored (types, keys, where to begin: `routes.rs`).
     fn answer(&self, request: &Request) -> Option<String> {
         let answer = match (&*request.method, &*request.path, request.topic()) {
             ("GET", "/test", _) | ("GET", _, Some(_)) => return None,
@@ -144,8 +146,8 @@ impl Server {
         Some(answer[..end.unwrap_or(answer.len())].into())
     }
 
-    /// Writes a stream, logs why it has ended, and returns its last bytes. An `EventSource` gives up for good on any status but
-    /// 200. So where it helps to come back, a stream is opened all the same, and ended in order.
+    /// Writes a stream, logs why it has ended, and returns its last bytes. An `EventSource` gives up for good on any
+    /// status but 200. So where it helps to come back later, a stream is opened all the same, and ended.
     fn stream(&self, request: &Request, socket: &mut TcpStream, peer: SocketAddr, room: bool) -> String {
         let ended = socket.write_all(STREAM_HEAD.as_bytes()).and_then(|()| match request.topic() {
             _ if !room => Ok("no room for another stream"),
@@ -155,14 +157,15 @@ impl Server {
         let (why, last_bytes) = match ended {
             Ok(why) => (why.into(), format!(": {why}\nretry: {RETRY_MS}\n\n")),
             Err(error) if error.kind() == ErrorKind::WouldBlock => ("nothing was taken for 10 s".into(), String::new()),
-            Err(error) => (error.to_string(), String::new()),
+            Err(error) => (error.to_string(), String::new()), // perhaps in the middle of an event
         };
         log(&format!("{peer} {} closed: {why}", request.path));
         last_bytes
     }
 
-    /// The article's stream. Its timer lives in this function, which a failing write ends. That is the second write after the
-    /// tab was closed, for the first one only brings back a reset. So the timer stops within two seconds.
+    /// The article's stream. Its timer is a variable of this function, and a failing write ends both. The first write
+    /// after a tab was closed still succeeds, but brings back a reset; the next one fails. So the timer stops within
+    /// two seconds.
     fn count(&self, socket: &mut TcpStream) -> io::Result<&'static str> {
         let timer = tick(Duration::from_secs(1));
         for count in 0_u64.. {
@@ -185,9 +188,10 @@ impl Server {
         ended
     }
 
-    /// Whoever reads too slowly overflows the queue, which is then closed behind the events in it, or finds that the next of
-    /// them is not kept any more. The stream ends, and the browser comes back and resumes. A closed tab is noticed as in
-    /// `count`: on a quiet topic at the second heartbeat (in two seconds, and without a thread to wake: `lane.rs`).
+    /// A slow reader overflows its queue. It is dropped then: it still gets what is in the queue, and then its end. Or
+    /// it comes to an event that is not kept any more, which ends its stream, too. The browser comes back, and resumes.
+    /// A closed tab is noticed as in `count`; on a quiet topic that is at the second heartbeat (within two seconds, and
+    /// without waking threads: `lane.rs`).
     fn deliver(&self, queue: &Queue, socket: &mut TcpStream) -> io::Result<&'static str> {
         loop {
             select! {
@@ -207,8 +211,9 @@ impl Server {
 }
 
 /// What all connections share, behind one lock. In one hold of it an event is numbered, queued and kept; in one hold a
-/// subscriber gets what is kept and joins. So nobody misses an event or gets it twice. Nobody waits while holding it, for a
-/// full queue refuses at once. A restart loses all of this, and whoever comes back is told so (to survive it: `journal.rs`).
+/// subscriber gets what is kept, and joins. So nobody misses an event or gets it twice. Nobody waits while holding it,
+/// for a full queue refuses at once. A restart loses all of this, and tells who comes back (surviving it:
+/// `journal.rs`).
 struct Hub {
     topics: HashMap<String, Topic>,
     base: u64,   // below all ids of this process
@@ -219,7 +224,7 @@ struct Hub {
 #[derive(Default)]
 struct Topic {
     kept: VecDeque<Arc<Event>>,
-    forgotten: u64, // up to this id, events may be missing from the kept
+    forgotten: u64, // events up to this id may be missing from the kept
     subscribers: HashMap<u64, Sender<Weak<Event>>>,
 }
 
@@ -228,11 +233,11 @@ struct Event {
     text: String, // as it goes out
 }
 
-/// Its references are weak: only what is kept takes memory, however many queues it stands in.
+/// The references are weak: an event takes memory only while it is kept, however many queues it is in.
 type Queue = Receiver<Weak<Event>>;
 
 impl Hub {
-    /// Ids are microseconds, so that those of the next process are higher. They rise even when the clock is set back.
+    /// Ids are microseconds, so those of the next process are higher. They rise even while the clock is set back.
     fn next_id(&mut self) -> u64 {
         self.newest = now_us().max(self.newest + 1);
         self.newest
@@ -270,9 +275,10 @@ impl Hub {
         Some(id)
     }
 
-    /// Returns the subscriber's number, the first block of its stream, and its queue with all that it has missed. The block
-    /// says where to resume, should the stream break before the first event; and it is a `gap` where events after
-    /// `last_event_id` may be lost. A second topic would get the same queue here: ids have one order (`subscription.rs`).
+    /// Returns the subscriber's number, the first block of its stream, and its queue, which begins with the events it
+    /// missed. The block says where to resume, in case the stream breaks before the first event. It is a `gap` if
+    /// events after `last_event_id` may be lost. A second topic would get the same queue here: ids have one order
+    /// (`subscription.rs`).
     fn subscribe(&mut self, topic: &str, last_event_id: Option<&str>) -> Option<(u64, String, Queue)> {
         let number = self.next_id(); // above all ids so far
         let topic = self.topic(topic)?;
@@ -298,7 +304,7 @@ impl Hub {
     }
 }
 
-/// What is needed of HTTP/1.1, read strictly: what two readers could understand in two ways is refused. Left out are chunked
+/// What is needed of HTTP/1.1, read strictly: what could be understood in two ways is refused. Left out are chunked
 /// bodies, `Expect`, escapes and hosts in the target, and the `Date` of an answer (all in `http.rs`).
 struct Request {
     method: String,
@@ -329,7 +335,7 @@ impl Request {
         Ok(request)
     }
 
-    /// Understands the head once it is whole, and returns where the body is.
+    /// The request, once its head is whole, and where its body is.
     fn parse(bytes: &[u8]) -> Result<Option<(Request, Range<usize>)>, String> {
         use httparse::{EMPTY_HEADER, Error, Status};
         let mut fields = [EMPTY_HEADER; 64];
@@ -348,7 +354,8 @@ impl Request {
             let value = values.next().map(|field| String::from_utf8_lossy(field.value));
             require(values.next().is_none(), BAD, &format!("{name} was sent twice")).map(|()| value)
         };
-        // Pages of other sites may try to publish, or give a name of theirs our address (tokens, allowed origins: `door.rs`).
+        // A page of another site may post here, or have its own name lead to this address (tokens, other origins:
+        // `door.rs`).
         let (host, origin) = (field("Host")?.unwrap_or_default(), field("Origin")?);
         require(!host.is_empty(), BAD, "the field Host is missing")?;
         require(is_loopback(&host), "403 Forbidden", "this Host is not loopback: use localhost or 127.0.0.1")?;
@@ -384,8 +391,9 @@ fn more(socket: &mut TcpStream, bytes: &mut Vec<u8>, deadline: Instant) -> Resul
     Ok(())
 }
 
+/// With or without a port.
 fn is_loopback(host: &str) -> bool {
-    let name = host.trim_end_matches(|c: char| c.is_ascii_digit()).strip_suffix(':').unwrap_or(host); // without the port
+    let name = host.trim_end_matches(|c: char| c.is_ascii_digit()).strip_suffix(':').unwrap_or(host);
     let address = name.trim_matches(['[', ']']).parse::<IpAddr>();
     name.eq_ignore_ascii_case("localhost") || address.is_ok_and(|address| address.is_loopback())
 }
@@ -404,7 +412,7 @@ fn answer(status: &str, kind: &str, text: &str) -> String {
 }
 
 fn log(text: &str) {
-    let _ = writeln!(io::stderr(), "{text}"); // eprintln! would panic where nobody reads it
+    let _ = writeln!(io::stderr(), "{text}"); // eprintln! panics if it is closed (never waiting for it: `log.rs`)
 }
 
 fn now_us() -> u64 {
@@ -431,7 +439,7 @@ const show = event => {
 };
 for (const type of ['open', 'message', 'test', 'error']) source.addEventListener(type, show);
 source.addEventListener('pause', event => {
-  source.close(); // without which the browser would come back
+  source.close(); // or else the stream goes on
   show(event);
 });
 </script>
