@@ -1,37 +1,17 @@
-//! The command as a person runs it: the article's stream, flags, limits of the system, stopping.
+//! The command as a person runs it: flags, the page, stopping.
 
-mod common;
-
+use crate::{both, common::*};
 use base64::prelude::*;
-use common::*;
 use sha2::{Digest, Sha256};
-use std::io::{BufRead, BufReader};
-use std::net::SocketAddr;
-use std::process::{Child, Command, Output, Stdio};
-use std::thread;
-use std::time::{Duration, Instant};
+use std::process::{Command, Output};
 
 fn run(flags: &[&str]) -> Output {
-    Command::new(env!("CARGO_BIN_EXE_brooklet")).args(flags).stdin(Stdio::null()).output().unwrap()
+    output(Command::new(BROOKLET).args(flags))
 }
 
 #[test]
 fn the_articles_stream_has_exactly_these_bytes_and_its_counter_goes_on_after_the_pause() {
-    let process = Process::start(&[]);
-    let before = now_ms();
-    let mut stream = Wire::stream(process.addr, "/test", "");
-    let mut last_id = 0;
-    for count in 0..7 {
-        let frame = String::from_utf8(stream.take_until(b"\n\n").unwrap()).unwrap();
-        let id: u64 = frame.split("id: ").nth(1).and_then(|rest| rest.lines().next()?.parse().ok()).unwrap();
-        let name = if count == 5 { "pause" } else { "test" };
-        assert_eq!(frame, format!("event: {name}\nid: {id}\ndata: {count}\nretry: 10000\n\n"));
-        assert!(id > before && id > last_id && id <= now_ms());
-        last_id = id;
-    }
-    assert!(last_id >= before + 6_900, "once a second, not faster");
-    stream.close();
-    let line = process.wait_for_log("closed");
+    let line = both::the_articles_stream_has_exactly_these_bytes(&Process::start(&[]));
     for part in
         ["peer=127.0.0.1:", "path=\"/test\"", "reason=\"the peer closed the connection\"", "seconds=", "events=7"]
     {
@@ -39,32 +19,9 @@ fn the_articles_stream_has_exactly_these_bytes_and_its_counter_goes_on_after_the
     }
 }
 
-fn now_ms() -> u64 {
-    std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_millis() as u64
-}
-
-#[test]
-fn a_handlers_stream_gets_its_head_at_once_and_nothing_its_handler_did_not_write() {
-    let process = Process::start(&["--heartbeat", "4s"]);
-    let mut stream = Wire::stream(process.addr, "/test", "");
-    assert!(stream.buffer.is_empty(), "the head came alone");
-    let frames = [stream.take_until(b"\n\n").unwrap(), stream.take_until(b"\n\n").unwrap()];
-    assert!(frames.iter().all(|frame| frame.starts_with(b"event: test\nid: ")));
-    process.signal("TERM");
-    let end = String::from_utf8(stream.rest()).unwrap();
-    let end = end.split("\n\n").last().map_or(end.as_str(), |_| end.trim_start_matches(|c| c != ':'));
-    assert!(end.contains("\nretry: "), "{end:?}");
-}
-
 #[test]
 fn each_stream_has_its_own_timer() {
-    let process = Process::start(&[]);
-    let mut first = Wire::stream(process.addr, "/test", "");
-    assert_eq!(first.event().unwrap().data(), "0");
-    let mut second = Wire::stream(process.addr, "/test", "");
-    assert_eq!(second.event().unwrap().data(), "0");
-    first.close();
-    assert_eq!(second.event().unwrap().data(), "1");
+    both::each_stream_has_its_own_timer(&Process::start(&[]));
 }
 
 #[test]
@@ -72,26 +29,14 @@ fn ctrl_c_ends_a_thousand_streams_with_a_retry_and_the_process_with_success() {
     for (signal, count) in [("INT", 1_000), ("TERM", 50_usize)] {
         let mut process = Process::start(&["--log", "off"]);
         let target = |n| ["/events/a", "/events/a,b", "/test", "/events/c?poll"][n % 4];
-        let mut streams: Vec<Wire> = (0..count).map(|n| Wire::stream(process.addr, target(n), "")).collect();
+        let streams: Vec<Wire> = (0..count).map(|n| Wire::stream(process.addr, target(n), "")).collect();
         let mut publisher = Wire::connect(process.addr);
         publisher.send(b"PUT /events/a HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n2\r\na\n\r\n");
         wait_for_metric(process.addr, "published_total", 1);
         wait_for_metric(process.addr, "subscribers", count as u64);
-        let started = Instant::now();
-        process.signal(signal);
-        let status = process.child.wait().unwrap();
-        assert!(status.success(), "{status}");
-        assert!(started.elapsed() < Duration::from_secs(10), "{:?}", started.elapsed());
-        let mut retries: Vec<u64> = Vec::new();
-        for wire in &mut streams {
-            let mut last = None;
-            while let Some(block) = wire.block() {
-                last = Some(block);
-            }
-            let last = last.expect("a last block");
-            assert!(last.data.is_none() && last.comments == ["the server is stopping"], "{last:?}");
-            retries.push(last.retry.expect("a retry"));
-        }
+        let last_blocks = both::stopping_ends_each_stream_with_a_retry(&mut process, signal, streams);
+        assert!(last_blocks.iter().all(|last| last.comments == ["the server is stopping"]), "{last_blocks:?}");
+        let retries: Vec<u64> = last_blocks.iter().map(|last| last.retry.unwrap()).collect();
         assert!(retries.iter().all(|retry| (1_500..=4_500).contains(retry)), "{retries:?}");
         let answer = publisher.answer();
         assert_eq!((answer.status, answer.header("retry-after")), (503, Some("3")));
@@ -100,31 +45,9 @@ fn ctrl_c_ends_a_thousand_streams_with_a_retry_and_the_process_with_success() {
 }
 
 #[test]
-fn while_it_stops_a_connection_already_open_is_told_that_the_server_is_not_well() {
-    let mut process = Process::start(&["--keep-events", "100000"]);
-    let mut health = Wire::connect(process.addr);
-    health.send(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n");
-    assert_eq!(health.answer().status, 200);
-    // A reader that takes nothing holds the server for its grace.
-    let stalled = Wire::stream(process.addr, "/events/a", "");
-    let body = "x".repeat(60_000);
-    wait_for("the reader to fall behind", || {
-        assert_eq!(post(process.addr, "/events/a", &body).status, 200);
-        (metric(process.addr, "woken_total") > 0).then_some(())
-    });
-    process.signal("TERM");
-    wait_for("the answer to change", || {
-        health.send(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n");
-        Some(health.answer()).filter(|answer| answer.status == 503)
-    });
-    assert!(process.child.wait().unwrap().success());
-    drop(stalled);
-}
-
-#[test]
 fn under_nohup_it_survives_the_end_of_its_terminal() {
     let mut nohup = Command::new("nohup");
-    let process = Process::from(nohup.args([env!("CARGO_BIN_EXE_brooklet"), "--listen", "127.0.0.1:0"]));
+    let process = Process::from(nohup.args([BROOKLET, "--listen", "127.0.0.1:0"]));
     process.signal("HUP");
     for _ in 0..20 {
         assert_eq!(get(process.addr, "/health").status, 200);
@@ -200,99 +123,6 @@ fn both_ways_to_write_a_flag_work() {
     assert_eq!(Wire::stream(process.addr, "/events/a", "").block().unwrap().retry, Some(1234));
     get(process.addr, "/health");
     process.wait_for_log("GET \"/health\" 200");
-}
-
-#[test]
-fn limits_that_the_system_does_not_allow_are_lowered_with_a_warning() {
-    let binary = env!("CARGO_BIN_EXE_brooklet");
-    let script = format!("ulimit -n 256; exec {binary} --listen 127.0.0.1:0");
-    let process = Process::from(Command::new("sh").args(["-c", &script]));
-    let line = process.wait_for_log("");
-    assert!(line.contains("the limit is on open files (ulimit -n)"), "{line}");
-    let mut streams = Vec::new();
-    let mut sent_away = 0;
-    for _ in 0..300 {
-        let mut wire = Wire::stream(process.addr, "/events/a", "");
-        match wire.block().unwrap().id {
-            Some(_) => streams.push(wire),
-            None => sent_away += 1,
-        }
-        assert_eq!(get(process.addr, "/health").status, 200);
-    }
-    assert!(streams.len() > 150 && sent_away > 50, "{} and {sent_away}", streams.len());
-    assert_eq!(post(process.addr, "/events/a", "to all").status, 200);
-    assert!(streams.iter_mut().all(|wire| wire.event().unwrap().data() == "to all"));
-}
-
-/// A thread takes four memory mappings, and each buffer of 128 KiB or more another; without one, the process aborts.
-#[test]
-fn large_limits_leave_mappings_for_their_buffers() {
-    let mappings: usize = std::fs::read_to_string("/proc/sys/vm/max_map_count").unwrap().trim().parse().unwrap();
-    for (flag, for_each) in [("--line-bytes=64KiB", 4), ("--line-bytes=1MiB", 6), ("--head-bytes=1MiB", 6)] {
-        let process = Process::start(&["--subscribers", &mappings.to_string(), flag]);
-        let line = process.wait_for_log("room for ");
-        let said = line.split("room for ").nth(1).unwrap();
-        let places: usize = said.split(' ').filter_map(|word| word.parse::<usize>().ok()).sum();
-        assert!(places * for_each < mappings, "{line}");
-    }
-}
-
-#[test]
-fn where_the_system_has_no_room_at_all_it_does_not_start() {
-    let script = format!("ulimit -n 12; exec {} --listen 127.0.0.1:0", env!("CARGO_BIN_EXE_brooklet"));
-    let output = Command::new("sh").args(["-c", &script]).stdin(Stdio::null()).output().unwrap();
-    let error = String::from_utf8(output.stderr).unwrap();
-    assert!(!output.status.success() && error.contains("the limit is on open files (ulimit -n)"), "{error}");
-}
-
-/// A server whose stderr nobody reads.
-fn with_blocked_stderr() -> (Child, SocketAddr) {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_brooklet"));
-    command.args(["--listen", "127.0.0.1:0", "--log", "debug"]).stdout(Stdio::piped()).stderr(Stdio::piped());
-    let mut child = command.spawn().unwrap();
-    let mut first = String::new();
-    BufReader::new(child.stdout.take().unwrap()).read_line(&mut first).unwrap();
-    let addr = first.split("http://").nth(1).and_then(|rest| rest.split(' ').next()?.parse().ok()).unwrap();
-    (child, addr)
-}
-
-#[test]
-fn a_blocked_stderr_holds_up_nothing() {
-    let (mut child, addr) = with_blocked_stderr();
-    let long = "x".repeat(8_000);
-    for _ in 0..2_000 {
-        assert_eq!(get(addr, &format!("/{long}")).status, 404);
-    }
-    assert!(shell(&format!("kill {}", child.id())));
-    assert!(child.wait().unwrap().success());
-}
-
-#[test]
-fn lines_that_the_log_leaves_out_are_counted() {
-    let (mut child, addr) = with_blocked_stderr();
-    let padding = "x".repeat(70);
-    let ask = |n: usize| assert_eq!(get(addr, &format!("/{n}/{padding}")).status, 404);
-    (0..2_000).for_each(ask); // a pipe holds some 500 lines, the queue 1,024
-    let lines = BufReader::new(child.stderr.take().unwrap()).lines();
-    let found = thread::spawn(move || {
-        let mut lines = lines.map(Result::unwrap).enumerate();
-        lines.find(|(_, line)| line.contains("were left out"))
-    });
-    let mut next = 2_000;
-    while !found.is_finished() {
-        ask(next);
-        next += 1;
-        assert!(next < 10_000, "nothing is said of lines that were left out");
-    }
-    let (written, line) = found.join().unwrap().unwrap();
-    let number = |before: &str| -> usize {
-        let rest = line.split(before).nth(1).unwrap();
-        rest[..rest.find(|c: char| !c.is_ascii_digit()).unwrap()].parse().unwrap()
-    };
-    let (request, left_out) = (number("GET \"/"), number(" ("));
-    assert_eq!(written + left_out, request, "{line}");
-    assert!(shell(&format!("kill {}", child.id())));
-    assert!(child.wait().unwrap().success());
 }
 
 /// The page's policy allows exactly its own script and style, by their hashes, and nothing from elsewhere.

@@ -1,15 +1,13 @@
 //! Who gets in: tokens, origins, hosts, and what a browser asks before it does.
 
-mod common;
-
+use crate::common::*;
 use brooklet::{Config, Server, Token};
-use common::*;
 use std::ffi::OsStr;
 use std::fs;
 use std::io::ErrorKind;
 use std::net::SocketAddr;
 use std::os::unix::ffi::OsStrExt;
-use std::process::{Command, Stdio};
+use std::process::Command;
 
 fn token(text: &str) -> Token {
     text.parse().unwrap()
@@ -35,7 +33,7 @@ fn ask(addr: SocketAddr, method: &str, target: &str, fields: &str) -> Answer {
 fn each_token_opens_its_own_doors_and_no_other() {
     let (publish_tokens, subscribe_tokens) = (["write-1", "write-2"].map(token), ["read-1", "read-2"].map(token));
     let (publish_tokens, subscribe_tokens) = (publish_tokens.to_vec(), subscribe_tokens.to_vec());
-    let server = Server::bind("127.0.0.1:0", Config { publish_tokens, subscribe_tokens, ..Config::default() }).unwrap();
+    let server = bind(Config { publish_tokens, subscribe_tokens, ..Config::default() }).unwrap();
     server.stream("/mine", |stream| stream.comment("here")).unwrap();
     server.page("/page", "text/plain", "page").unwrap();
     let server = server.spawn().unwrap();
@@ -102,7 +100,7 @@ fn tokens_come_from_flags_files_and_the_environment_and_stand_in_no_log() {
     fs::write(dir.path("tokens"), "from-file-1\nfrom-file-2\n").unwrap();
     let file = format!("@{}", dir.path("tokens"));
     let flags = ["--listen", "127.0.0.1:0", "--log", "debug", "--publish-token", "from-flag", "--publish-token", &file];
-    let mut command = Command::new(env!("CARGO_BIN_EXE_brooklet"));
+    let mut command = Command::new(BROOKLET);
     command
         .args(flags)
         .env("BROOKLET_PUBLISH_TOKEN", "from-env-1\nfrom-env-2")
@@ -133,12 +131,12 @@ fn a_token_that_cannot_be_one_stops_the_start_and_is_not_shown() {
         (&[], Some(OsStr::new("semi;colon-secret"))),
         (&[], Some(OsStr::from_bytes(b"no-utf8-\xff-secret"))), // unread, it must not leave the door open
     ] {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_brooklet"));
-        command.args(["--listen", "127.0.0.1:0"]).args(flags).stdin(Stdio::null());
+        let mut command = Command::new(BROOKLET);
+        command.args(["--listen", "127.0.0.1:0"]).args(flags);
         if let Some(text) = environment {
             command.env("BROOKLET_PUBLISH_TOKEN", text);
         }
-        let output = command.output().unwrap();
+        let output = output(&mut command);
         let said = String::from_utf8(output.stderr).unwrap();
         assert_eq!(output.status.code(), Some(2), "{flags:?} {environment:?}: {said}");
         assert!(said.to_lowercase().contains("token") && !said.contains("-secret"), "{said}");
@@ -287,7 +285,7 @@ fn a_preflight_is_told_what_a_page_may_send() {
 #[test]
 fn what_is_no_origin_stops_the_start() {
     for origin in ["app.example", "https://app.example/", "https://", "https://App.example", "https://a b", "**", ""] {
-        let error = Server::bind("127.0.0.1:0", Config { allow_origins: vec![origin.into()], ..Config::default() });
+        let error = bind(Config { allow_origins: vec![origin.into()], ..Config::default() });
         assert_eq!(error.err().map(|error| error.kind()), Some(ErrorKind::InvalidInput), "{origin:?}");
     }
 }

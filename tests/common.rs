@@ -1,12 +1,11 @@
 //! What the tests share: a server on port 0, a client that speaks raw bytes, and waiting on conditions with deadlines.
-#![allow(dead_code)] // each test file uses its part
 
-use brooklet::{Config, Handle, Id, Server};
+use brooklet::{Config, Event, Handle, Id, Server};
 use socket2::{Domain, Socket, Type};
 use std::io::{self, BufRead, BufReader, ErrorKind, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpStream};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, ChildStdout, Command, Output, Stdio};
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::sync::{Arc, Mutex};
 use std::thread;
@@ -15,17 +14,70 @@ use std::time::{Duration, Instant};
 /// Longest that any condition is waited for: a bound against hanging, not a measure of speed.
 pub const PATIENCE: Duration = Duration::from_secs(30);
 
+/// The command.
+pub const BROOKLET: &str = env!("CARGO_BIN_EXE_brooklet");
+
+/// A request that always has an answer: `ok`.
+pub const HEALTH: &str = "GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n";
+
+/// Held while a child starts. Until it runs its program, a child has copies of all our descriptors, also of the lock on a
+/// journal whose server another test has just dropped: so nobody may look for that lock meanwhile.
+static STARTING: Mutex<()> = Mutex::new(());
+
+pub fn bind(config: Config) -> io::Result<Server> {
+    drop(STARTING.lock().unwrap());
+    Server::bind("127.0.0.1:0", config)
+}
+
 pub fn serve(config: Config) -> Handle {
-    Server::bind("127.0.0.1:0", config).unwrap().spawn().unwrap()
+    bind(config).unwrap().spawn().unwrap()
+}
+
+/// All children are started here.
+pub fn start(command: &mut Command) -> Child {
+    let starting = STARTING.lock().unwrap();
+    let child = command.spawn();
+    drop(starting);
+    child.unwrap()
+}
+
+/// Runs a command to its end, without input.
+pub fn output(command: &mut Command) -> Output {
+    command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    start(command).wait_with_output().unwrap()
 }
 
 /// Runs a line of shell, which has `kill` where a small system has no such program.
 pub fn shell(line: &str) -> bool {
-    Command::new("sh").args(["-c", line]).status().unwrap().success()
+    start(Command::new("sh").args(["-c", line])).wait().unwrap().success()
+}
+
+/// Runs the test of this name, which calls this, in a process of its own: for those that take so many of the descriptors
+/// which a process may have that others beside it would get none.
+pub fn alone(test: &str, body: impl FnOnce()) {
+    const ALONE: &str = "TEST_ALONE";
+    if std::env::var_os(ALONE).is_some() {
+        return body();
+    }
+    let mut program = Command::new(std::env::current_exe().unwrap());
+    let output = output(program.args([test, "--exact", "--nocapture"]).env(ALONE, test));
+    let [stdout, stderr] = [&output.stdout, &output.stderr].map(|said| String::from_utf8_lossy(said));
+    print!("{stdout}");
+    eprint!("{stderr}");
+    assert!(output.status.success() && stdout.contains("1 passed"), "{test}, in a process of its own");
 }
 
 pub fn serve_default() -> Handle {
     serve(Config::default())
+}
+
+pub fn short_times() -> Config {
+    let short = Duration::from_millis(200);
+    Config { head_time: short, body_time: short, idle_time: short, ..Config::default() }
+}
+
+pub fn with_journal(path: &str) -> Config {
+    Config { journal: Some(path.into()), lanes: 1, ..Config::default() }
 }
 
 /// Waits until `condition` gives a value.
@@ -76,8 +128,22 @@ pub fn get(addr: SocketAddr, target: &str) -> Answer {
 }
 
 pub fn post(addr: SocketAddr, target: &str, body: &str) -> Answer {
-    let length = body.len();
-    Wire::ask(addr, &format!("POST {target} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {length}\r\n\r\n{body}"))
+    Wire::connect(addr).post(target, body)
+}
+
+/// Publishes, and returns the id that the answer says.
+pub fn publish(addr: SocketAddr, target: &str, body: &str) -> String {
+    let answer = post(addr, target, body);
+    assert_eq!(answer.status, 200, "{answer:?}");
+    answer.body.trim_end().into()
+}
+
+pub fn post_request(target: &str, body: &str) -> String {
+    format!("POST {target} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {}\r\n\r\n{body}", body.len())
+}
+
+pub fn numbered(n: u64, bytes: usize) -> Event {
+    Event::new(format!("{n} {}", "x".repeat(bytes)))
 }
 
 /// Numbers that look random and are the same in every run.
@@ -160,6 +226,11 @@ impl Wire {
         let mut wire = Wire::connect(addr);
         wire.send(request.as_bytes());
         wire.answer()
+    }
+
+    pub fn post(&mut self, target: &str, body: &str) -> Answer {
+        self.send(post_request(target, body).as_bytes());
+        self.answer()
     }
 
     /// Opens a stream and reads its head; `fields` are further header lines, each with its CRLF.
@@ -262,6 +333,11 @@ impl Wire {
     }
 }
 
+pub fn wire_arrives(server: &brooklet::Handle, wire: &mut Wire) {
+    server.hub().publish("a", Event::new("hello")).unwrap();
+    assert_eq!(wire.event().unwrap().data(), "hello");
+}
+
 /// Many subscribers read by one thread. Each must see the events numbered from 0 on, once and in order.
 pub struct Crowd {
     pub members: Vec<(TcpStream, Vec<u8>, u64)>, // with what has come of the next event, and how many came before
@@ -331,6 +407,14 @@ pub fn open(wire: &mut Wire, target: &str) {
     assert!(wire.head().starts_with("HTTP/1.1 200"));
 }
 
+/// The address that a server names in the first line it writes, `http://ADDRESS `; or that line.
+pub fn address(stdout: ChildStdout) -> Result<SocketAddr, String> {
+    let mut first = String::new();
+    BufReader::new(stdout).read_line(&mut first).unwrap();
+    let addr = first.split("http://").nth(1).and_then(|rest| rest.split(' ').next()?.parse().ok());
+    addr.ok_or(first)
+}
+
 /// The command, started on port 0. Killed when dropped.
 pub struct Process {
     pub child: Child,
@@ -340,11 +424,18 @@ pub struct Process {
 
 impl Process {
     pub fn start(flags: &[&str]) -> Process {
-        Process::from(Command::new(env!("CARGO_BIN_EXE_brooklet")).args(["--listen", "127.0.0.1:0"]).args(flags))
+        Process::from(Command::new(BROOKLET).args(["--listen", "127.0.0.1:0"]).args(flags))
+    }
+
+    /// The command after a line of shell, which has limited what the system gives.
+    pub fn under(line: &str, flags: &str) -> Process {
+        let script = format!("{line}; exec {} --listen 127.0.0.1:0 {flags}", BROOKLET);
+        Process::from(Command::new("sh").args(["-c", &script]))
     }
 
     pub fn from(command: &mut Command) -> Process {
-        let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+        command.stdout(Stdio::piped()).stderr(Stdio::piped());
+        let mut child = start(command);
         let (log, stderr) = (Arc::new(Mutex::new(String::new())), child.stderr.take().unwrap());
         let copy = log.clone();
         thread::spawn(move || {
@@ -352,10 +443,8 @@ impl Process {
                 *copy.lock().unwrap() += &(line + "\n");
             }
         });
-        let mut first = String::new();
-        BufReader::new(child.stdout.take().unwrap()).read_line(&mut first).unwrap();
-        let addr = first.split("http://").nth(1).and_then(|rest| rest.split(' ').next()?.parse().ok());
-        let addr = addr.unwrap_or_else(|| panic!("no address in {first:?}; stderr {}", log.lock().unwrap()));
+        let addr = address(child.stdout.take().unwrap());
+        let addr = addr.unwrap_or_else(|first| panic!("no address in {first:?}; stderr {}", log.lock().unwrap()));
         Process { child, addr, log }
     }
 
@@ -464,7 +553,7 @@ impl Cgroup {
 
     /// Starts the command inside.
     pub fn start(&self, flags: &str) -> Process {
-        let (tasks, binary) = (self.0.join("cgroup.procs"), env!("CARGO_BIN_EXE_brooklet"));
+        let (tasks, binary) = (self.0.join("cgroup.procs"), BROOKLET);
         let script = format!("echo $$ >{}; exec {binary} --listen 127.0.0.1:0 {flags}", tasks.display());
         Process::from(Command::new("sh").args(["-c", &script]))
     }
@@ -515,4 +604,135 @@ impl Drop for Scratch {
     fn drop(&mut self) {
         let _ = std::fs::remove_dir_all(&self.0);
     }
+}
+
+/// The median of any probe; the expectation is a tenth of it.
+pub const PROBE_TIME: Duration = Duration::from_secs(1);
+
+/// Someone who has nothing to do with the crowd: subscribed before it came, and asks, publishes and subscribes anew while
+/// it is there.
+pub struct Bystander {
+    addr: SocketAddr,
+    early: Wire,
+    published: usize,
+    /// How long health, publishing, and a new stream with its first event took.
+    times: [Vec<Duration>; 3],
+}
+
+impl Bystander {
+    pub fn new(addr: SocketAddr) -> Bystander {
+        let (early, _) = Wire::subscribe(addr, "/events/calm", "");
+        Bystander { addr, early, published: 0, times: Default::default() }
+    }
+
+    pub fn probe(&mut self) {
+        assert!(self.probe_with(), "no room for a stream");
+    }
+
+    /// Where streams are full, a new one is sent away, kindly. Returns whether there was room.
+    pub fn probe_with(&mut self) -> bool {
+        let started = Instant::now();
+        let health = get(self.addr, "/health");
+        self.times[0].push(started.elapsed());
+        assert_eq!((health.status, health.body.as_str()), (200, "ok\n"));
+        let started = Instant::now();
+        self.publish();
+        self.times[1].push(started.elapsed());
+        let started = Instant::now();
+        let mut stream = Wire::stream(self.addr, "/events/calm", "");
+        let first = stream.block().expect("a first block");
+        if first.id.is_none() {
+            assert!(first.retry.is_some() && stream.rest().is_empty(), "{first:?}");
+            return false;
+        }
+        self.publish();
+        assert_eq!(stream.event().expect("an event").data(), (self.published - 1).to_string());
+        self.times[2].push(started.elapsed());
+        true
+    }
+
+    pub fn publish(&mut self) {
+        let answer = post(self.addr, "/events/calm", &self.published.to_string());
+        assert_eq!(answer.status, 200, "{answer:?}");
+        self.published += 1;
+    }
+
+    /// The stream from before the crowd has had every event.
+    pub fn finish(mut self, what: &str) {
+        for n in 0..self.published {
+            assert_eq!(self.early.event().expect("the early stream goes on").data(), n.to_string());
+        }
+        for (kind, times) in ["health", "publish", "stream"].iter().zip(&mut self.times) {
+            times.sort();
+            let (Some(last), median) = (times.last(), times.get(times.len() / 2)) else { continue };
+            println!("{what}: {kind} {} times, median {median:?}, longest {last:?}", times.len());
+            assert!(median.is_none_or(|median| *median < PROBE_TIME), "{what}: {kind} took {median:?}");
+        }
+    }
+}
+
+/// What was said about a shortage: not more than a line a second, and one for the second in which it began.
+pub fn assert_few_warnings(log: &str, since: Instant) {
+    let lines: Vec<&str> = log.lines().filter(|line| !line.contains(" closed peer=")).collect();
+    assert!(lines.len() as u64 <= since.elapsed().as_secs() + 3, "{} lines: {log}", lines.len());
+}
+
+/// Opens streams until `attempts` have been made. Those without room are told when to come back, and their stream ends.
+pub fn press_in(addr: SocketAddr, attempts: usize) -> Crowd {
+    let mut crowd = Crowd { members: Vec::new() };
+    for _ in 0..attempts {
+        let mut wire = Wire::stream(addr, "/events/a", "");
+        let first = wire.block().expect("a first block");
+        if first.id.is_some() {
+            wire.socket.set_nonblocking(true).unwrap();
+            crowd.members.push((wire.socket, wire.buffer, 0));
+        } else {
+            assert!(first.retry.is_some(), "{first:?}");
+            assert_eq!((first.comments, wire.rest().len()), (vec!["no room for another stream".to_string()], 0));
+        }
+    }
+    crowd
+}
+
+/// The blocks of a journal, each with its blank line; what follows the last one is left out.
+pub fn blocks(bytes: &[u8]) -> Vec<Vec<u8>> {
+    let (mut blocks, mut block) = (Vec::new(), Vec::new());
+    for line in bytes.split_inclusive(|b| *b == b'\n') {
+        block.extend_from_slice(line);
+        if line == b"\n" {
+            blocks.push(std::mem::take(&mut block));
+        }
+    }
+    blocks
+}
+
+pub fn is_event(block: &[u8]) -> bool {
+    block.windows(7).any(|w| w == b"\ndata: ")
+}
+
+/// What goes out on the wire of a block that stands in the journal.
+pub fn frame(block: &[u8]) -> Vec<u8> {
+    let sum = block.windows(5).position(|w| w == b"sum: ").unwrap();
+    let end = block[sum..].iter().position(|b| *b == b'\n').unwrap();
+    block[sum + end + 1..].to_vec()
+}
+
+/// Everything that a topic keeps, as it goes out, without the first block and the end. Leaves with a reset: after a close
+/// in order the server's port stays taken for a minute, and who starts thousands of servers then waits for a free port.
+pub fn kept(addr: SocketAddr, topics: &str) -> Vec<Vec<u8>> {
+    let mut stream = Wire::stream(addr, &format!("/events/{topics}?since=earliest&poll=1ms"), "");
+    let all = blocks(&stream.rest());
+    socket2::SockRef::from(&stream.socket).set_linger(Some(Duration::ZERO)).unwrap();
+    all[1..all.len() - 1].to_vec()
+}
+
+/// A block with the sum that it should have.
+pub fn sealed(fields: &str, frame: &str) -> String {
+    let sum = crc32fast::hash([fields, frame].concat().as_bytes());
+    format!("{fields}sum: {sum:08x}\n{frame}")
+}
+
+pub fn id_of(frame: &[u8]) -> Id {
+    let text = str::from_utf8(frame).unwrap();
+    text.lines().find_map(|line| line.strip_prefix("id: ")).unwrap().parse().unwrap()
 }

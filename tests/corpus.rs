@@ -1,11 +1,9 @@
-//! The corpus of malformed and ambiguous requests, `requests.txt`: each is refused, or read in the one way that stands
+//! The corpus of malformed and ambiguous requests, `corpus.txt`: each is refused, or read in the one way that stands
 //! there, however its bytes are cut. Behind each, on the same connection, comes a canary: a request that publishes. After a
 //! refusal it must not be heard; after a request that was read it must be heard once, which shows where that one ended.
 
-mod common;
-
-use brooklet::{Config, Event, Handle, Server};
-use common::*;
+use crate::common::*;
+use brooklet::{Config, Event, Handle};
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::hash::{BuildHasher, RandomState};
 use std::io::{ErrorKind, Read, Write, stderr};
@@ -13,13 +11,12 @@ use std::net::{Shutdown, SocketAddr, TcpStream};
 use std::thread;
 use std::time::{Duration, Instant};
 
-const CORPUS: &str = include_str!("requests.txt");
+const CORPUS: &str = include_str!("corpus.txt");
 
 /// What a canary inside of a message says, and the one that the runner sends behind it.
 const INSIDE: &str = "POST /events/canary HTTP/1.1\r\nHost: localhost\r\nContent-Length: 6\r\n\r\ninside";
 const BEHIND: &str =
     "POST /events/canary HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Length: 6\r\n\r\nbehind";
-const HEALTH: &str = "GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n";
 
 const WAYS: [&str; 3] = ["in one write", "byte by byte", "behind another request, and cut"];
 /// Longer requests do not come byte by byte.
@@ -183,10 +180,25 @@ impl Case {
         String::from_utf8(wire.buffer).map_err(|error| error.to_string())
     }
 
+    /// What is wrong with these answers, whatever the program makes of the request: each is whole, and says in one line why
+    /// where it refuses.
+    fn judge_form(&self, answered: &str) -> Result<(), String> {
+        for answer in split(answered, self.is_head())? {
+            let line = answer.body.strip_suffix('\n').is_some_and(|line| !line.is_empty() && !line.contains('\n'));
+            if answer.status >= 400 && !line && !self.is_head() {
+                return Err(format!("{answer:?}"));
+            }
+        }
+        Ok(())
+    }
+
+    fn is_head(&self) -> bool {
+        matches!(&self.expected, Expected::Read { method, .. } if method == "HEAD")
+    }
+
     /// What is wrong with these answers, and with what was published meanwhile.
     fn judge(&self, answered: &str, published: &Published) -> Result<(), String> {
-        let head_only = matches!(&self.expected, Expected::Read { method, .. } if method == "HEAD");
-        let answers = split(answered, head_only)?;
+        let answers = split(answered, self.is_head())?;
         let got: Vec<u16> = answers.iter().map(|answer| answer.status).collect();
         let right = match &self.expected {
             Expected::Refused(statuses) => {
@@ -280,7 +292,7 @@ impl Ear {
 
 /// Serves every page that a case reads, each of which says its own path.
 fn server(cases: &[&Case], config: Config) -> Handle {
-    let server = Server::bind("127.0.0.1:0", config).unwrap();
+    let server = bind(config).unwrap();
     server.page("/page", "text/plain", "/page").unwrap();
     for case in cases {
         if let Expected::Read { method, target, statuses, .. } = &case.expected
@@ -347,6 +359,35 @@ fn each_request_is_refused_or_read_in_one_way() {
     }
     report(outcomes);
     assert_eq!(ear.heard(&server), [], "nothing comes later");
+}
+
+/// A program that need not know more than `GET` and `POST` has an answer or a close for each request, takes nothing inside of
+/// one for another, and serves on.
+pub fn each_request_is_answered_or_closed(process: &Process) {
+    let begin = publish(process.addr, "/events/canary", "begin");
+    let all = corpus();
+    for case in all.iter().filter(|case| !case.waits()) {
+        for (way, how) in WAYS.into_iter().enumerate().take(2).filter(|(way, _)| *way == 0 || case.bytes.len() <= SHORT)
+        {
+            let judged = case.send(process.addr, way).and_then(|answered| case.judge_form(&answered));
+            judged.unwrap_or_else(|error| panic!("{}, {how}: {error}", case.name));
+        }
+    }
+    publish(process.addr, "/events/canary", "end");
+    let mut canaries = Wire::stream(process.addr, "/events/canary", &format!("Last-Event-ID: {begin}\r\n"));
+    loop {
+        match canaries.event().expect("all that was published").data() {
+            "end" => break,
+            other => assert_eq!(other, "behind"),
+        }
+    }
+}
+
+#[test]
+fn the_command_survives_the_corpus() {
+    let process = Process::start(&["--body-time", "5s", "--log", "debug"]);
+    each_request_is_answered_or_closed(&process);
+    process.finish();
 }
 
 #[test]

@@ -1,101 +1,28 @@
-//! Many subscribers, slow ones, and the hand-over between a connection's thread and its lane, by force.
+//! A stream of topics: where it begins, what it resumes, and what becomes of it while it is behind.
 
-mod common;
-
-use brooklet::{Config, Event, Hub, Id, Server};
-use common::*;
+use crate::{both, common::*};
+use brooklet::{Config, Event, Hub, Id};
 use std::collections::HashMap;
-use std::io::Write;
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::SeqCst};
 use std::sync::mpsc;
 use std::thread;
-use std::time::{Duration, Instant};
-
-fn numbered(n: u64, bytes: usize) -> Event {
-    Event::new(format!("{n} {}", "x".repeat(bytes)))
-}
-
-#[test]
-fn a_thousand_subscribers_see_every_event_once_and_in_order() {
-    let server = serve_default();
-    let mut crowd = Crowd::subscribe(server.addr().unwrap(), "/events/a", 1_000);
-    let hub = server.hub();
-    let publisher = thread::spawn(move || {
-        for n in 0..200 {
-            hub.publish("a", numbered(n, 100)).unwrap();
-            thread::sleep(Duration::from_millis(if n % 20 == 0 { 20 } else { 0 }));
-        }
-    });
-    crowd.read_until(200);
-    publisher.join().unwrap();
-}
+use std::time::Duration;
 
 #[test]
 fn a_subscriber_that_is_cut_off_200_times_sees_every_event_once_and_in_order() {
     let server = serve(Config { keep_events: 2_000, ..Config::default() });
-    let addr = server.addr().unwrap();
-    let (_, mut cursor) = Wire::subscribe(addr, "/events/a", "");
-    let (mut random, mut seen, mut cuts) = (Random(7), 0, 0);
     let hub = server.hub();
-    let publisher = thread::spawn(move || {
-        for n in 0..2_000 {
-            hub.publish("a", numbered(n, 50)).unwrap();
-            thread::sleep(Duration::from_micros(200));
-        }
+    both::who_is_cut_off_200_times_sees_every_event_once_and_in_order(server.addr().unwrap(), |data| {
+        hub.publish("a", Event::new(data)).unwrap().to_string()
     });
-    while seen < 2_000 {
-        let (mut wire, _) = Wire::subscribe(addr, "/events/a", &format!("Last-Event-ID: {cursor}\r\n"));
-        let quota = random.below(18);
-        for _ in 0..quota.min(2_000 - seen) {
-            let event = wire.event().unwrap();
-            assert_eq!(event.data().split(' ').next().unwrap(), seen.to_string());
-            (cursor, seen) = (event.id(), seen + 1);
-        }
-        drop(wire); // with unread bytes: a reset
-        cuts += 1;
-    }
-    assert!(cuts >= 200, "{cuts}");
-    publisher.join().unwrap();
 }
 
 #[test]
-fn turning_live_while_others_publish_neither_loses_nor_repeats() {
-    let server = serve(Config { keep_events: 100_000, lanes: 3, ..Config::default() });
-    let addr = server.addr().unwrap();
-    let (_, base) = Wire::subscribe(addr, "/events/a", "");
-    let stop = AtomicBool::new(false);
-    thread::scope(|scope| {
-        scope.spawn(|| {
-            let hub = server.hub();
-            let mut n = 0;
-            while !stop.load(SeqCst) {
-                hub.publish("a", numbered(n, 0)).unwrap();
-                n += 1;
-                thread::sleep(Duration::from_micros(if n % 64 == 0 { 500 } else { 0 }));
-            }
-        });
-        let readers: Vec<_> = (0..4)
-            .map(|_| {
-                scope.spawn(|| {
-                    let mut cursor = base;
-                    let mut next: u64 = 0;
-                    for _ in 0..150 {
-                        let fields = format!("Last-Event-ID: {cursor}\r\n");
-                        let (mut wire, _) = Wire::subscribe(addr, "/events/a", &fields);
-                        for _ in 0..40 {
-                            let event = wire.event().unwrap();
-                            assert_eq!(event.data().trim_end(), next.to_string());
-                            (cursor, next) = (event.id(), next + 1);
-                        }
-                    }
-                })
-            })
-            .collect();
-        let results: Vec<_> = readers.into_iter().map(thread::ScopedJoinHandle::join).collect();
-        stop.store(true, SeqCst);
-        assert!(results.iter().all(Result::is_ok));
-    });
+fn a_slow_reader_is_cut_off_and_comes_back_to_what_it_missed() {
+    let process = Process::start(&["--stall-time", "1s"]);
+    both::a_slow_reader_is_cut_off_and_comes_back_to_what_it_missed(&process);
+    process.finish();
 }
 
 /// Publishes to sixteen topics in bursts of one topic and in alternation, each event saying its topic.
@@ -233,32 +160,6 @@ fn events_that_are_let_go_under_a_stream_of_sixteen_topics_are_never_a_silent_ho
 }
 
 #[test]
-fn what_one_topic_lets_go_is_not_hidden_by_what_another_had_let_go() {
-    let server = serve(Config { keep_events: 100, ..Config::default() });
-    let addr = server.addr().unwrap();
-    let big = |n: usize| Event::new(format!("{n} {}", "x".repeat(60_000)));
-    let hub = server.hub();
-    let early: Vec<Id> = (0..100).map(|n| hub.publish("b", big(n)).unwrap()).collect();
-    for n in 0..200 {
-        hub.publish("a", big(n)).unwrap();
-    }
-    let mut wire = narrow(addr, 4_096, None);
-    open(&mut wire, "/events/a,b?since=earliest");
-    assert_eq!(wire.event().unwrap().id(), early[0]);
-    for n in 100..200 {
-        hub.publish("b", big(n)).unwrap(); // b lets go what this reader has not had yet
-    }
-    let mut gaps = 0;
-    let mut of_b = Vec::new();
-    while of_b.last() != Some(&199) {
-        let seen = wire.event().unwrap();
-        gaps += usize::from(seen.is_gap());
-        of_b.extend(seen.data().split(' ').next().and_then(|n| n.parse::<usize>().ok()));
-    }
-    assert_eq!(gaps, 1, "the hole is told, once");
-}
-
-#[test]
 fn a_reader_that_takes_nothing_is_closed_after_the_stall_time_and_costs_no_processor_until_then() {
     let process = Process::start(&["--stall-time", "1s", "--log", "info"]);
     let mut stalled: Vec<Wire> = (0..12).map(|_| narrow(process.addr, 4_096, Some(1_448))).collect();
@@ -348,83 +249,6 @@ fn a_hundred_readers_that_stall_change_nothing_for_the_others() {
 }
 
 #[test]
-fn subscribers_behind_a_real_links_segments_stay_live() {
-    let server = serve_default();
-    let addr = server.addr().unwrap();
-    let mut wires: Vec<Wire> = (0..50).map(|_| narrow(addr, 65_536, Some(1_448))).collect();
-    wires.iter_mut().for_each(|wire| open(wire, "/events/a"));
-    let readers: Vec<_> = wires
-        .into_iter()
-        .map(|mut wire| {
-            thread::spawn(move || {
-                (0..100).for_each(|n| assert!(wire.event().unwrap().data().starts_with(&format!("{n} "))))
-            })
-        })
-        .collect();
-    wait_for_metric(addr, "subscribers", 50);
-    for n in 0..100 {
-        server.hub().publish("a", numbered(n, 1_000)).unwrap();
-        thread::sleep(Duration::from_millis(20)); // 50 a second
-    }
-    readers.into_iter().for_each(|reader| reader.join().unwrap());
-    assert_eq!(metric(addr, "woken_total"), 0, "no thread is woken for a delivery");
-}
-
-#[test]
-fn a_closed_subscriber_is_noticed_without_an_event() {
-    let server = Server::bind("127.0.0.1:0", Config::default()).unwrap();
-    server.stream("/slow", |stream| stream.sleep(Duration::from_secs(3_600))).unwrap();
-    let server = server.spawn().unwrap();
-    let addr = server.addr().unwrap();
-    for target in ["/events/a", "/slow"] {
-        let wire = Wire::stream(addr, target, "");
-        wait_for_metric(addr, "subscribers", 1);
-        wire.close();
-        wait_for_metric(addr, "subscribers", 0);
-    }
-}
-
-/// Stopping takes no lock that publishers hold while they wait for a lane's queue to have room: once anybody can see that it
-/// stops, nothing more is published.
-#[test]
-fn publishers_that_stand_in_line_do_not_hold_up_stopping() {
-    let server = serve(Config { lanes: 1, ..Config::default() });
-    let addr = server.addr().unwrap();
-    let _crowd = Crowd::subscribe(addr, "/events/a,b", 500);
-    let (published, stopping, afterwards) = (AtomicUsize::new(0), AtomicBool::new(false), AtomicUsize::new(0));
-    thread::scope(|scope| {
-        for n in 0..200 {
-            let (hub, published, stopping, afterwards) = (server.hub(), &published, &stopping, &afterwards);
-            scope.spawn(move || {
-                for topic in ["a", "b"].iter().cycle().skip(n % 2) {
-                    let late = stopping.load(SeqCst);
-                    if hub.publish(topic, Event::new("x")).is_err() {
-                        return;
-                    }
-                    published.fetch_add(1, SeqCst);
-                    afterwards.fetch_add(late.into(), SeqCst);
-                }
-            });
-        }
-        let mut wire = Wire::connect(addr);
-        scope.spawn({
-            let stopping = &stopping;
-            move || {
-                while wire.socket.write_all(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n").is_ok()
-                    && wire.take_until(b"\r\n\r\n").is_some_and(|head| head.starts_with(b"HTTP/1.1 200 "))
-                {
-                    assert_eq!(wire.take(3), b"ok\n");
-                }
-                stopping.store(true, SeqCst);
-            }
-        });
-        wait_for("the lane's queue to be full", || (published.load(SeqCst) > 5_000).then_some(()));
-        server.stop();
-    });
-    assert_eq!(afterwards.into_inner(), 0, "events that were published while it was seen to stop");
-}
-
-#[test]
 fn a_herd_that_comes_back_at_once_is_caught_up_without_sending_anyone_away() {
     let server = serve(Config { connections: 10, subscribers: 600, ..Config::default() });
     let addr = server.addr().unwrap();
@@ -443,31 +267,115 @@ fn a_herd_that_comes_back_at_once_is_caught_up_without_sending_anyone_away() {
 }
 
 #[test]
-fn five_thousand_opened_and_closed_leave_no_thread_and_no_descriptor() {
-    let process = Process::start(&["--log", "off"]);
-    let quiet = || (process.status("Threads"), process.descriptors());
-    let health = || get(process.addr, "/health");
-    assert_eq!(health().status, 200);
-    wait_for_metric(process.addr, "connections", 1);
-    let mut before = quiet();
-    while before != quiet() {
-        before = quiet();
+fn a_stream_begins_with_a_block_that_dispatches_nothing_and_names_where_it_starts() {
+    let server = serve(Config { retry: Duration::from_millis(2345), ..Config::default() });
+    let addr = server.addr().unwrap();
+    let mut stream = Wire::stream(addr, "/events/a", "");
+    let first = String::from_utf8(stream.take_until(b"\n\n").unwrap()).unwrap();
+    let (retry, id) = first.split_once('\n').unwrap();
+    assert_eq!(retry, "retry: 2345");
+    let base: Id = id.strip_prefix("id: ").unwrap().trim_end().parse().unwrap();
+    let published = server.hub().publish("elsewhere", Event::new("x")).unwrap();
+    assert!(base < published);
+    let (_, cursor) = Wire::subscribe(addr, "/events/a", "");
+    assert_eq!(cursor, published, "the newest id over all topics");
+    let (_, cursor) = Wire::subscribe(addr, "/events/a", &format!("Last-Event-ID: {base}\r\n"));
+    assert_eq!(cursor, base, "the cursor that the stream resumes after");
+}
+
+#[test]
+fn one_stream_of_several_topics_has_one_order() {
+    let server = serve_default();
+    let addr = server.addr().unwrap();
+    let (mut stream, _) = Wire::subscribe(addr, "/events/a,b,a,c", "");
+    let ids: Vec<Id> =
+        (0..300).map(|n| server.hub().publish(["a", "b", "c"][n % 3], Event::new(n.to_string())).unwrap()).collect();
+    for (n, id) in ids.iter().enumerate() {
+        let seen = stream.event().unwrap();
+        assert_eq!((seen.data(), seen.id()), (n.to_string().as_str(), *id));
     }
-    for wave in 0..25 {
-        let streams: Vec<_> = (0..200)
-            .map(|n| Wire::stream(process.addr, ["/events/a", "/test", "/events/a,b,c", "/events/a?poll"][n % 4], ""))
-            .collect();
-        if wave % 2 == 0 {
-            assert_eq!(post(process.addr, "/events/a", "x").status, 200);
+    let (mut replayed, cursor) = Wire::subscribe(addr, "/events/c,b,a", &format!("Last-Event-ID: {}\r\n", ids[9]));
+    assert_eq!(cursor, ids[9]);
+    for id in &ids[10..] {
+        assert_eq!(replayed.event().unwrap().id(), *id);
+    }
+}
+
+#[test]
+fn a_stream_resumes_after_the_header_or_either_parameter_and_the_header_wins() {
+    let server = serve_default();
+    let addr = server.addr().unwrap();
+    let ids: Vec<Id> = (0..3).map(|n| server.hub().publish("a", Event::new(n.to_string())).unwrap()).collect();
+    let next = |target: String, fields: String| Wire::subscribe(addr, &target, &fields).0.event().unwrap().id();
+    let header = format!("Last-Event-ID: {}\r\n", ids[1]);
+    assert_eq!(next("/events/a".into(), header.clone()), ids[2]);
+    assert_eq!(next(format!("/events/a?last_event_id={}", ids[0]), String::new()), ids[1]);
+    assert_eq!(next(format!("/events/a?lastEventId={}", ids[0]), String::new()), ids[1]);
+    assert_eq!(next(format!("/events/a?last_event_id={}&since=earliest", ids[0]), header.clone()), ids[2]);
+    assert_eq!(next("/events/a?since=earliest".into(), String::new()), ids[0]);
+    assert_eq!(next("/events/a?since=earliest".into(), header), ids[2], "a page that comes back goes on where it was");
+    assert_eq!(next("/events/a?since=earliest&lastEventId=".into(), "Last-Event-ID: \r\n".into()), ids[0]);
+    assert_eq!(next(format!("/events/a?since={}", ids[0]), String::new()), ids[1]);
+    let seen = Wire::subscribe(addr, "/events/a?since=10m", "").0.event().unwrap();
+    assert!(seen.is_gap(), "ten minutes ago this server did not run yet: {seen:?}");
+}
+
+#[test]
+fn a_poll_waits_for_the_first_event_sends_what_there_is_and_ends() {
+    let server = serve_default();
+    let addr = server.addr().unwrap();
+    let (mut poll, cursor) = Wire::subscribe(addr, "/events/a?poll", "");
+    wait_for_metric(addr, "subscribers", 1);
+    server.hub().publish("b", Event::new("not for it")).unwrap();
+    let id = server.hub().publish("a", Event::new("hello")).unwrap();
+    assert!(cursor < id);
+    assert_eq!(poll.event().unwrap().id(), id);
+    let end = String::from_utf8(poll.rest()).unwrap();
+    assert!(end.starts_with(": ") && end.ends_with("\nretry: 100\n\n"), "{end:?}");
+
+    let ids: Vec<Id> = (0..500).map(|n| server.hub().publish("a", Event::new(n.to_string())).unwrap()).collect();
+    let (mut poll, _) = Wire::subscribe(addr, "/events/a?poll=1h", &format!("Last-Event-ID: {id}\r\n"));
+    for id in &ids {
+        assert_eq!(poll.event().unwrap().id(), *id);
+    }
+    assert!(poll.event().is_none());
+
+    let (mut all, _) = Wire::subscribe(addr, "/events/a?poll=0s&since=earliest", "");
+    assert_eq!((0..501).filter(|_| all.event().is_some()).count(), 501, "a poll that does not wait gets all there is");
+
+    let (mut empty, _) = Wire::subscribe(addr, "/events/a?poll=50ms", "");
+    assert_eq!(empty.event(), None);
+}
+
+#[test]
+fn polling_over_and_over_loses_nothing() {
+    let server = serve_default();
+    let addr = server.addr().unwrap();
+    let (_, mut cursor) = Wire::subscribe(addr, "/events/a", "");
+    let hub = server.hub();
+    let publisher = thread::spawn(move || {
+        for n in 0..2_000 {
+            hub.publish("a", Event::new(n.to_string())).unwrap();
+            if n % 50 == 0 {
+                thread::sleep(Duration::from_millis(1));
+            }
         }
-        drop(streams);
+    });
+    let mut expected = 0;
+    while expected < 2_000 {
+        let (mut poll, _) = Wire::subscribe(addr, "/events/a?poll", &format!("Last-Event-ID: {cursor}\r\n"));
+        while let Some(seen) = poll.event() {
+            assert_eq!(seen.data(), expected.to_string());
+            expected += 1;
+            cursor = seen.id();
+        }
     }
-    let mut after = quiet();
-    let deadline = Instant::now() + PATIENCE;
-    while after > before && Instant::now() < deadline {
-        thread::sleep(Duration::from_millis(10));
-        after = quiet();
-    }
-    assert!(after.0 <= before.0 && after.1 <= before.1, "threads and descriptors: {before:?} before, {after:?} after");
-    assert_eq!(health().status, 200);
+    publisher.join().unwrap();
+}
+
+#[test]
+fn a_lifetime_ends_with_the_reason_and_a_reconnection_time() {
+    let server = serve(Config { lifetime: Duration::from_millis(100), ..Config::default() });
+    let (mut stream, _) = Wire::subscribe(server.addr().unwrap(), "/events/a", "");
+    assert_eq!(String::from_utf8(stream.rest()).unwrap(), ": the lifetime is over\nretry: 3000\n\n");
 }

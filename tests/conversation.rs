@@ -1,0 +1,56 @@
+//! One connection's requests, one after another.
+
+use crate::common::*;
+
+#[test]
+fn pipelined_requests_are_answered_in_their_order() {
+    let server = serve_default();
+    let mut wire = Wire::connect(server.addr().unwrap());
+    let post = "POST /events/a HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nhi\r\n0\r\n\r\n";
+    let missing = "GET /missing HTTP/1.1\r\nHost: localhost\r\n\r\n";
+    let options = "OPTIONS /events/a HTTP/1.1\r\nHost: localhost\r\n\r\n";
+    let last = "GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: keep-alive, Close\r\n\r\n";
+    wire.send(format!("{HEALTH}\r\n{post}{missing}{options}{last}{HEALTH}").as_bytes());
+    let statuses: Vec<u16> = (0..5).map(|_| wire.answer().status).collect();
+    assert_eq!(statuses, [200, 200, 404, 204, 200]);
+    assert!(wire.rest().is_empty(), "nothing after Connection: close");
+}
+
+#[test]
+fn a_stream_may_follow_other_requests_on_its_connection() {
+    let server = serve_default();
+    let mut wire = Wire::connect(server.addr().unwrap());
+    wire.send(format!("{HEALTH}GET /events/a HTTP/1.1\r\nHost: localhost\r\n\r\n").as_bytes());
+    assert_eq!(wire.answer().body, "ok\n");
+    assert!(wire.head().contains("text/event-stream"));
+    assert!(wire.block().is_some());
+    wire_arrives(&server, &mut wire);
+}
+
+#[test]
+fn http_1_0_is_answered_and_closed() {
+    let server = serve_default();
+    let addr = server.addr().unwrap();
+    let mut wire = Wire::connect(addr);
+    wire.send(b"GET /health HTTP/1.0\r\n\r\n");
+    let answer = wire.answer();
+    assert_eq!((answer.status, answer.header("connection")), (200, Some("close")));
+    assert!(wire.rest().is_empty());
+    let mut wire = Wire::connect(addr);
+    wire.send(b"GET /events/a HTTP/1.0\r\n\r\n");
+    assert!(wire.head().contains("text/event-stream"));
+    assert!(wire.block().is_some());
+    wire_arrives(&server, &mut wire);
+}
+
+#[test]
+fn silent_and_idle_connections_are_closed_without_a_word() {
+    let server = serve(short_times());
+    let addr = server.addr().unwrap();
+    assert!(Wire::connect(addr).rest().is_empty());
+    let mut wire = Wire::connect(addr);
+    wire.send(HEALTH.as_bytes());
+    assert_eq!(wire.answer().status, 200);
+    assert!(wire.rest().is_empty());
+    wait_for_metric(addr, "connections", 1);
+}

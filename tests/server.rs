@@ -1,0 +1,118 @@
+//! Starting, stopping, and what is left behind.
+
+use crate::common::*;
+use brooklet::{Config, Event, Server};
+use std::io::Write;
+use std::net::TcpStream;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::SeqCst};
+use std::thread;
+
+#[test]
+fn while_it_stops_a_connection_already_open_is_told_that_the_server_is_not_well() {
+    let mut process = Process::start(&["--keep-events", "100000"]);
+    let mut health = Wire::connect(process.addr);
+    health.send(HEALTH.as_bytes());
+    assert_eq!(health.answer().status, 200);
+    // A reader that takes nothing holds the server for its grace.
+    let stalled = Wire::stream(process.addr, "/events/a", "");
+    let body = "x".repeat(60_000);
+    wait_for("the reader to fall behind", || {
+        assert_eq!(post(process.addr, "/events/a", &body).status, 200);
+        (metric(process.addr, "woken_total") > 0).then_some(())
+    });
+    process.signal("TERM");
+    wait_for("the answer to change", || {
+        health.send(HEALTH.as_bytes());
+        Some(health.answer()).filter(|answer| answer.status == 503)
+    });
+    assert!(process.child.wait().unwrap().success());
+    drop(stalled);
+}
+
+/// Stopping takes no lock that publishers hold while they wait for a lane's queue to have room: once anybody can see that it
+/// stops, nothing more is published.
+#[test]
+fn publishers_that_stand_in_line_do_not_hold_up_stopping() {
+    let server = serve(Config { lanes: 1, ..Config::default() });
+    let addr = server.addr().unwrap();
+    let _crowd = Crowd::subscribe(addr, "/events/a,b", 500);
+    let (published, stopping, afterwards) = (AtomicUsize::new(0), AtomicBool::new(false), AtomicUsize::new(0));
+    thread::scope(|scope| {
+        for n in 0..200 {
+            let (hub, published, stopping, afterwards) = (server.hub(), &published, &stopping, &afterwards);
+            scope.spawn(move || {
+                for topic in ["a", "b"].iter().cycle().skip(n % 2) {
+                    let late = stopping.load(SeqCst);
+                    if hub.publish(topic, Event::new("x")).is_err() {
+                        return;
+                    }
+                    published.fetch_add(1, SeqCst);
+                    afterwards.fetch_add(late.into(), SeqCst);
+                }
+            });
+        }
+        let mut wire = Wire::connect(addr);
+        scope.spawn({
+            let stopping = &stopping;
+            move || {
+                while wire.socket.write_all(HEALTH.as_bytes()).is_ok()
+                    && wire.take_until(b"\r\n\r\n").is_some_and(|head| head.starts_with(b"HTTP/1.1 200 "))
+                {
+                    assert_eq!(wire.take(3), b"ok\n");
+                }
+                stopping.store(true, SeqCst);
+            }
+        });
+        wait_for("the lane's queue to be full", || (published.load(SeqCst) > 5_000).then_some(()));
+        server.stop();
+    });
+    assert_eq!(afterwards.into_inner(), 0, "events that were published while it was seen to stop");
+}
+
+#[test]
+fn five_thousand_opened_and_closed_leave_no_thread_and_no_descriptor() {
+    let process = Process::start(&["--log", "off"]);
+    assert_eq!(get(process.addr, "/health").status, 200);
+    wait_for_metric(process.addr, "connections", 1);
+    let before = process.at_rest();
+    for wave in 0..25 {
+        let streams: Vec<_> = (0..200)
+            .map(|n| Wire::stream(process.addr, ["/events/a", "/test", "/events/a,b,c", "/events/a?poll"][n % 4], ""))
+            .collect();
+        if wave % 2 == 0 {
+            assert_eq!(post(process.addr, "/events/a", "x").status, 200);
+        }
+        drop(streams);
+    }
+    process.wait_until_at_most(before);
+    assert_eq!(get(process.addr, "/health").status, 200);
+}
+
+#[test]
+fn a_connection_that_another_accept_loop_took_can_be_handed_in() {
+    let server = serve_default();
+    let other = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let mut client = Wire::on(TcpStream::connect(other.local_addr().unwrap()).unwrap());
+    let (socket, _) = other.accept().unwrap();
+    socket.set_nonblocking(true).unwrap();
+    server.serve(socket).unwrap();
+    client.send(b"GET /events/a HTTP/1.1\r\nHost: localhost\r\n\r\n");
+    assert!(client.head().contains("text/event-stream"));
+    client.block().unwrap();
+    wire_arrives(&server, &mut client);
+}
+
+#[test]
+fn a_server_that_is_dropped_is_gone() {
+    // At an address of its own, where no other test's server can get the port meanwhile.
+    let server = Server::bind("127.0.0.3:0", Config::default()).unwrap().spawn().unwrap();
+    let addr = server.addr().unwrap();
+    let hub = server.hub();
+    let (mut stream, _) = Wire::subscribe(addr, "/events/a", "");
+    drop(server);
+    let end = String::from_utf8(stream.rest()).unwrap();
+    assert!(end.starts_with(": the server is stopping\nretry: ") && end.ends_with("\n\n"), "{end:?}");
+    assert!(TcpStream::connect(addr).is_err());
+    assert!(hub.publish("a", Event::new("x")).is_err());
+    drop(Server::bind(addr, Config::default()).unwrap()); // bound but never served
+}
