@@ -4,7 +4,7 @@
 //! thread's. Non-blocking mode belongs to the open file, not to a handle, so only the owner sets it; everyone else may
 //! only shut the socket down. Why nothing is lost or repeated between the two owners is said in `subscription.rs`.
 
-use crate::encoded::{Encoded, Run};
+use crate::encoded::{Encoded, Framing, Run};
 use crate::event::Id;
 use crate::sync::enter;
 use std::io::{self, ErrorKind, Read, Write};
@@ -37,6 +37,8 @@ pub struct Connection {
 
 pub struct State {
     pub phase: Phase,
+    /// How a stream goes out: said by its request.
+    pub framing: Framing,
     /// Everything up to here has been written, or is not for this subscriber.
     pub cursor: Id,
     pub unfinished: Option<Unfinished>,
@@ -72,8 +74,9 @@ impl State {
 
 impl Connection {
     pub fn new(serial: u64, peer: SocketAddr, socket: TcpStream) -> Connection {
-        let (phase, cursor, wrote) = (Phase::Behind, Id::default(), Instant::now());
-        let state = State { phase, cursor, unfinished: None, is_poll: false, wrote, sent: 0, stray: 0 };
+        let (phase, framing, cursor) = (Phase::Behind, Framing::Chunked, Id::default());
+        let wrote = Instant::now();
+        let state = State { phase, framing, cursor, unfinished: None, is_poll: false, wrote, sent: 0, stray: 0 };
         Connection { serial, peer, socket, state: Mutex::new(state), wake: Condvar::new() }
     }
 
@@ -103,9 +106,11 @@ impl Connection {
 
     pub fn beat(&self, state: &mut State, now: Instant) {
         state.wrote = now;
-        match write_now(&self.socket, HEARTBEAT) {
-            Ok(written) if written == HEARTBEAT.len() => {}
-            Ok(offset) => state.fall_behind(Encoded::new(state.cursor, HEARTBEAT), offset),
+        let heartbeat = Encoded::new(state.cursor, b"", HEARTBEAT);
+        let bytes = heartbeat.bytes(state.framing);
+        match write_now(&self.socket, bytes) {
+            Ok(written) if written == bytes.len() => {}
+            Ok(offset) => state.fall_behind(heartbeat, offset),
             Err(error) => state.phase = Phase::Closed(reason_of(&error)),
         }
     }
@@ -136,8 +141,11 @@ impl Connection {
 
     /// Finishes what stands unfinished with blocking writes: the one place where a subscriber is waited for.
     pub fn finish(&self, deadline: Instant) -> Result<(), Reason> {
-        let Some(Unfinished { event, offset }) = enter(&self.state).unfinished.take() else { return Ok(()) };
-        self.write_waiting(&event.frame()[offset..], deadline)?;
+        let mut state = enter(&self.state);
+        let Some(Unfinished { event, offset }) = state.unfinished.take() else { return Ok(()) };
+        let framing = state.framing;
+        drop(state);
+        self.write_waiting(&event.bytes(framing)[offset..], deadline)?;
         let mut state = enter(&self.state);
         if event.id > state.cursor {
             state.cursor = event.id;
@@ -182,11 +190,18 @@ impl Connection {
         Ok(())
     }
 
-    /// The end of a stream that the server decides on. The peer reads why, and when to come back.
+    /// The end of a stream that the server decides on, after a whole frame. The peer reads why, and when to come back.
     pub fn end(&self, why: Reason, retry: Duration) -> Reason {
-        let bytes = format!(": {why}\nretry: {}\n\n", retry.as_millis());
-        let _ = self.write_waiting(bytes.as_bytes(), Instant::now() + LINGER);
+        let framing = enter(&self.state).framing;
+        let last = framing.wrap(format!(": {why}\nretry: {}\n\n", retry.as_millis()).as_bytes());
+        let _ = self.write_waiting(&[&last, framing.end()].concat(), Instant::now() + LINGER);
         why
+    }
+
+    /// The same without a word.
+    pub fn end_silently(&self) {
+        let framing = enter(&self.state).framing;
+        let _ = self.write_waiting(framing.end(), Instant::now() + LINGER);
     }
 
     /// Takes the socket from the lane and wakes the thread, if the subscriber is live.

@@ -3,6 +3,7 @@
 use crate::clock::spread;
 use crate::config::{Config, Log};
 use crate::connection::{AWAKE_TIME, Connection, LINGER, Reason, STOPPING};
+use crate::encoded::Framing;
 use crate::hub::Core;
 use crate::log::Logger;
 use crate::places::{Place, Places};
@@ -43,6 +44,7 @@ struct Conversation {
 /// A stream that a request has asked for.
 struct Opening {
     path: String,
+    framing: Framing,
     head: String,
     source: Source,
 }
@@ -71,7 +73,8 @@ impl Conversation {
         if prepared.and(c.socket.set_write_timeout(Some(self.config().stall_time))).is_err() {
             return; // it has gone already
         }
-        if let Some(Opening { path, head, source }) = self.answer_requests() {
+        if let Some(Opening { path, framing, head, source }) = self.answer_requests() {
+            enter(&self.c.state).framing = framing;
             self.path = Some(quoted(&path));
             self.reason = "the handler panicked".into(); // what is logged if the next line never returns
             self.reason = self.stream(head, source);
@@ -121,15 +124,16 @@ impl Conversation {
             return Turn::End;
         }
         let is_head = request.method == "HEAD";
-        let cors = self.shared.routes.door.cors(&request);
+        let (framing, cors) = (request.framing, self.shared.routes.door.cors(&request));
         let mut response = match self.shared.routes.reply(reader, &mut request) {
             Ok(Reply::Response(response)) | Err(response) => response,
             Ok(Reply::Stream(_)) if is_head => {
                 self.log_request(&request, 200);
-                return Turn::Respond { bytes: stream_head(&cors).into_bytes(), close: true };
+                return Turn::Respond { bytes: stream_head(framing, &cors).into_bytes(), close: true };
             }
             Ok(Reply::Stream(source)) => {
-                return Turn::Open(Opening { path: request.path, head: stream_head(&cors), source });
+                let head = stream_head(framing, &cors);
+                return Turn::Open(Opening { path: request.path, framing, head, source });
             }
         };
         response.fields += &cors;

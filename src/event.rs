@@ -1,7 +1,9 @@
 //! An event and its id, and the bytes that a subscriber gets.
 //!
 //! What 29 clients make of these bytes decided their form: LF alone ends a line, one blank line ends an event, nothing
-//! else stands between.
+//! else stands between. In a topic's event the id stands last: some clients take an id at once, and one that was cut off
+//! between the id and the data would never see that event. A handler's event has the order of the article that this
+//! server is born from.
 //! <https://html.spec.whatwg.org/multipage/server-sent-events.html#event-stream-interpretation>
 
 use crate::text::{invalid, quoted};
@@ -71,14 +73,23 @@ impl Event {
         Ok(())
     }
 
-    /// The bytes on the wire, with the fields in the order `event`, `id`, `data`, `retry`.
-    pub(crate) fn encode(&self, id: Option<&dyn fmt::Display>) -> String {
+    /// The bytes of a handler's event: `event`, `id`, `data`, `retry`.
+    pub(crate) fn encode(&self) -> String {
+        self.lines(self.id.as_deref(), None)
+    }
+
+    /// The bytes of a topic's event: `event`, `data`, `retry`, `id`.
+    pub(crate) fn encode_with_id(&self, id: Id) -> String {
+        self.lines(None, Some(id))
+    }
+
+    fn lines(&self, id_before: Option<&str>, id_after: Option<Id>) -> String {
         let mut out = String::with_capacity(self.data.len() + 96);
         if let Some(name) = self.name.as_deref().filter(|n| !n.is_empty()) {
             out.extend(["event: ", name, "\n"]);
         }
-        if let Some(id) = id {
-            let _ = writeln!(out, "id: {id}");
+        if let Some(id) = id_before {
+            out.extend(["id: ", id, "\n"]);
         }
         let data = match self.data.contains('\r') {
             true => Cow::Owned(self.data.replace("\r\n", "\n").replace('\r', "\n")),
@@ -88,6 +99,9 @@ impl Event {
             out.extend(["data: ", line, "\n"]);
         }
         if let Some(retry) = self.retry {
+        if let Some(id) = id_after {
+            let _ = writeln!(out, "id: {id}");
+        }
             let _ = writeln!(out, "retry: {}", retry.as_millis());
         }
         out.push('\n');

@@ -8,7 +8,7 @@
 
 use crate::clock::now_ms;
 use crate::config::Config;
-use crate::encoded::{Encoded, Run};
+use crate::encoded::{Encoded, Framing, Run};
 use crate::event::{Event, Id};
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::io::{self, ErrorKind};
@@ -95,7 +95,7 @@ impl History {
         Totals { topics: self.topics.len(), events: self.events, bytes: self.bytes }
     }
 
-    /// How many bytes the blocks of all kept events have.
+    /// How many bytes the blocks of all kept events have, and a little more.
     pub fn block_bytes(&self) -> u64 {
         (self.bytes - EVENT_OVERHEAD * self.events) as u64
     }
@@ -204,11 +204,11 @@ impl History {
     /// What comes after `cursor` in all of these topics, in one order, up to one run. A gap comes first where a topic has
     /// forgotten something after the cursor that the subscriber was not told of. `told` is an id for each topic: with one
     /// for all, a gap told for one topic would hide what another forgets later.
-    pub fn next(&self, names: &[Arc<str>], cursor: Id, told: &[Id]) -> Next {
+    pub fn next(&self, names: &[Arc<str>], cursor: Id, told: &[Id], framing: Framing) -> Next {
         if self.topics(names).zip(told).any(|(topic, told)| topic.forgotten > cursor.max(*told)) {
             return Next::Gap(self.gap(names, Some(cursor), cursor));
         }
-        let mut run = Run::default();
+        let mut run = Run::new(framing);
         let mut heads: Vec<_> = self.topics(names).map(|topic| topic.after(cursor)).collect();
         // In each topic the ids rise, so the next of all is the lowest of the topics' next ones.
         let id_ahead = |event: Option<&Encoded>| event.map_or(Id::MAX, |event| event.id);
@@ -328,7 +328,7 @@ impl History {
         let id = oldest.map_or(self.forgotten_of(names), Id::before);
         let json = |id: Option<Id>| id.map_or("null".into(), |id| format!("\"{id}\""));
         let data = format!("{{\"after\":{},\"oldest\":{}}}", json(asked), json(oldest));
-        Encoded::new(id, Event::new(data).name("gap").encode(Some(&id)))
+        Encoded::new(id, b"", Event::new(data).name("gap").encode_with_id(id).as_bytes())
     }
 }
 
@@ -341,5 +341,5 @@ impl Topic {
 }
 
 fn cost(event: &Encoded, key: &Option<Arc<str>>) -> usize {
-    EVENT_OVERHEAD + event.block.len() + key.as_ref().map_or(0, |key| 2 * key.len() + KEY_OVERHEAD)
+    EVENT_OVERHEAD + event.memory() + key.as_ref().map_or(0, |key| 2 * key.len() + KEY_OVERHEAD)
 }

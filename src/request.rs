@@ -8,6 +8,7 @@ use crate::body::Body;
 use crate::config::Config;
 use crate::connection::{LINGER, would_block};
 use crate::reader::Reader;
+use crate::encoded::Framing;
 use crate::response::{Response, refuse};
 use crate::target::{Query, Target};
 use crate::text::{quoted, skip_space};
@@ -24,6 +25,8 @@ pub struct Request {
     pub query: Query,
     pub body: Body,
     /// The connection ends after the response.
+    /// How a stream is answered.
+    pub framing: Framing,
     pub close: bool,
     pub expects_continue: bool,
     pub last_event_id: Option<String>,
@@ -102,6 +105,7 @@ impl Request {
             query: target.query,
             body,
             close: is_http10 || fields.says_close(),
+            framing: if is_http10 { Framing::Plain } else { Framing::Chunked },
             expects_continue,
             tokens: fields.tokens(),
             last_event_id: fields.last_event_id.filter(|id| !id.is_empty()),

@@ -8,7 +8,6 @@ use crate::sync::enter;
 use crate::target::Query;
 use crate::text::LONGEST;
 use std::borrow::Cow;
-use std::fmt;
 use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -44,6 +43,9 @@ impl Handled {
         if core.is_stopping() && enter(&c.state).phase == Phase::Behind {
             return c.end(STOPPING, spread(core.config.retry, 50, 150)).into();
         }
+        if enter(&c.state).phase == Phase::Behind {
+            c.end_silently();
+        }
         match result {
             Ok(()) => "the handler returned".into(),
             Err(error) => error.to_string().into(),
@@ -59,8 +61,7 @@ impl Stream<'_> {
     /// server is stopping, and the error says so: return it from the handler.
     pub fn send(&mut self, event: &Event) -> io::Result<()> {
         event.check()?;
-        let id = event.id.as_ref().map(|id| id as &dyn fmt::Display);
-        self.write(event.encode(id).as_bytes(), 1)
+        self.write(event.encode().as_bytes(), 1)
     }
 
     /// Writes a comment, which pages do not see; each line of the text becomes one. An empty one is a heartbeat.
@@ -107,9 +108,10 @@ impl Stream<'_> {
         self.c.peer
     }
 
-    fn write(&mut self, bytes: &[u8], events: u64) -> io::Result<()> {
+    fn write(&mut self, frame: &[u8], events: u64) -> io::Result<()> {
         self.check_open()?;
-        match self.c.write_whole(bytes, Instant::now() + LONGEST) {
+        let framing = enter(&self.c.state).framing;
+        match self.c.write_whole(&framing.wrap(frame), Instant::now() + LONGEST) {
             Ok(()) => {
                 enter(&self.c.state).sent += events;
                 Ok(())

@@ -146,11 +146,11 @@ pub fn journal(bytes: &[u8]) {
     assert_eq!(totals.events, history.all_events().len());
     let boot = found.boot.as_deref();
     let blocks = |history: &History| {
-        let mut blocks: Vec<_> = snapshot(history, boot).iter().map(|event| event.block.to_vec()).collect();
+        let mut blocks: Vec<_> = snapshot(history, boot).iter().map(|event| event.block().concat()).collect();
         blocks[1..].sort(); // the marks are in no order of their own
         blocks
     };
-    let whole: Vec<u8> = snapshot(&history, boot).iter().flat_map(|event| event.block.to_vec()).collect();
+    let whole: Vec<u8> = snapshot(&history, boot).iter().flat_map(|event| event.block().concat()).collect();
     let (second, again) = read(&whole);
     assert_eq!((second.damaged, second.whole, &second.boot), (0, whole.len() as u64, &found.boot));
     assert_eq!((again.newest(), again.totals().bytes), (history.newest(), totals.bytes));
