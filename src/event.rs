@@ -64,6 +64,9 @@ impl Event {
         let length = self.name.as_ref().map_or(0, String::len);
         if length > EVENT_NAME_BYTES {
             return invalid(format!("an event name of {length} bytes, where at most {EVENT_NAME_BYTES} are taken"));
+        if self.name.as_deref() == Some("gap") {
+            return invalid("the event name gap is the server's own: choose another");
+        }
         }
         for (field, text) in [("event name", &self.name), ("id", &self.id), ("key", &self.key)] {
             if let Some(text) = text.as_deref().filter(|t| t.contains(['\r', '\n', '\0'])) {

@@ -170,9 +170,7 @@ impl Core {
     pub fn check(&self, event: &Event) -> io::Result<()> {
         event.check()?;
         let limit = self.config.data_bytes();
-        if event.name.as_deref() == Some("gap") {
-            return invalid("the event name gap is the server's own: choose another");
-        } else if event.id.is_some() {
+        if event.id.is_some() {
             return invalid("a topic numbers its events itself: leave the id out");
         } else if event.data.len() > limit {
             return invalid(format!("{} bytes of data, where at most {limit} are taken", event.data.len()));

@@ -90,15 +90,15 @@ fn a_bad_flag_is_told_what_was_expected() {
         assert!(error.contains(said) && error.contains("see brooklet --help"), "{flags:?}: {error}");
     }
     for (flags, said) in [
-        (&["--head-time=0s"][..], "a time limit of 0"),
-        (&["--heartbeat=2s"], "a heartbeat of at least 3500ms"),
+        (&["--head-time=0s"][..], "head_time: 0 leaves no time"),
+        (&["--heartbeat=2s"], "heartbeat: silence is looked for"),
         (&["--connections=0"], "give at least 1"),
         (&["--topics=0"], "give at least 1"),
         (&["--head-bytes=0"], "give some KiB"),
         (&["--allow-origin", "app.example"], "is no origin"),
         (&["--allow-origin", "a b://app.example"], "is no origin"),
-        (&["--allow-origin", "https://app.example:443"], "leave it out"),
-        (&["--lanes=1000"], "1000 lanes"),
+        (&["--allow-origin", "https://app.example:443"], "give https://app.example"),
+        (&["--lanes=1000"], "lanes: more than any machine"),
         (&["--listen", "0.0.0.0:0"], "is beyond loopback, so whoever reaches it could publish"),
     ] {
         let output = run(flags);
