@@ -6,8 +6,7 @@
 //! server is born from.
 //! <https://html.spec.whatwg.org/multipage/server-sent-events.html#event-stream-interpretation>
 
-use crate::text::{invalid, quoted};
-use std::borrow::Cow;
+use crate::text::{invalid, quoted, with_lf};
 use std::fmt::{self, Write as _};
 use std::io;
 use std::str::FromStr;
@@ -64,9 +63,9 @@ impl Event {
         let length = self.name.as_ref().map_or(0, String::len);
         if length > EVENT_NAME_BYTES {
             return invalid(format!("an event name of {length} bytes, where at most {EVENT_NAME_BYTES} are taken"));
+        }
         if self.name.as_deref() == Some("gap") {
             return invalid("the event name gap is the server's own: choose another");
-        }
         }
         for (field, text) in [("event name", &self.name), ("id", &self.id), ("key", &self.key)] {
             if let Some(text) = text.as_deref().filter(|t| t.contains(['\r', '\n', '\0'])) {
@@ -94,18 +93,14 @@ impl Event {
         if let Some(id) = id_before {
             out.extend(["id: ", id, "\n"]);
         }
-        let data = match self.data.contains('\r') {
-            true => Cow::Owned(self.data.replace("\r\n", "\n").replace('\r', "\n")),
-            false => Cow::Borrowed(&self.data),
-        };
-        for line in data.split('\n') {
+        for line in with_lf(&self.data).split('\n') {
             out.extend(["data: ", line, "\n"]);
         }
         if let Some(retry) = self.retry {
+            let _ = writeln!(out, "retry: {}", retry.as_millis());
+        }
         if let Some(id) = id_after {
             let _ = writeln!(out, "id: {id}");
-        }
-            let _ = writeln!(out, "retry: {}", retry.as_millis());
         }
         out.push('\n');
         out

@@ -6,7 +6,7 @@ use crate::event::Event;
 use crate::hub::Core;
 use crate::sync::enter;
 use crate::target::Query;
-use crate::text::LONGEST;
+use crate::text::{LONGEST, with_lf};
 use std::borrow::Cow;
 use std::io;
 use std::net::SocketAddr;
@@ -69,7 +69,7 @@ impl Stream<'_> {
     /// # Errors
     /// The stream is closed, or the server is stopping.
     pub fn comment(&mut self, text: &str) -> io::Result<()> {
-        let lines: String = text.split(['\n', '\r']).map(|line| format!(":{line}\n")).collect();
+        let lines: String = with_lf(text).split('\n').map(|line| format!(":{line}\n")).collect();
         self.write(lines.as_bytes(), 0)
     }
 
