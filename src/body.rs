@@ -32,12 +32,10 @@ impl Body {
             (None, Some(_)) if is_http10 => refuse(400, "HTTP/1.0 has no Transfer-Encoding"),
             (None, Some(coding)) if coding.eq_ignore_ascii_case("chunked") => Ok(Body::chunked()),
             (None, Some(list)) => {
-                // Where chunked does not stand last and only there, nobody can tell where the body ends (RFC 9112 §6.3).
-                let codings = || list.split(',').map(|coding| coding.trim_matches([' ', '\t']));
-                let is_chunked = |coding: &str| coding.eq_ignore_ascii_case("chunked");
-                let is_last = codings().next_back().is_some_and(is_chunked);
-                let status =
-                    if is_last && codings().filter(|coding| is_chunked(coding)).count() == 1 { 501 } else { 400 };
+                // Where chunked does not stand last, and there alone, nobody can tell where the body ends (RFC 9112 §6.3).
+                let codings: Vec<&str> = list.split(',').map(|coding| coding.trim_matches([' ', '\t'])).collect();
+                let first_chunked = codings.iter().position(|coding| coding.eq_ignore_ascii_case("chunked"));
+                let status = if first_chunked == Some(codings.len() - 1) { 501 } else { 400 };
                 refuse(status, format!("the transfer coding {} is not known: chunked is", quoted(list)))
             }
         }

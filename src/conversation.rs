@@ -181,8 +181,10 @@ impl Conversation {
     fn send_away(&self, head: &str, why: Reason) -> Reason {
         self.shared.core.counters.sent_away.fetch_add(1, Relaxed);
         self.shared.log.warn(format_args!("{} is sent away: {why}", self.c.peer));
-        let _ = self.c.write_whole(head.as_bytes(), Instant::now() + LINGER);
-        self.c.end(why, spread(self.config().retry, 50, 150))
+        match self.c.write_whole(head.as_bytes(), Instant::now() + LINGER) {
+            Ok(()) => self.c.end(why, spread(self.config().retry, 50, 150)),
+            Err(reason) => reason, // half a head: nothing may follow
+        }
     }
 
     fn log_closing(&self, path: &str) {
