@@ -10,11 +10,12 @@ setup:
 	sh tests/setup.sh
 
 # Formatting, lints, all tests, the consoles of the README, a short siege, the doctor, other people's clients, proxies, a browser. Some
-# tests open a thousand connections at once. What a part needs and is not there leaves that part out, and says so.
+# tests open a thousand connections at once; most wait more than they work, so two run for each core. What a part needs and is not
+# there leaves that part out, and says so.
 test: need-cargo
 	cargo fmt --check
 	cargo clippy --all-targets -- --deny warnings
-	ulimit -n $$(ulimit -Hn); cargo test
+	ulimit -n $$(ulimit -Hn); RUST_TEST_THREADS=$$((2 * $$(getconf _NPROCESSORS_ONLN))) cargo test
 	$(MAKE) --no-print-directory smoke
 	ulimit -n $$(ulimit -Hn); SIEGE=short sh tests/siege.sh
 	$(MAKE) --no-print-directory doctor-test

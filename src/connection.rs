@@ -8,8 +8,8 @@ use crate::encoded::{Encoded, Framing, Run};
 use crate::event::Id;
 use crate::sync::enter;
 use std::io::{self, ErrorKind, Read, Write};
-use std::net::{SocketAddr, TcpStream};
-use std::sync::{Condvar, Mutex};
+use std::net::{Shutdown, SocketAddr, TcpStream};
+use std::sync::{Condvar, Mutex, OnceLock};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -33,6 +33,8 @@ pub struct Connection {
     pub socket: TcpStream,
     pub state: Mutex<State>,
     pub wake: Condvar,
+    /// Why it was cut, if it was.
+    pub cut: OnceLock<Reason>,
 }
 
 pub struct State {
@@ -77,7 +79,7 @@ impl Connection {
         let (phase, framing, cursor) = (Phase::Behind, Framing::Chunked, Id::default());
         let wrote = Instant::now();
         let state = State { phase, framing, cursor, unfinished: None, is_poll: false, wrote, sent: 0, stray: 0 };
-        Connection { serial, peer, socket, state: Mutex::new(state), wake: Condvar::new() }
+        Connection { serial, peer, socket, state: Mutex::new(state), wake: Condvar::new(), cut: OnceLock::new() }
     }
 
     /// One non-blocking write of what in `run` is newer than the cursor. Returns how many events went out whole; where
@@ -139,20 +141,22 @@ impl Connection {
         self.socket.set_nonblocking(false)
     }
 
-    /// Finishes what stands unfinished with blocking writes: the one place where a subscriber is waited for.
-    pub fn finish(&self, deadline: Instant) -> Result<(), Reason> {
+    /// Finishes what stands unfinished with blocking writes: the one place where a subscriber is waited for. Returns how
+    /// many events went out whole.
+    pub fn finish(&self, deadline: Instant) -> Result<u64, Reason> {
         let mut state = enter(&self.state);
-        let Some(Unfinished { event, offset }) = state.unfinished.take() else { return Ok(()) };
+        let Some(Unfinished { event, offset }) = state.unfinished.take() else { return Ok(0) };
         let framing = state.framing;
         drop(state);
         self.write_waiting(&event.bytes(framing)[offset..], deadline)?;
         let mut state = enter(&self.state);
-        if event.id > state.cursor {
-            state.cursor = event.id;
-            state.sent += 1;
-        }
         state.wrote = Instant::now();
-        Ok(())
+        if event.id <= state.cursor {
+            return Ok(0); // a heartbeat
+        }
+        state.cursor = event.id;
+        state.sent += 1;
+        Ok(1)
     }
 
     /// Writes all of `bytes`, waiting for the peer, and leaves the socket in non-blocking mode, as lanes need it.
@@ -202,6 +206,12 @@ impl Connection {
     pub fn end_silently(&self) {
         let framing = enter(&self.state).framing;
         let _ = self.write_waiting(framing.end(), Instant::now() + LINGER);
+    }
+
+    /// Shuts the socket down, whoever waits for it: to them it looks as if the peer had gone, so the reason is kept here.
+    pub fn cut(&self, why: Reason) {
+        let _ = self.cut.set(why);
+        let _ = self.socket.shutdown(Shutdown::Both);
     }
 
     /// Takes the socket from the lane and wakes the thread, if the subscriber is live.

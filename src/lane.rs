@@ -157,6 +157,9 @@ impl Lane {
     }
 
     fn write_run(&mut self) {
+        if self.run.bytes.is_empty() {
+            return;
+        }
         let now = Instant::now();
         let (mut delivered, mut plain) = (0, None);
         let subscribers = self.topic_of_run.as_ref().and_then(|topic| self.topics.get(topic));

@@ -1,6 +1,8 @@
 //! The command around the library: flags, the article's stream, Ctrl-C. It uses nothing that an embedder cannot.
 
 use brooklet::{Config, Event, Log, Server, Token, parse_duration};
+use std::ffi::OsString;
+use std::fmt::Display;
 use std::io::{self, ErrorKind, Write};
 use std::net::{SocketAddr, ToSocketAddrs};
 use std::process::{self, ExitCode};
@@ -9,69 +11,131 @@ use std::thread::{self, Thread};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 const HELP: &str = "\
-brooklet: a Server-Sent Events server that curl is a complete client of
+brooklet: a Server-Sent Events server; curl is enough to use it
 
   brooklet                                       serve 127.0.0.1:3000
-  brooklet --listen 127.0.0.1:8080 --retry=1s    elsewhere, and reconnect sooner
+  brooklet --listen 127.0.0.1:8080 --retry=1s    another port, a shorter retry
 
   curl -N localhost:3000/test                    a counter, one event a second
   curl -N localhost:3000/events/news             the stream of a topic
-  curl -d 'hello' localhost:3000/events/news     publish an event to it
-  tail -f app.log | curl -T - http://localhost:3000/events/log     each line
+  curl -d 'hello' localhost:3000/events/news     publish an event to the topic
+  tail -F app.log | curl -T - http://localhost:3000/events/log     each line
 
-flags, with their defaults (times: 500ms 15s 10m 24h; sizes: 900 64KiB 1MiB)
-  --listen ADDR          127.0.0.1:3000   beyond loopback: a token to
-                                          publish, or --open
-  --publish-token T      none             to publish: a token, or @FILE of some;
-                                          or in $BROOKLET_PUBLISH_TOKEN
-  --subscribe-token T    none             to read: likewise
-  --allow-origin ORIGIN  none             its pages may read and publish; again
-                                          for more; * lets all others read
-  --subscribers N        10000            streams at once
-  --connections N        1000             connections beside them
-  --head-bytes SIZE      16KiB            a request's head
-  --body-bytes SIZE      64KiB            the body of a POST
-  --line-bytes SIZE      64KiB            a line of a PUT
-  --head-time TIME       10s              to send a whole head
-  --body-time TIME       30s              to send a whole body, or a PUT's line
-  --idle-time TIME       15s              between a connection's requests
-  --heartbeat TIME       15s              longest silence, 3.5s or more
-  --lifetime TIME        10m              of a topic's stream, 80 to 100 % of it
-  --stall-time TIME      10s              in which a slow reader takes something
-  --retry TIME           3s               when pages reconnect
-  --keep-events N        1000             kept of each topic
-  --keep-bytes SIZE      64MiB            kept of all topics together
-  --keep-age TIME        24h              how long they are kept
-  --topics N             10000            topic names in use at once
-  --journal FILE         none             events survive the process in it
-  --fsync                off              and the machine, too
-  --lanes N              half the cores   threads that write to subscribers
-  --log off|info|debug   info             to stderr
+Flags and their defaults. Times: 500ms 15s 10m 24h. Sizes: 900 64KiB 1MiB.
+Each has an environment variable, such as BROOKLET_LISTEN=ADDR, BROOKLET_OPEN=1;
+the flag wins. T and ORIGIN can be given several times.
+
+  --listen ADDR          127.0.0.1:3000  other than loopback: needs a publish
+                                         token, or --open
+  --open                 off             whoever reaches it may publish
+  --publish-token T      none            publishers must show T, which is a
+                                         token, or @FILE with one token a line
+  --subscribe-token T    none            readers must show T
+  --allow-origin ORIGIN  none            web pages from there may read and
+                                         publish; '*' lets all others read
+  --subscribers N        10000           streams open at once
+  --connections N        1000            other connections open at once
+  --head-bytes SIZE      16KiB           longest request head
+  --body-bytes SIZE      64KiB           longest body of a POST
+  --line-bytes SIZE      64KiB           longest line of a PUT
+  --head-time TIME       10s             for a whole request head to arrive
+  --body-time TIME       30s             for a POST's body, or a line of a PUT
+  --idle-time TIME       15s             for the next request on a connection
+  --heartbeat TIME       15s             send a comment after this much silence
+                                         on a stream (3.5s or more)
+  --lifetime TIME        10m             close a topic's stream after 80-100 %
+                                         of this; clients reconnect
+  --stall-time TIME      10s             close a stream whose reader accepts
+                                         nothing for this long
+  --retry TIME           3s              clients wait this long to reconnect
+  --keep-events N        1000            newest events kept of each topic
+  --keep-bytes SIZE      64MiB           bytes kept of all topics together
+  --keep-age TIME        24h             events are deleted after this time
+  --topics N             10000           topics in use at once
+  --journal FILE         none            store events, which then survive
+                                         a crash or a restart
+  --fsync                off             sync each write: they also survive
+                                         a power cut
+  --lanes N              half the cores  threads that write to subscribers
+  --log off|info|debug   info            what to log to stderr
   --help  --version
 ";
 
-fn main() -> ExitCode {
-    let args: Result<Vec<String>, _> = std::env::args_os().skip(1).map(|arg| arg.into_string()).collect();
-    let command =
-        args.map_err(|_| "the arguments are not UTF-8".into()).and_then(|args| Command::parse(args.into_iter()));
-    let command = match command {
-        Ok(Some(command)) => command,
-        Ok(None) => return ExitCode::SUCCESS,
-        Err(reason) => return fail(2, &reason),
-    };
-    match command.run() {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => fail(1, &error.to_string()),
-    }
+/// What a flag takes.
+#[derive(Clone, Copy, PartialEq)]
+enum Takes {
+    Nothing,
+    Value,
+    /// A value each time that it is given.
+    Values,
 }
 
-fn fail(code: u8, reason: &str) -> ExitCode {
-    let _ = writeln!(io::stderr(), "brooklet: {reason}");
-    ExitCode::from(code)
+/// Every flag that the environment can give, too. A variable of another name that begins with `BROOKLET_` is not ours to
+/// refuse: Kubernetes sets some for a service that is called brooklet.
+const FLAGS: [(&str, Takes); 25] = [
+    ("--listen", Takes::Value),
+    ("--open", Takes::Nothing),
+    ("--publish-token", Takes::Values),
+    ("--subscribe-token", Takes::Values),
+    ("--allow-origin", Takes::Values),
+    ("--subscribers", Takes::Value),
+    ("--connections", Takes::Value),
+    ("--head-bytes", Takes::Value),
+    ("--body-bytes", Takes::Value),
+    ("--line-bytes", Takes::Value),
+    ("--head-time", Takes::Value),
+    ("--body-time", Takes::Value),
+    ("--idle-time", Takes::Value),
+    ("--heartbeat", Takes::Value),
+    ("--lifetime", Takes::Value),
+    ("--stall-time", Takes::Value),
+    ("--retry", Takes::Value),
+    ("--keep-events", Takes::Value),
+    ("--keep-bytes", Takes::Value),
+    ("--keep-age", Takes::Value),
+    ("--topics", Takes::Value),
+    ("--journal", Takes::Value),
+    ("--fsync", Takes::Nothing),
+    ("--lanes", Takes::Value),
+    ("--log", Takes::Value),
+];
+
+/// Signals in this time after the first one belong to it: a terminal that closes sends SIGHUP and its shell another, a
+/// service manager SIGTERM and then SIGHUP. They come some milliseconds apart, on a busy machine more. A person who
+/// presses Ctrl-C again because nothing happens is slower, and does not lose much: the server needs a second at most.
+const ONE_SIGNAL: Duration = Duration::from_millis(500);
+
+fn main() -> ExitCode {
+    let command = Command::parse(std::env::args_os().skip(1));
+    match command.and_then(|command| command.map_or(Ok(()), Command::run)) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) => {
+            let _ = writeln!(io::stderr(), "brooklet: {}", failure.reason);
+            ExitCode::from(failure.code)
+        }
+    }
 }
 
 fn say(text: &str) {
     let _ = io::stdout().write_all(text.as_bytes()); // a closed stdout is no reason to stop serving
+}
+
+/// Why it does not serve: 2 is for what can never be, 1 for what the system refuses this time.
+struct Failure {
+    code: u8,
+    reason: String,
+}
+
+impl Failure {
+    fn usage(reason: impl Display) -> Failure {
+        Failure { code: 2, reason: format!("{reason} (see brooklet --help)") }
+    }
+}
+
+impl From<io::Error> for Failure {
+    fn from(error: io::Error) -> Failure {
+        Failure { code: 1, reason: error.to_string() }
+    }
 }
 
 struct Command {
@@ -80,73 +144,102 @@ struct Command {
 }
 
 impl Command {
-    /// Reads the flags, or prints what `--help` and `--version` ask for.
-    fn parse(mut args: impl Iterator<Item = String>) -> Result<Option<Command>, String> {
+    /// Reads the flags and then the environment, or prints what `--help` and `--version` ask for.
+    fn parse(args: impl Iterator<Item = OsString>) -> Result<Option<Command>, Failure> {
         let mut command = Command {
             listen: SocketAddr::from(([127, 0, 0, 1], 3000)),
             config: Config { log: Log::Info, ..Config::default() },
         };
-        for (flag, variable) in
-            [("--publish-token", "BROOKLET_PUBLISH_TOKEN"), ("--subscribe-token", "BROOKLET_SUBSCRIBE_TOKEN")]
-        {
-            if let Some(text) = std::env::var_os(variable) {
-                // Whoever cannot read a token must not leave the door open.
-                let mut text = || text.clone().into_string().map_err(|_| "it is not UTF-8".into());
-                command.set(flag, &mut text).map_err(|reason| format!("{variable}: {reason}"))?;
-            }
-        }
+        // What cannot be read is not shown: it may hold a token.
+        let text = |(arg, n): (OsString, usize)| {
+            arg.into_string().map_err(|_| Failure::usage(format_args!("argument {n} is not UTF-8")))
+        };
+        let args: Vec<String> = args.zip(1..).map(text).collect::<Result<_, _>>()?;
+        let (mut args, mut given) = (args.into_iter().peekable(), Vec::new());
         while let Some(arg) = args.next() {
-            let (flag, mut value) = match arg.split_once('=') {
+            let (flag, value) = match arg.split_once('=') {
                 Some((flag, value)) => (flag, Some(value.to_string())),
                 None => (arg.as_str(), None),
             };
-            match flag {
-                "--help" | "-h" => say(HELP),
-                "--version" | "-V" => say(concat!("brooklet ", env!("CARGO_PKG_VERSION"), "\n")),
-                "--open" => command.config.open = true,
-                "--fsync" => command.config.fsync = true,
-                _ => {
-                    let mut next = || value.take().or_else(|| args.next()).ok_or("a value is missing".to_string());
-                    command.set(flag, &mut next).map_err(|reason| format!("{flag}: {reason} (see brooklet --help)"))?;
-                    continue;
-                }
-            }
-            if value.is_some() {
-                return Err(format!("{flag}: no value is taken (see brooklet --help)"));
-            } else if ["--help", "-h", "--version", "-V"].contains(&flag) {
+            let refuse = |reason: String| Failure::usage(format_args!("{flag}: {reason}"));
+            let info = match flag {
+                "--help" | "-h" => HELP,
+                "--version" | "-V" => concat!("brooklet ", env!("CARGO_PKG_VERSION"), "\n"),
+                _ => "",
+            };
+            if !info.is_empty() {
+                say(info);
                 return Ok(None);
             }
+            let Some((name, takes)) = FLAGS.into_iter().find(|(name, _)| *name == flag) else {
+                return Err(refuse("there is no such flag".into()));
+            };
+            if takes == Takes::Nothing && value.is_some() {
+                return Err(refuse("no value is taken".into()));
+            } else if takes == Takes::Value && given.contains(&name) {
+                return Err(refuse("it is given twice, and takes one value: leave one out".into()));
+            }
+            given.push(name);
+            let value = match takes {
+                Takes::Nothing => "1".into(),
+                // Whoever forgets a value has not asked for a journal that is called --fsync.
+                _ => value.or_else(|| args.next_if(|next| !next.starts_with("--"))).unwrap_or_default(),
+            };
+            command.set(name, &value).map_err(refuse)?;
         }
+        command.read_environment(&given)?;
         Ok(Some(command))
     }
 
-    fn set(&mut self, flag: &str, value: &mut dyn FnMut() -> Result<String, String>) -> Result<(), String> {
+    /// Takes what the flags have not said from variables such as `BROOKLET_LISTEN`. What may be given several times adds
+    /// up, so that a token can be changed without a gap.
+    fn read_environment(&mut self, given: &[&str]) -> Result<(), Failure> {
+        for (flag, takes) in FLAGS {
+            let variable = format!("BROOKLET{}", flag[1..].replace('-', "_").to_uppercase());
+            let is_settled = takes != Takes::Values && given.contains(&flag);
+            if let Some(text) = std::env::var_os(&variable).filter(|_| !is_settled) {
+                // Whoever cannot read a token must not leave the door open.
+                let text = text.into_string().map_err(|_| "it is not UTF-8".to_string());
+                let set = text.and_then(|text| self.set(flag, &text));
+                set.map_err(|reason| Failure::usage(format_args!("{variable}: {reason}")))?;
+            }
+        }
+        Ok(())
+    }
+
+    fn set(&mut self, flag: &str, value: &str) -> Result<(), String> {
+        if value.trim().is_empty() {
+            return Err("a value is missing".into());
+        }
         let config = &mut self.config;
         match flag {
-            "--listen" => self.listen = address(&value()?)?,
-            "--subscribers" => config.subscribers = count(&value()?)?,
-            "--connections" => config.connections = count(&value()?)?,
-            "--head-bytes" => config.head_bytes = size(&value()?)?,
-            "--body-bytes" => config.body_bytes = size(&value()?)?,
-            "--line-bytes" => config.line_bytes = size(&value()?)?,
-            "--head-time" => config.head_time = time(&value()?)?,
-            "--body-time" => config.body_time = time(&value()?)?,
-            "--idle-time" => config.idle_time = time(&value()?)?,
-            "--heartbeat" => config.heartbeat = time(&value()?)?,
-            "--lifetime" => config.lifetime = time(&value()?)?,
-            "--stall-time" => config.stall_time = time(&value()?)?,
-            "--retry" => config.retry = time(&value()?)?,
-            "--keep-events" => config.keep_events = count(&value()?)?,
-            "--keep-bytes" => config.keep_bytes = size(&value()?)?,
-            "--keep-age" => config.keep_age = time(&value()?)?,
-            "--topics" => config.topics = count(&value()?)?,
-            "--publish-token" => config.publish_tokens.extend(tokens(&value()?)?),
-            "--subscribe-token" => config.subscribe_tokens.extend(tokens(&value()?)?),
-            "--allow-origin" => config.allow_origins.push(value()?),
-            "--journal" => config.journal = Some(value()?.into()),
-            "--lanes" => config.lanes = count(&value()?)?,
+            "--listen" => self.listen = address(value)?,
+            "--open" => config.open = switch(value)?,
+            "--publish-token" => config.publish_tokens.extend(tokens(value)?),
+            "--subscribe-token" => config.subscribe_tokens.extend(tokens(value)?),
+            // In the environment several may stand, with spaces between, which no origin holds.
+            "--allow-origin" => config.allow_origins.extend(value.split_whitespace().map(String::from)),
+            "--subscribers" => config.subscribers = count(value)?,
+            "--connections" => config.connections = count(value)?,
+            "--head-bytes" => config.head_bytes = size(value)?,
+            "--body-bytes" => config.body_bytes = size(value)?,
+            "--line-bytes" => config.line_bytes = size(value)?,
+            "--head-time" => config.head_time = time(value)?,
+            "--body-time" => config.body_time = time(value)?,
+            "--idle-time" => config.idle_time = time(value)?,
+            "--heartbeat" => config.heartbeat = time(value)?,
+            "--lifetime" => config.lifetime = time(value)?,
+            "--stall-time" => config.stall_time = time(value)?,
+            "--retry" => config.retry = time(value)?,
+            "--keep-events" => config.keep_events = count(value)?,
+            "--keep-bytes" => config.keep_bytes = size(value)?,
+            "--keep-age" => config.keep_age = time(value)?,
+            "--topics" => config.topics = count(value)?,
+            "--journal" => config.journal = Some(value.into()),
+            "--fsync" => config.fsync = switch(value)?,
+            "--lanes" => config.lanes = count(value)?,
             "--log" => {
-                config.log = match value()?.as_str() {
+                config.log = match value {
                     "off" => Log::Off,
                     "info" => Log::Info,
                     "debug" => Log::Debug,
@@ -158,10 +251,19 @@ impl Command {
         Ok(())
     }
 
-    fn run(self) -> io::Result<()> {
-        let server = Server::bind(self.listen, self.config).map_err(|error| {
-            let hint = if error.kind() == ErrorKind::AddrInUse { ": give another with --listen" } else { "" };
-            io::Error::new(error.kind(), format!("cannot serve {}: {error}{hint}", self.listen))
+    fn run(self) -> Result<(), Failure> {
+        let listen = self.listen;
+        let is_open = self.config.open || !self.config.publish_tokens.is_empty() || listen.ip().is_loopback();
+        let server = Server::bind(listen, self.config).map_err(|error| {
+            let is_ours = error.raw_os_error().is_none();
+            match error.kind() {
+                ErrorKind::InvalidInput if is_ours => Failure::usage(by_flag(&error.to_string())),
+                ErrorKind::PermissionDenied if is_ours && !is_open => Failure::usage(format_args!("--listen: {error}")),
+                kind => {
+                    let hint = if kind == ErrorKind::AddrInUse { ": give another with --listen" } else { "" };
+                    Failure { code: 1, reason: format!("cannot serve {listen}: {error}{hint}") }
+                }
+            }
         })?;
         server.page("/", "text/html; charset=utf-8", include_str!("page.html"))?;
         server.stream("/test", |stream| {
@@ -179,7 +281,9 @@ impl Command {
         stop_on_signals(thread::current())?;
         let server = server.spawn()?;
         let url = format!("http://{}", server.addr()?);
-        say(&format!("brooklet listens on {url} (open it in a browser; Ctrl-C stops it)\n  curl -N {url}/test\n"));
+        let text = format!("brooklet listens on {url} (open it in a browser; Ctrl-C stops it)\n  curl -N {url}/test\n");
+        // Standard output may be a full pipe that nobody reads: then this thread waits, and not the one that stops.
+        thread::Builder::new().name("first line".into()).spawn(move || say(&text))?;
         while !STOPPING.load(SeqCst) {
             thread::park();
         }
@@ -188,20 +292,32 @@ impl Command {
     }
 }
 
+/// An error of the settings names its field first; here that is a flag. (`allow_origins` is `--allow-origin`.)
+fn by_flag(error: &str) -> String {
+    let (field, reason) = error.split_once(": ").unwrap_or_default();
+    let name = format!("--{}", field.replace('_', "-"));
+    let flag = FLAGS.iter().find(|(flag, _)| name.starts_with(flag));
+    flag.map_or(error.into(), |(flag, _)| format!("{flag}: {reason}"))
+}
+
 static STOPPING: AtomicBool = AtomicBool::new(false);
 
-/// The first Ctrl-C or SIGTERM stops the server in order, the second at once.
+/// The first Ctrl-C, SIGTERM or SIGHUP stops the server in order; one that does not belong to the first, at once.
 fn stop_on_signals(serving: Thread) -> io::Result<()> {
     if hangup_is_ignored() {
         // Under nohup the server outlives its terminal. ctrlc would take the hang-up for a request to stop, so its handler
         // stays out, and SIGTERM ends the process without farewell.
         return Ok(());
     }
-    let handler = move || {
-        if STOPPING.swap(true, SeqCst) {
-            process::exit(130);
+    let mut first: Option<Instant> = None;
+    let handler = move || match first {
+        None => {
+            first = Some(Instant::now());
+            STOPPING.store(true, SeqCst);
+            serving.unpark();
         }
-        serving.unpark();
+        Some(first) if first.elapsed() < ONE_SIGNAL => {}
+        Some(_) => process::exit(130),
     };
     ctrlc::set_handler(handler).map_err(io::Error::other)
 }
@@ -211,6 +327,15 @@ fn hangup_is_ignored() -> bool {
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
     let mask = status.lines().find_map(|line| u64::from_str_radix(line.strip_prefix("SigIgn:")?.trim(), 16).ok());
     mask.is_some_and(|mask| mask & 1 == 1)
+}
+
+/// A switch has a value in the environment only; `true` and `false` are what other files' booleans become there.
+fn switch(text: &str) -> Result<bool, String> {
+    match text {
+        "1" | "true" => Ok(true),
+        "0" | "false" => Ok(false),
+        _ => Err(format!("{text:?} is neither 1 nor 0")),
+    }
 }
 
 fn address(text: &str) -> Result<SocketAddr, String> {

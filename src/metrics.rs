@@ -8,10 +8,12 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 #[derive(Default)]
 pub struct Counters {
     pub published: AtomicU64,
+    pub refused: AtomicU64,
     pub delivered: AtomicU64,
     pub woken: AtomicU64,
     pub gaps: AtomicU64,
     pub sent_away: AtomicU64,
+    pub evicted: AtomicU64,
     pub journal_bytes: AtomicU64,
 }
 
@@ -35,10 +37,17 @@ pub fn render(gauges: &Gauges, counters: &Counters) -> String {
         ("kept_bytes", "gauge", gauges.kept_bytes as u64, "Bytes kept for replaying, with bookkeeping."),
         ("journal_bytes", "gauge", total(&counters.journal_bytes), "Size of the journal."),
         ("published_total", "counter", total(&counters.published), "Events published."),
-        ("delivered_total", "counter", total(&counters.delivered), "Events written to subscribers."),
+        ("refused_total", "counter", total(&counters.refused), "Requests to publish that were refused."),
+        (
+            "delivered_total",
+            "counter",
+            total(&counters.delivered),
+            "Events written to subscribers, those of handlers too.",
+        ),
         ("woken_total", "counter", total(&counters.woken), "Times a live subscriber's thread was woken."),
         ("gaps_total", "counter", total(&counters.gaps), "Gaps that subscribers were told of."),
         ("sent_away_total", "counter", total(&counters.sent_away), "Connections and streams without room."),
+        ("evicted_total", "counter", total(&counters.evicted), "Connections closed to make room for others."),
     ] {
         let _ = writeln!(text, "# HELP brooklet_{name} {help}\n# TYPE brooklet_{name} {kind}\nbrooklet_{name} {value}");
     }

@@ -5,16 +5,18 @@
 //! crowd of idle or slow ones can lock the others out. Streams make no room; they never take all the places, but while
 //! there are few of them, a herd that comes back at once has theirs, too.
 
-use crate::connection::Connection;
+use crate::connection::{Connection, Reason};
 use crate::sync::enter;
 use std::collections::{BTreeMap, HashMap};
-use std::net::{Shutdown, SocketAddr, TcpStream};
+use std::net::{SocketAddr, TcpStream};
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::Instant;
 
 /// Whoever makes room for another loses its place at once, but its thread takes a moment to end. So many may be ending at
 /// the same time, beside those that have a place.
 const ENDING_THREADS: usize = 128;
+
+pub const MADE_ROOM: Reason = "it made room for another";
 
 /// What a connection is at.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -173,7 +175,7 @@ impl Table {
         };
         let Some((_, c)) = order.into_iter().find_map(|place| self.queue(place).pop_first()) else { return false };
         self.positions.remove(&c.serial);
-        let _ = c.socket.shutdown(Shutdown::Both);
+        c.cut(MADE_ROOM);
         true
     }
 

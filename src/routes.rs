@@ -8,6 +8,7 @@ use crate::connection::STOPPING;
 use crate::door::Door;
 use crate::history::{Start, Totals};
 use crate::hub::{Core, Hub, check_topic};
+use crate::log::{Logger, OncePerSecond};
 use crate::metrics::{self, Gauges};
 use crate::places::{Counts, Places};
 use crate::publishing::Publishing;
@@ -20,6 +21,7 @@ use crate::sync::enter;
 use crate::target::CURSOR_PARAMETERS;
 use crate::text::{invalid, parse_duration, quoted, skip_space, skip_token};
 use std::io;
+use std::sync::atomic::Ordering::Relaxed;
 use std::sync::{Arc, Mutex};
 
 pub const TOPICS_PER_STREAM: usize = 16;
@@ -48,6 +50,12 @@ pub enum Source {
     Handler(Handled),
 }
 
+impl Source {
+    pub fn is_handler(&self) -> bool {
+        matches!(self, Source::Handler(_))
+    }
+}
+
 pub struct Routes {
     pub door: Door,
     publishing: Publishing,
@@ -55,12 +63,23 @@ pub struct Routes {
     places: Arc<Places>,
     /// By their paths. They are few.
     table: Mutex<Vec<(String, Route)>>,
+    log: Arc<Logger>,
+    /// A crowd that is refused must not use up the turn of other warnings.
+    refusals: OncePerSecond,
 }
 
 impl Routes {
-    pub fn new(hub: Hub, door: Door, places: Arc<Places>) -> Routes {
+    pub fn new(hub: Hub, door: Door, places: Arc<Places>, log: Arc<Logger>) -> Routes {
         let core = hub.core.clone();
-        Routes { door, publishing: Publishing { hub, places: places.clone() }, core, places, table: Mutex::default() }
+        Routes {
+            door,
+            publishing: Publishing { hub, places: places.clone() },
+            core,
+            places,
+            table: Mutex::default(),
+            log,
+            refusals: OncePerSecond::default(),
+        }
     }
 
     /// Adds what is at a path, or replaces it.
@@ -82,8 +101,6 @@ impl Routes {
         Ok(())
     }
 
-    /// Never inlined: see `Request::parse`.
-    #[inline(never)]
     pub fn reply(&self, reader: &mut Reader, request: &mut Request) -> Result<Reply, Response> {
         self.door.check_host(request)?;
         let path = request.path.clone();
@@ -92,7 +109,10 @@ impl Routes {
         };
         match (request.method.as_str(), path.strip_prefix(EVENTS)) {
             ("OPTIONS", _) => Ok(Reply::Response(Response::text(204, "").field("Allow", allow))),
-            ("POST" | "PUT", Some(topic)) => self.publish(reader, request, topic).map(Reply::Response),
+            ("POST" | "PUT", Some(topic)) => {
+                let published = self.publish(reader, request, topic);
+                published.inspect_err(|refusal| self.note_refusal(reader, refusal)).map(Reply::Response)
+            }
             ("GET" | "HEAD", Some(names)) => {
                 self.door.check_subscriber(request)?;
                 request.read_body(reader, &self.core.config, false)?;
@@ -107,6 +127,7 @@ impl Routes {
         }
     }
 
+    #[inline(never)] // see conversation.rs: a small stack
     fn publish(&self, reader: &mut Reader, request: &mut Request, topic: &str) -> Result<Response, Response> {
         self.door.check_origin(request)?;
         self.door.check_publisher(request)?;
@@ -119,6 +140,7 @@ impl Routes {
         }
     }
 
+    #[inline(never)] // see conversation.rs: a small stack
     fn get(&self, reader: &mut Reader, request: &mut Request, path: &str) -> Result<Reply, Response> {
         let route = enter(&self.table).iter().find(|(known, _)| known == path).map(|(_, route)| route.clone());
         if path == "/metrics" || matches!(route, Some(Route::Stream(_))) {
@@ -140,6 +162,12 @@ impl Routes {
             None if self.core.is_stopping() => Reply::Response(self.publishing.unavailable(STOPPING)),
             None => Reply::Response(Response::text(200, "ok")),
         })
+    }
+
+    fn note_refusal(&self, reader: &Reader, refusal: &Response) {
+        self.core.counters.refused.fetch_add(1, Relaxed);
+        let line = format_args!("{} could not publish: {} {}", reader.c.peer, refusal.status, refusal.reason());
+        self.log.warn_within(&self.refusals, line);
     }
 
     /// The methods that a path takes, or none where there is nothing.

@@ -4,11 +4,12 @@
 //! place, and hand over.
 
 use crate::config::{Config, Log};
+use crate::connection::STOPPING;
 use crate::conversation::{self, Shared};
 use crate::door::Door;
 use crate::hub::{Core, Hub};
 use crate::lane::{self, ToLane};
-use crate::log::Logger;
+use crate::log::{Logger, OncePerSecond};
 use crate::metrics::Counters;
 use crate::places::Places;
 use crate::routes::{Route, Routes};
@@ -78,9 +79,9 @@ impl Server {
         let core = Arc::new(Core::new(config, lanes, counters, &log)?);
         let places = Arc::new(Places::new(core.config.subscribers, core.config.connections));
         let door = Door::new(&core.config, Some(address.port()).filter(|_| address.ip().is_loopback()));
-        let routes = Routes::new(Hub { core: core.clone() }, door, places.clone());
+        let routes = Routes::new(Hub { core: core.clone() }, door, places.clone(), log.clone());
         let handle = Handle {
-            shared: Arc::new(Shared { core, places, routes, log }),
+            shared: Arc::new(Shared { core, places, routes, log, evicted: OncePerSecond::default() }),
             listener: Arc::new(listener),
             doorbell,
             address_space: Arc::new(AddressSpace::read()),
@@ -280,7 +281,7 @@ fn end_connections(places: &Places, log: &Logger, deadline: Instant) -> usize {
     }
     places.wait_for_work(started + STOP_GRACE);
     for c in places.everyone() {
-        let _ = c.socket.shutdown(Shutdown::Both); // wakes who waits for a request, or a slow peer
+        c.cut(STOPPING); // wakes who waits for a request, or a slow peer
     }
     let left = places.wait_for_threads(deadline);
     if left > 0 {

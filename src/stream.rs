@@ -11,6 +11,7 @@ use std::borrow::Cow;
 use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant};
 
 pub type Handler = dyn Fn(&mut Stream) -> io::Result<()> + Send + Sync;
@@ -114,6 +115,7 @@ impl Stream<'_> {
         match self.c.write_whole(&framing.wrap(frame), Instant::now() + LONGEST) {
             Ok(()) => {
                 enter(&self.c.state).sent += events;
+                self.core.counters.delivered.fetch_add(events, Relaxed);
                 Ok(())
             }
             Err(reason) => {

@@ -95,6 +95,7 @@ impl<'a> Subscription<'a> {
         if let Some(gap) = &gap {
             bytes.extend_from_slice(gap.bytes(framing));
             self.core.counters.gaps.fetch_add(1, Relaxed);
+            self.core.counters.delivered.fetch_add(1, Relaxed);
         }
         self.c.write_waiting(&bytes, self.deadline)
     }
@@ -103,9 +104,11 @@ impl<'a> Subscription<'a> {
     fn follow(&mut self) -> Reason {
         let (core, c) = (self.core, self.c);
         loop {
-            if let Err(reason) = c.finish(self.deadline) {
-                return reason;
-            } else if core.is_stopping() {
+            match c.finish(self.deadline) {
+                Ok(finished) => core.counters.delivered.fetch_add(finished, Relaxed),
+                Err(reason) => return reason,
+            };
+            if core.is_stopping() {
                 return c.end(STOPPING, spread(core.config.retry, 50, 150));
             } else if Instant::now() >= self.deadline {
                 return c.end("the lifetime is over", core.config.retry);

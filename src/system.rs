@@ -68,7 +68,11 @@ pub fn boot_id() -> Option<String> {
 }
 
 fn files_left() -> usize {
-    let open = fs::read_dir("/proc/self/fd").map_or(0, Iterator::count);
+    let open = match fs::read_dir("/proc/self/fd") {
+        Ok(open) => open.count(),
+        Err(error) if error.kind() == ErrorKind::NotFound => 0, // not Linux
+        Err(_) => return 0,                                     // there is no descriptor to look with
+    };
     field_of("/proc/self/limits", "Max open files").unwrap_or(usize::MAX).saturating_sub(open + SPARE_FILES)
 }
 

@@ -125,9 +125,9 @@ pub fn stopping_ends_each_stream_with_a_retry(process: &mut Process, signal: &st
     streams.into_iter().map(last_block).collect()
 }
 
-/// Each request, with the status of its answer and a part of the one line that says why. After each, `works` asks for
-/// something on a connection of its own.
-pub fn each_bad_request_gets_its_answer(addr: SocketAddr, table: &[(u16, &str, String)], works: impl Fn()) {
+/// Each request, with the status of its answer and a part of the one line that says why. After each of them, which it
+/// is given, `works` asks for something on a connection of its own.
+pub fn each_bad_request_gets_its_answer(addr: SocketAddr, table: &[(u16, &str, String)], works: impl Fn(&str)) {
     for (status, said, request) in table {
         let mut wire = Wire::connect(addr);
         wire.send(request.as_bytes());
@@ -138,6 +138,6 @@ pub fn each_bad_request_gets_its_answer(addr: SocketAddr, table: &[(u16, &str, S
         assert!(answer.body.ends_with('\n') && answer.body.matches('\n').count() == 1, "one line: {:?}", answer.body);
         assert_eq!(answer.header("content-type"), Some("text/plain; charset=utf-8"));
         assert_eq!(answer.header("allow").is_some(), *status == 405, "{shown:?}");
-        works();
+        works(shown);
     }
 }

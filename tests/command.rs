@@ -3,6 +3,11 @@
 use crate::{both, common::*};
 use base64::prelude::*;
 use sha2::{Digest, Sha256};
+use std::fs::OpenOptions;
+use std::io::{PipeReader, PipeWriter, Write};
+use std::net::SocketAddr;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::OpenOptionsExt;
 use std::process::{Command, Output};
 
 fn run(flags: &[&str]) -> Output {
@@ -59,7 +64,7 @@ fn help_fits_one_screen_and_names_every_flag() {
     let output = run(&["--help"]);
     assert!(output.status.success());
     let help = String::from_utf8(output.stdout).unwrap();
-    assert!(help.lines().count() <= 40 && help.lines().all(|line| line.chars().count() <= 80), "{help}");
+    assert!(help.lines().count() <= 50 && help.lines().all(|line| line.chars().count() <= 80), "{help}");
     let flags = "listen open publish-token subscribe-token allow-origin journal fsync subscribers connections head-bytes body-bytes line-bytes head-time body-time idle-time heartbeat \
                  lifetime stall-time retry keep-events keep-bytes keep-age topics lanes log help version";
     for flag in flags.split_whitespace() {
@@ -90,20 +95,21 @@ fn a_bad_flag_is_told_what_was_expected() {
         assert!(error.contains(said) && error.contains("see brooklet --help"), "{flags:?}: {error}");
     }
     for (flags, said) in [
-        (&["--head-time=0s"][..], "head_time: 0 leaves no time"),
-        (&["--heartbeat=2s"], "heartbeat: silence is looked for"),
+        (&["--head-time=0s"][..], "--head-time: 0 leaves no time"),
+        (&["--heartbeat=2s"], "--heartbeat: silence is looked for"),
         (&["--connections=0"], "give at least 1"),
         (&["--topics=0"], "give at least 1"),
         (&["--head-bytes=0"], "give some KiB"),
-        (&["--allow-origin", "app.example"], "is no origin"),
+        (&["--lifetime", "0s"], "--lifetime: 0 leaves no time"),
+        (&["--allow-origin", "app.example"], "--allow-origin: \"app.example\" is no origin"),
         (&["--allow-origin", "a b://app.example"], "is no origin"),
         (&["--allow-origin", "https://app.example:443"], "give https://app.example"),
-        (&["--lanes=1000"], "lanes: more than any machine"),
+        (&["--lanes=1000"], "--lanes: more than any machine"),
         (&["--listen", "0.0.0.0:0"], "is beyond loopback, so whoever reaches it could publish"),
     ] {
         let output = run(flags);
         let error = String::from_utf8(output.stderr).unwrap();
-        assert_eq!((output.status.code(), error.contains(said)), (Some(1), true), "{flags:?}: {error}");
+        assert_eq!((output.status.code(), error.contains(said)), (Some(2), true), "{flags:?}: {error}");
     }
 }
 
@@ -139,4 +145,228 @@ fn the_pages_policy_names_the_hashes_of_its_script_and_style() {
     for unsafe_way in ["innerHTML", "insertAdjacentHTML", "document.write", "eval(", "https://", "src=\"http"] {
         assert!(!page.contains(unsafe_way), "{unsafe_way}");
     }
+}
+
+/// The flags that `--help` names, each with a value that it takes; the switches have none.
+fn flags_of_the_help() -> Vec<(String, Option<&'static str>)> {
+    let help = String::from_utf8(run(&["--help"]).stdout).unwrap();
+    let flags = help.lines().filter_map(|line| {
+        let (flag, rest) = line.trim_start().strip_prefix("--")?.split_once(' ')?;
+        let value = match rest.split(' ').next()? {
+            "ADDR" => Some("127.0.0.1:0"),
+            "N" => Some("1"),
+            "SIZE" => Some("64KiB"),
+            "TIME" => Some("5s"),
+            "T" => Some("token"),
+            "ORIGIN" => Some("https://app.example"),
+            "FILE" => Some("journal"),
+            "off|info|debug" => Some("off"),
+            "" => None,
+            other => panic!("what is {other}?"),
+        };
+        Some((format!("--{flag}"), value))
+    });
+    flags.filter(|(flag, _)| flag != "--help").collect()
+}
+
+/// How `--retry` is spelled in the environment, for instance.
+fn variable(flag: &str) -> String {
+    format!("BROOKLET_{}", flag[2..].to_uppercase().replace('-', "_"))
+}
+
+fn run_with(variables: &[(&str, &str)], flags: &[&str]) -> (Option<i32>, String) {
+    let output = output(Command::new(BROOKLET).args(flags).envs(variables.iter().copied()));
+    (output.status.code(), String::from_utf8(output.stderr).unwrap())
+}
+
+#[test]
+fn a_flag_that_takes_one_value_is_refused_when_it_is_given_twice() {
+    let flags = flags_of_the_help();
+    assert_eq!(flags.len(), 25, "{flags:?}");
+    for (flag, value) in flags {
+        let Some(value) = value.filter(|value| !["token", "https://app.example"].contains(value)) else { continue };
+        let (code, error) = run_with(&[], &[&flag, value, &format!("{flag}={value}")]);
+        assert_eq!(code, Some(2), "{flag}: {error}");
+        assert!(error.contains(&format!("brooklet: {flag}: it is given twice")), "{error}");
+    }
+}
+
+#[test]
+fn a_switch_may_be_given_twice_and_so_may_what_adds_up() {
+    let origins = ["--allow-origin=https://a.example", "--allow-origin", "https://b.example"];
+    let process = Process::start(&[&["--open", "--open", "--log=off"][..], &origins].concat());
+    for host in ["a.example", "b.example"] {
+        assert_eq!(Wire::ask(process.addr, &format!("GET /health HTTP/1.1\r\nHost: {host}\r\n\r\n")).status, 200);
+    }
+}
+
+#[test]
+fn a_flag_without_its_value_does_not_take_the_next_flag_for_it() {
+    for (flags, said) in [
+        (&["--journal", "--fsync"][..], "--journal: a value is missing"),
+        (&["--journal="], "--journal: a value is missing"),
+        (&["--listen", ""], "--listen: a value is missing"),
+    ] {
+        let (code, error) = run_with(&[], &[flags, &["--lanes=1000"]].concat()); // it must not start whatever it takes
+        assert_eq!((code, error.contains(said)), (Some(2), true), "{flags:?}: {error}");
+    }
+}
+
+#[test]
+fn every_flag_can_come_from_the_environment_and_a_bad_value_names_its_variable() {
+    for (flag, value) in flags_of_the_help() {
+        // What would be refused after the environment ends a server that has not read it.
+        let refused = if flag == "--lanes" { "--head-bytes=0" } else { "--lanes=1000" };
+        let name = variable(&flag);
+        let bad = if value.is_none() { "maybe" } else { "" };
+        let (code, error) = run_with(&[(&name, bad)], &[refused]);
+        assert_eq!(code, Some(2), "{flag}: {error}");
+        assert!(error.starts_with(&format!("brooklet: {name}: ")) && error.contains("brooklet --help"), "{error}");
+    }
+    for (name, value, said) in [
+        ("BROOKLET_RETRY", "5", "BROOKLET_RETRY: \"5\" is no length of time"),
+        ("BROOKLET_OPEN", "maybe", "BROOKLET_OPEN: \"maybe\" is neither 1 nor 0"),
+        ("BROOKLET_FSYNC", "1", "--fsync: only a journal can be synced"),
+        ("BROOKLET_LISTEN", "3001", "BROOKLET_LISTEN: \"3001\" is no address"),
+    ] {
+        let refused: &[&str] = if name == "BROOKLET_FSYNC" { &[] } else { &["--lanes=1000"] };
+        let (code, error) = run_with(&[(name, value)], refused);
+        assert_eq!((code, error.contains(said)), (Some(2), true), "{name}: {error}");
+    }
+}
+
+#[test]
+fn flags_win_over_the_environment_and_lists_add_up() {
+    let mut command = Command::new(BROOKLET);
+    command
+        .args(["--listen", "127.0.0.1:0", "--retry", "1234ms", "--open", "--allow-origin", "https://c.example"])
+        .envs([
+            ("BROOKLET_LISTEN", "nowhere"), // not read, since the flag is given
+            ("BROOKLET_RETRY", "4s"),
+            ("BROOKLET_OPEN", "0"),
+            ("BROOKLET_FSYNC", "0"),
+            ("BROOKLET_LOG", "debug"),
+            ("BROOKLET_ALLOW_ORIGIN", "https://a.example https://b.example"),
+            ("BROOKLET_PORT", "tcp://10.0.0.1:3000"), // what Kubernetes sets for a service of that name is not ours
+        ]);
+    let process = Process::from(&mut command);
+    assert_eq!(Wire::stream(process.addr, "/events/a", "").block().unwrap().retry, Some(1234));
+    for host in ["a.example", "b.example", "c.example"] {
+        assert_eq!(Wire::ask(process.addr, &format!("GET /health HTTP/1.1\r\nHost: {host}\r\n\r\n")).status, 200);
+    }
+    process.wait_for_log("GET \"/health\" 200");
+}
+
+#[test]
+fn what_can_never_be_ends_with_2_and_what_the_system_refuses_with_1() {
+    let process = Process::start(&[]);
+    let taken = process.addr.to_string();
+    for (flags, expected, said) in [
+        (&["--fsync"][..], 2, "brooklet: --fsync: only a journal can be synced"),
+        (&["--listen", "0.0.0.0:0"], 2, "brooklet: --listen: 0.0.0.0:"),
+        (
+            &["--allow-origin", "https://app.example/"],
+            2,
+            "--allow-origin: \"https://app.example/\" is not as browsers write it: give https://app.example",
+        ),
+        (&["--listen", &taken], 1, "cannot serve 127.0.0.1:"),
+        (&["--listen=127.0.0.1:0", "--journal=/nowhere/at/all"], 1, "the journal /nowhere/at/all: "),
+    ] {
+        let (code, error) = run_with(&[], flags);
+        assert_eq!((code, error.contains(said)), (Some(expected), true), "{flags:?}: {error}");
+    }
+}
+
+/// The writing end of a pipe that has not room for a single byte more, and the end that nobody reads.
+fn full_pipe() -> (PipeReader, PipeWriter) {
+    let (reader, writer) = std::io::pipe().unwrap();
+    // Opened once more, it can be filled without waiting; the pipe's own end stays one that waits.
+    let path = format!("/proc/self/fd/{}", writer.as_raw_fd());
+    const O_NONBLOCK: i32 = 0o4000;
+    let mut filler = OpenOptions::new().write(true).custom_flags(O_NONBLOCK).open(path).unwrap();
+    for bytes in [&[0; 4096][..], &[0]] {
+        while filler.write(bytes).is_ok() {}
+    }
+    (reader, writer)
+}
+
+/// The port on which this process listens, as the system tells it.
+fn port_of(pid: u32) -> Option<u16> {
+    let sockets: Vec<String> = std::fs::read_dir(format!("/proc/{pid}/fd"))
+        .ok()?
+        .filter_map(|entry| Some(std::fs::read_link(entry.ok()?.path()).ok()?.to_string_lossy().into_owned()))
+        .collect();
+    std::fs::read_to_string("/proc/net/tcp").unwrap().lines().find_map(|line| {
+        let fields: Vec<&str> = line.split_whitespace().collect();
+        let is_ours = fields.get(3) == Some(&"0A") && sockets.contains(&format!("socket:[{}]", fields.get(9)?));
+        is_ours.then(|| u16::from_str_radix(fields[1].split(':').nth(1)?, 16).ok())?
+    })
+}
+
+#[test]
+fn a_full_standard_output_holds_up_neither_serving_nor_stopping() {
+    let (_reader, writer) = full_pipe();
+    let mut child = start(Command::new(BROOKLET).args(["--listen", "127.0.0.1:0", "--log=off"]).stdout(writer));
+    let port = wait_for("it to listen", || port_of(child.id()));
+    let addr = SocketAddr::from(([127, 0, 0, 1], port));
+    assert_eq!(get(addr, "/health").status, 200);
+    let mut stream = Wire::stream(addr, "/events/a", "");
+    assert!(shell(&format!("kill -TERM {}", child.id())));
+    let status = wait_for("SIGTERM to end it", || child.try_wait().unwrap());
+    assert!(status.success(), "{status}");
+    assert!(String::from_utf8(stream.rest()).unwrap().contains(": the server is stopping\nretry: "));
+}
+
+/// A server that needs its whole grace to stop, since one of its streams takes nothing; and that stream.
+fn slow_to_stop() -> (Process, Wire) {
+    let process = Process::start(&["--keep-events", "100000", "--log=off"]);
+    let stalled = Wire::stream(process.addr, "/events/stalled", "");
+    let body = "x".repeat(60_000);
+    wait_for("the reader to fall behind", || {
+        assert_eq!(post(process.addr, "/events/stalled", &body).status, 200);
+        (metric(process.addr, "woken_total") > 0).then_some(())
+    });
+    (process, stalled)
+}
+
+#[test]
+fn the_two_signals_of_a_closing_terminal_are_one_and_streams_get_their_farewell() {
+    for (first, second) in [("TERM", "HUP"), ("HUP", "TERM"), ("INT", "HUP")] {
+        let (mut process, _stalled) = slow_to_stop();
+        let mut stream = Wire::stream(process.addr, "/events/a", "");
+        // Both wait for it at the moment when it goes on, so that they come together on any machine.
+        for signal in ["STOP", first, second, "CONT"] {
+            process.signal(signal);
+        }
+        let status = process.child.wait().unwrap();
+        assert!(status.success(), "{first} and {second}: {status}");
+        assert!(String::from_utf8(stream.rest()).unwrap().contains(": the server is stopping\nretry: "));
+    }
+}
+
+/// Between the half second in which signals are one and the end of the grace there is a fifth of a second, which a busy
+/// machine may miss: so it has several tries.
+#[test]
+fn a_second_ctrl_c_that_is_no_double_ends_it_at_once() {
+    let ends_at_once = |_| {
+        let (mut process, _stalled) = slow_to_stop();
+        loop {
+            process.signal("INT");
+            if let Some(status) = process.child.try_wait().unwrap() {
+                break status.code() == Some(130);
+            }
+        }
+    };
+    assert!((0..10).any(ends_at_once), "a second Ctrl-C changes nothing");
+}
+
+#[test]
+fn the_page_names_nothing_from_the_root_so_that_it_works_under_a_prefix() {
+    let page = include_str!("../src/page.html");
+    for quote in ['\'', '"', '`', ' ', '>'] {
+        for path in ["/test", "/events", "/metrics", "/health"] {
+            assert!(!page.contains(&format!("{quote}{path}")), "{quote}{path}");
+        }
+    }
+    assert!(page.contains("new URL('.', location)"), "the commands it shows begin with where it stands");
 }

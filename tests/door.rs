@@ -113,7 +113,7 @@ fn tokens_come_from_flags_files_and_the_environment_and_stand_in_no_log() {
     }
     assert_eq!(ask(process.addr, "POST", "/events/a", "Authorization: Bearer guess-1\r\n").status, 403);
     assert_eq!(ask(process.addr, "GET", "/events/a", "Cookie: brooklet_token=guess-2\r\n").status, 403);
-    wait_for("the log", || (process.log().matches(" 403").count() == 2).then_some(()));
+    wait_for("the log", || (process.log().matches("\" 403").count() == 2).then_some(()));
     for secret in ["from-", "reader", "guess-"] {
         assert!(!process.log().contains(secret), "{}", process.log());
     }

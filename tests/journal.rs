@@ -93,6 +93,7 @@ fn two_hundred_kills_lose_nothing_that_was_answered_and_repeat_nothing() {
     // At an address of its own: the port of who was killed may next be another test's, and be asked meanwhile.
     let flags = ["--listen", "127.0.0.2:0", "--journal", &path, "--log", "off"];
     let flags = [&flags[..], &["--keep-events", "10000000", "--keep-bytes", "1GiB"]].concat();
+    let start_once = || Process::from(Command::new(BROOKLET).args(&flags));
     let (current, done) = (Arc::new(Current::default()), Arc::new(AtomicBool::new(false)));
     let acknowledged = Arc::new(Mutex::new(Vec::new()));
 
@@ -148,13 +149,13 @@ fn two_hundred_kills_lose_nothing_that_was_answered_and_repeat_nothing() {
 
     let mut random = Random(17);
     for _ in 0..ROUNDS {
-        let process = Process::start(&flags);
+        let process = start_once();
         current.set(Some(process.addr));
         thread::sleep(Duration::from_millis(10 + random.below(40) as u64));
         current.set(None);
         drop(process); // kill -9
     }
-    let process = Process::start(&flags);
+    let process = start_once();
     current.set(Some(process.addr));
     done.store(true, SeqCst);
     publishers.into_iter().for_each(|publisher| publisher.join().unwrap());

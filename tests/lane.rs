@@ -121,7 +121,7 @@ fn stray_bytes_on_a_stream_are_thrown_away_up_to_a_limit() {
 
 #[test]
 fn a_heartbeat_is_one_line_and_comes_only_after_silence() {
-    let server = serve(Config { heartbeat: Duration::from_secs(4), ..Config::default() });
+    let server = serve(Config { heartbeat: Duration::from_millis(3_500), ..Config::default() });
     let (mut stream, _) = Wire::subscribe(server.addr().unwrap(), "/events/a", "");
     let silence = stream.take_until(b":\n:\n").expect("two heartbeats");
     assert_eq!(silence, b":\n:\n");

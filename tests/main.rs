@@ -1,5 +1,6 @@
-//! All tests in one program: it is linked once, and its tests share the machine from the first to the last. Each file has
-//! the tests of one part of the server.
+//! All tests are one program, which is linked once. Each file has the tests of one room of the server, `both` what the server
+//! in one file promises, too, `corpus` the malformed requests, and `common` what they share. Tests run beside each other in one
+//! process: whatever looks at threads, descriptors or memory looks at a process that it has started itself.
 
 mod block;
 mod body;
@@ -11,10 +12,12 @@ mod corpus;
 mod door;
 mod event;
 mod history;
+mod house;
 mod hub;
 mod journal;
 mod lane;
 mod log;
+mod metrics;
 mod places;
 mod request;
 mod response;

@@ -2,6 +2,7 @@
 
 use crate::common::*;
 use brooklet::{Config, Event, Id};
+use std::io::Read;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
@@ -175,11 +176,11 @@ fn curl_can_tell_a_streams_end_from_a_cut() {
     }
     let mut process = Process::start(&["--lifetime", "1s"]);
     let url = format!("http://{}/events/a", process.addr);
-    let curl = |url: &str| Command::new("curl").args(["-sN", url]).stdout(Stdio::null()).spawn().unwrap();
+    let curl = |url: &str| Command::new("curl").args(["-sN", url]).stdout(Stdio::piped()).spawn().unwrap();
     assert_eq!(curl(&url).wait().unwrap().code(), Some(0), "the lifetime is over");
     assert_eq!(curl(&format!("{url}?poll=1ms")).wait().unwrap().code(), Some(0), "the poll is over");
     let mut cut = curl(&format!("http://{}/test", process.addr));
-    wait_for_metric(process.addr, "subscribers", 1);
+    cut.stdout.as_mut().unwrap().read_exact(&mut [0]).unwrap(); // it has the head
     process.child.kill().unwrap();
     assert_eq!(cut.wait().unwrap().code(), Some(18));
 }

@@ -43,10 +43,13 @@ fn large_limits_leave_mappings_for_their_buffers() {
 
 #[test]
 fn where_the_system_has_no_room_at_all_it_does_not_start() {
-    let script = format!("ulimit -n 12; exec {} --listen 127.0.0.1:0", BROOKLET);
-    let output = output(Command::new("sh").args(["-c", &script]));
-    let error = String::from_utf8(output.stderr).unwrap();
-    assert!(!output.status.success() && error.contains("the limit is on open files (ulimit -n)"), "{error}");
+    for descriptors in [5, 8, 12] {
+        let script = format!("ulimit -n {descriptors}; exec {BROOKLET} --listen 127.0.0.1:0");
+        let output = output(Command::new("sh").args(["-c", &script]));
+        let error = String::from_utf8(output.stderr).unwrap();
+        assert!(!output.status.success(), "with {descriptors} descriptors");
+        assert!(error.contains("the limit is on open files (ulimit -n)"), "with {descriptors}: {error}");
+    }
 }
 
 /// The command, while strace makes system calls fail as `inject` says; with what strace wrote down of them.

@@ -1,7 +1,7 @@
 // Chromium: the page at /, the article's page, EventSource through cuts, restarts and refusals, and who may do what.
 import { mkdirSync, readFileSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';
-import { createServer } from 'node:http';
+import { createServer, request as ask } from 'node:http';
 import { createRequire } from 'node:module';
 import { chromium } from 'playwright-core';
 import { Cutter, Server, TARGET, must, newer, snippets, temporary, test, until } from './lib.mjs';
@@ -167,7 +167,10 @@ async function thePageAtTheRoot({ server, context: other, origin }) {
   // Two tabs: what one publishes, both show, in whichever topic both are.
   const [one, two] = await Promise.all([tab(other, origin), tab(other, origin)]);
   const state = page => page.locator('#topic .state').textContent();
-  for (const page of [one, two]) await until('an open topic', async () => await state(page) === '1 OPEN');
+  for (const page of [one, two]) {
+    await page.locator('#choose button').click();
+    await until('an open topic', async () => await state(page) === '1 OPEN');
+  }
   await one.locator('#data').fill('for both');
   await one.locator('#publish button').click();
   for (const page of [one, two]) await page.locator('#topic li.event .data', { hasText: 'for both' }).waitFor();
@@ -182,6 +185,70 @@ async function thePageAtTheRoot({ server, context: other, origin }) {
   await one.locator('#data').fill('for one');
   await one.locator('#publish button').click();
   await one.locator('#topic li.event .data', { hasText: 'for one' }).waitFor();
+}
+
+// A proxy that has the server under a prefix, as `location /live/ { proxy_pass http://127.0.0.1:3000/; }` does in nginx.
+// What is asked for outside of it finds nobody, and is kept.
+async function underPrefix(port) {
+  const astray = [];
+  const proxy = createServer((request, answer) => {
+    const { method, headers, url } = request;
+    if (!url.startsWith('/live/')) {
+      astray.push(url);
+      return answer.writeHead(404).end();
+    }
+    const onward = ask({ port, host: '127.0.0.1', method, headers, path: url.slice('/live'.length) }, from => {
+      answer.writeHead(from.statusCode, from.headers);
+      answer.flushHeaders();
+      from.pipe(answer);
+      answer.on('close', () => from.destroy());
+    });
+    onward.on('error', () => answer.destroy());
+    request.pipe(onward);
+  });
+  await new Promise(done => proxy.listen(0, '127.0.0.1', done));
+  proxy.unref();
+  return { astray, base: `http://127.0.0.1:${proxy.address().port}/live/`, close: () => (proxy.close(), proxy.closeAllConnections()) };
+}
+
+async function thePageUnderAPrefix({ server, context }) {
+  const { astray, base, close } = await underPrefix(server.port);
+  for (const width of [360, 1280]) {
+    const page = await tab(context, `${base}?from=a-link#test`);
+    await page.setViewportSize({ width, height: 844 });
+    await page.locator('#test li[data-type="pause"]').waitFor({ timeout: 60_000 });
+    must(await page.locator('#test .url').textContent() === `${base}test`, 'the stream has another address');
+    await page.locator('#data').fill(`from ${width}`);
+    await page.locator('#publish button').click();
+    await page.locator('#topic li.event .data', { hasText: `from ${width}` }).waitFor();
+    await until('the counts', async () => Number(await page.locator('#published').textContent()) >= 1);
+    await page.screenshot({ path: join(SHOTS, `prefix-${width}.png`), fullPage: true });
+    const wide = await page.evaluate(() => document.documentElement.scrollWidth);
+    must(wide <= width, `the page is ${wide} wide in a window of ${width}`);
+    // What it gives to copy works as it stands there.
+    const commands = (await page.locator('footer pre').textContent()).trim().split('\n');
+    const addresses = commands.map(line => line.split(' ').at(-1));
+    must(addresses.join() === ['test', 'events/news', 'events/news'].map(path => base + path).join(), `it shows ${commands}`);
+    must(!page.said.length, `the console says ${page.said}`);
+    await page.close();
+  }
+  must(!astray.length, `outside of the prefix it asked for ${astray}`);
+  close();
+}
+
+// One tab is one subscriber until it is asked for more, and publishing shows what was published.
+async function oneTabIsOneSubscriber({ server, context, origin }) {
+  const page = await tab(context, origin);
+  await page.locator('#test li[data-type="pause"]').waitFor({ timeout: 60_000 });
+  await server.subscribers(0); // the counting stream was the only one
+  must(await page.locator('#topic .state').textContent() === '–', 'the topic was opened');
+  must(await page.locator('#topic .reconnect').isDisabled(), 'there is nothing to reconnect');
+  await page.locator('#type').fill('order');
+  await page.locator('#data').fill('shown here, too');
+  await page.locator('#publish button').click();
+  await page.locator('#topic li[data-type="order"] .data', { hasText: 'shown here, too' }).waitFor();
+  await server.subscribers(1);
+  must(!page.said.length, `the console says ${page.said}`);
 }
 
 async function theArticle({ server, context, origin }, place) {
@@ -251,6 +318,7 @@ async function aReboundName({ server, context }) {
 
 async function aScriptInTheData({ server, context, origin }) {
   const page = await tab(context, origin);
+  await page.locator('#choose button').click();
   await until('an open topic', async () => await page.locator('#topic .state').textContent() === '1 OPEN');
   const script = '<img src=x onerror="window.ran = 1"><script>window.ran = 2</script>';
   await server.publish(script, { event: 'message' });
@@ -401,6 +469,8 @@ export async function browser() {
     const source = new EventSource('/events/news?since=earliest&poll');`;
   const tests = [
     ['the page at /, in four looks, two tabs, and one closed', [], thePageAtTheRoot],
+    ['the page under a prefix, at 360 and at 1280', [], thePageUnderAPrefix],
+    ['one tab is one subscriber until it is asked for more', [], oneTabIsOneSubscriber],
     ...PLACES.map(place => [`the article's page, from ${place.name}`, place.flags, given => theArticle(given, place)]),
     ['a page of another origin neither reads nor publishes', [], aForeignPage],
     [

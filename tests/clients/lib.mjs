@@ -80,7 +80,8 @@ export class Process {
 
 export class Server extends Process {
   static async start(...flags) {
-    const server = new Server(join(ROOT, 'target/release/brooklet'), ['--listen', '127.0.0.1:0', ...flags]);
+    const where = flags.some(flag => flag.startsWith('--listen')) ? [] : ['--listen=127.0.0.1:0'];
+    const server = new Server(join(ROOT, 'target/release/brooklet'), [...where, ...flags]);
     await until(() => `the server's address: ${server.err}`, () => server.out.includes('listens on') || server.gone);
     server.port = Number(server.out.match(/http:\/\/127\.0\.0\.1:(\d+) /)?.[1]);
     must(server.port, `the server did not start: ${server.err}`);
