@@ -194,11 +194,14 @@ impl Connection {
         Ok(())
     }
 
-    /// The end of a stream that the server decides on, after a whole frame. The peer reads why, and when to come back.
-    pub fn end(&self, why: Reason, retry: Duration) -> Reason {
+    /// The end of a stream that the server decides on, after a whole frame. The peer reads why, and when to come back; and
+    /// after which id, if that is not the last that it was told.
+    pub fn end(&self, why: Reason, retry: Duration, id: Option<Id>) -> Reason {
+        let id = id.map_or(String::new(), |id| format!("id: {id}\n"));
+        let block = format!(": {why}\nretry: {}\n{id}\n", retry.as_millis());
         let framing = enter(&self.state).framing;
-        let last = framing.wrap(format!(": {why}\nretry: {}\n\n", retry.as_millis()).as_bytes());
-        let _ = self.write_waiting(&[&last, framing.end()].concat(), Instant::now() + LINGER);
+        let bytes = [&framing.wrap(block.as_bytes()), framing.end()].concat();
+        let _ = self.write_waiting(&bytes, Instant::now() + LINGER);
         why
     }
 

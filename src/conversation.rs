@@ -195,7 +195,7 @@ impl Conversation {
         self.shared.core.counters.sent_away.fetch_add(1, Relaxed);
         self.shared.log.warn(format_args!("{} is sent away: {why}", self.c.peer));
         match self.c.write_whole(head.as_bytes(), Instant::now() + LINGER) {
-            Ok(()) => self.c.end(why, spread(self.config().retry, 50, 150)),
+            Ok(()) => self.c.end(why, spread(self.config().retry, 50, 150), None),
             Err(reason) => reason, // half a head: nothing may follow
         }
     }

@@ -588,6 +588,40 @@ impl Drop for Process {
     }
 }
 
+/// A clock that a test sets while the command runs by it. What the monotonic clock says is not changed.
+pub struct Clock {
+    file: String,
+    library: String,
+}
+
+impl Clock {
+    /// `None`, and said, where faketime is not there.
+    pub fn new(dir: &Scratch) -> Option<Clock> {
+        if !has("faketime") {
+            return None;
+        }
+        let preload = output(Command::new("faketime").args(["-f", "+0", "sh", "-c", "echo $LD_PRELOAD"]));
+        let library = String::from_utf8(preload.stdout).unwrap().trim().into();
+        let clock = Clock { file: dir.path("clock"), library };
+        clock.set("+0");
+        Some(clock)
+    }
+
+    /// Sets it that much before or after the system's own: `-1h`, `+25h`.
+    pub fn set(&self, offset: &str) {
+        let new = format!("{}.new", self.file); // renamed, so that nobody reads half of it
+        std::fs::write(&new, offset).unwrap();
+        std::fs::rename(&new, &self.file).unwrap();
+    }
+
+    pub fn start(&self, flags: &[&str]) -> Process {
+        let mut command = Command::new(BROOKLET);
+        command.env("LD_PRELOAD", &self.library).env("FAKETIME_TIMESTAMP_FILE", &self.file);
+        command.env("FAKETIME_NO_CACHE", "1").env("FAKETIME_DONT_FAKE_MONOTONIC", "1");
+        Process::from(command.args(["--listen", "127.0.0.1:0"]).args(flags))
+    }
+}
+
 /// A control group with these settings; removed when dropped, after the processes in it.
 pub struct Cgroup(PathBuf);
 

@@ -341,6 +341,7 @@ fn an_error_of_the_settings_names_its_field() {
     for (field, config) in [
         ("head_time", Config { head_time: zero, ..usual() }),
         ("body_time", Config { body_time: zero, ..usual() }),
+        ("put_idle_time", Config { put_idle_time: zero, ..usual() }),
         ("idle_time", Config { idle_time: zero, ..usual() }),
         ("heartbeat", Config { heartbeat: zero, ..usual() }),
         ("lifetime", Config { lifetime: zero, ..usual() }),
