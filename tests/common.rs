@@ -17,6 +17,9 @@ pub const PATIENCE: Duration = Duration::from_secs(30);
 /// The command.
 pub const BROOKLET: &str = env!("CARGO_BIN_EXE_brooklet");
 
+/// The server in one file.
+pub const MINIMAL: &str = env!("CARGO_BIN_EXE_brooklet-minimal");
+
 /// A request that always has an answer: `ok`.
 pub const HEALTH: &str = "GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n";
 
@@ -392,6 +395,11 @@ impl Wire {
     pub fn close(self) {
         let _ = self.socket.shutdown(Shutdown::Both);
     }
+
+    /// Closes with a reset, so that the server's next write fails, and its port is free at once.
+    pub fn reset(self) {
+        socket2::SockRef::from(&self.socket).set_linger(Some(Duration::ZERO)).unwrap();
+    }
 }
 
 pub fn wire_arrives(server: &brooklet::Handle, wire: &mut Wire) {
@@ -486,6 +494,11 @@ pub struct Process {
 impl Process {
     pub fn start(flags: &[&str]) -> Process {
         Process::from(Command::new(BROOKLET).args(["--listen", "127.0.0.1:0"]).args(flags))
+    }
+
+    /// The server in one file, which has no flags.
+    pub fn minimal() -> Process {
+        Process::from(Command::new(MINIMAL).arg("127.0.0.1:0"))
     }
 
     /// The command after a line of shell, which has limited what the system gives.
@@ -822,7 +835,7 @@ pub fn frame(block: &[u8]) -> Vec<u8> {
 pub fn kept(addr: SocketAddr, topics: &str) -> Vec<Vec<u8>> {
     let mut stream = Wire::stream(addr, &format!("/events/{topics}?since=earliest&poll=1ms"), "");
     let all = blocks(&stream.rest());
-    socket2::SockRef::from(&stream.socket).set_linger(Some(Duration::ZERO)).unwrap();
+    stream.reset();
     all[1..all.len() - 1].to_vec()
 }
 

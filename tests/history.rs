@@ -1,6 +1,6 @@
 //! What is kept, what was let go, and what a cursor hears of it.
 
-use crate::common::*;
+use crate::{both, common::*};
 use brooklet::{Config, Event, Id};
 use std::io::Write;
 use std::net::{SocketAddr, TcpStream};
@@ -363,4 +363,9 @@ fn what_a_gap_of_several_topics_tells_of_ends_before_its_oldest() {
             assert!(*id < oldest, "{id} of {topic} is missing after {oldest}");
         }
     }
+}
+
+#[test]
+fn a_restart_is_a_gap_that_is_told_once() {
+    both::a_restart_is_a_gap_that_is_told_once(Process::start(&[]), || Process::start(&[]));
 }
