@@ -3,7 +3,7 @@
 //! An authority is a host and perhaps a port ([RFC 3986 §3.2](https://www.rfc-editor.org/rfc/rfc3986#section-3.2)). The
 //! settings need it to read origins, and HTTP needs it to read requests: so it stands below both.
 
-use std::net::{Ipv4Addr, Ipv6Addr};
+use std::net::{IpAddr, Ipv6Addr};
 
 /// `uri-host [ ":" port ]` (RFC 9110 §4.2.1), with nothing before or after it.
 pub fn is_authority(text: &str) -> bool {
@@ -23,9 +23,9 @@ pub fn split_port(authority: &str) -> (&str, Option<&str>) {
 }
 
 pub fn is_loopback(host: &str) -> bool {
-    let host = host.to_ascii_lowercase();
-    host == "localhost"
-        || host.ends_with(".localhost")
-        || host == "[::1]"
-        || host.parse::<Ipv4Addr>().is_ok_and(|address| address.is_loopback())
+    let name = host.strip_suffix('.').unwrap_or(host).to_ascii_lowercase(); // names may end in the root's dot
+    let address = host.strip_prefix('[').and_then(|rest| rest.strip_suffix(']')).unwrap_or(host);
+    name == "localhost"
+        || name.ends_with(".localhost")
+        || address.parse::<IpAddr>().is_ok_and(|address| address.to_canonical().is_loopback())
 }

@@ -32,14 +32,21 @@ impl Block<'_> {
         if sum? != format!("{:08x}", crc32([&bytes[..before_sum], frame.as_bytes()])) && !cfg!(fuzzing) {
             return None;
         }
-        let (id, rest) = field(field(frame, "event: ").1, "id: ");
-        let is_mark = rest == "\n";
+        let (id, is_mark) = id_of(frame)?;
         let frame_at = text.len() - frame.len();
-        let id: Id = id?.parse().ok()?;
         let good = if topic.is_some() { boot.is_none() } else { is_mark && key.is_none() };
         let leaves_room = id.seq <= u64::MAX / 2; // for the ids of all that may ever follow it
         Some(Block { id, boot, topic, key, is_mark, frame_at }).filter(|_| good && leaves_room)
     }
+}
+
+/// The id of a frame, and whether there is nothing else in it. In an event it is the last line; in journals of before it
+/// stood before the data.
+fn id_of(frame: &str) -> Option<(Id, bool)> {
+    let (first, rest) = field(field(frame, "event: ").1, "id: ");
+    let last = || frame.strip_suffix("\n\n")?.rsplit_once('\n')?.1.strip_prefix("id: ");
+    let id = first.or_else(last)?.parse().ok()?;
+    Some((id, first.is_some() && rest == "\n"))
 }
 
 /// A block of these fields and this frame, with its sum.
@@ -52,8 +59,7 @@ pub fn encode_block(id: Id, fields: &[(&str, Option<&str>)], frame: &str) -> Enc
     }
     let sum = crc32([block.as_bytes(), frame.as_bytes()]);
     let _ = writeln!(block, "sum: {sum:08x}");
-    let frame_at = block.len();
-    Encoded { id, block: (block + frame).into_bytes().into(), frame_at }
+    Encoded::new(id, block.as_bytes(), frame.as_bytes())
 }
 
 /// Reads up to and with the next blank line, and returns how much that was; `None` where the file ends before. A block

@@ -31,11 +31,12 @@ impl Body {
             },
             (None, Some(_)) if is_http10 => refuse(400, "HTTP/1.0 has no Transfer-Encoding"),
             (None, Some(coding)) if coding.eq_ignore_ascii_case("chunked") => Ok(Body::chunked()),
-            (None, Some(coding)) => {
-                // Where chunked is not the last, nobody can tell where the body ends (RFC 9112 §6.3).
-                let last = coding.rsplit_once(',').map_or("", |(_, last)| last.trim_matches([' ', '\t']));
-                let status = if last.eq_ignore_ascii_case("chunked") { 501 } else { 400 };
-                refuse(status, format!("the transfer coding {} is not known: chunked is", quoted(coding)))
+            (None, Some(list)) => {
+                // Where chunked does not stand last, and there alone, nobody can tell where the body ends (RFC 9112 §6.3).
+                let codings: Vec<&str> = list.split(',').map(|coding| coding.trim_matches([' ', '\t'])).collect();
+                let first_chunked = codings.iter().position(|coding| coding.eq_ignore_ascii_case("chunked"));
+                let status = if first_chunked == Some(codings.len() - 1) { 501 } else { 400 };
+                refuse(status, format!("the transfer coding {} is not known: chunked is", quoted(list)))
             }
         }
     }
@@ -52,12 +53,18 @@ impl Body {
         self.left == 0 && !self.is_chunked
     }
 
-    /// Appends what has come of the body to `out`, waiting until there is some. False at the body's end.
-    pub fn read(&mut self, reader: &mut Reader, out: &mut Vec<u8>) -> Result<bool, Response> {
+    /// How many bytes are announced: the rest of the body, or of the chunk that is being read, for which the size of the
+    /// next one is waited for. 0 at the body's end.
+    pub fn coming(&mut self, reader: &mut Reader) -> Result<u64, Response> {
         if self.left == 0 && self.is_chunked {
             self.next_chunk(reader)?;
         }
-        if self.left == 0 {
+        Ok(self.left)
+    }
+
+    /// Appends what has come of the body to `out`, waiting until there is some. False at the body's end.
+    pub fn read(&mut self, reader: &mut Reader, out: &mut Vec<u8>) -> Result<bool, Response> {
+        if self.coming(reader)? == 0 {
             return Ok(false);
         }
         if reader.unread().is_empty() {

@@ -120,46 +120,74 @@ impl Default for Config {
 }
 
 impl Config {
+    /// What is wrong is said behind the name of its field.
     pub(crate) fn check(&self) -> io::Result<()> {
-        let Config { head_time, body_time, put_idle_time, idle_time, heartbeat, lifetime, stall_time, retry, .. } =
-            *self;
-        let times = [head_time, body_time, put_idle_time, idle_time, heartbeat, lifetime, stall_time];
-        let too_short = times.iter().any(|time| time.as_millis() == 0);
-        let too_long = times.iter().chain([&retry]).any(|time| *time > LONGEST);
+        let limits = [
+            ("head_time", self.head_time),
+            ("body_time", self.body_time),
+            ("put_idle_time", self.put_idle_time),
+            ("idle_time", self.idle_time),
+            ("heartbeat", self.heartbeat),
+            ("lifetime", self.lifetime),
+            ("stall_time", self.stall_time),
+        ];
+        for (field, time) in limits {
+            if time.as_millis() == 0 {
+                return invalid(format!("{field}: 0 leaves no time for anything: give at least 1ms"));
+            }
+        }
+        for (field, time) in limits.into_iter().chain([("retry", self.retry)]) {
+            if time > LONGEST {
+                return invalid(format!("{field}: more than ten years: give at most 87600h"));
+            }
+        }
         for (is_wrong, reason) in [
-            (too_short, "a time limit of 0 leaves no time for anything: give at least 1ms"),
-            (too_long, "a time limit of more than ten years is none: give at most 87600h"),
-            (heartbeat < 2 * SWEEP, "silence is looked for every 1750 ms: give a heartbeat of at least 3500ms"),
-            (self.head_bytes == 0, "no head has 0 bytes: give some KiB"),
-            (self.topics == 0, "without topics nothing is published: give at least 1"),
-            (self.connections == 0, "without any connections nobody could ask for a stream: give at least 1"),
-            (
-                self.lanes > MOST_LANES,
-                &format!("{} lanes are more than any machine has cores: give at most 256", self.lanes),
-            ),
-            (self.fsync && self.journal.is_none(), "only a journal can be synced: give --journal FILE, too"),
+            (self.heartbeat < 2 * SWEEP, "heartbeat: silence is looked for every 1750 ms: give at least 3500ms"),
+            (self.head_bytes == 0, "head_bytes: no head has 0 bytes: give some KiB"),
+            (self.topics == 0, "topics: without any, nothing is published: give at least 1"),
+            (self.connections == 0, "connections: without any, nobody could ask for a stream: give at least 1"),
+            (self.lanes > MOST_LANES, "lanes: more than any machine has cores: give at most 256"),
+            (self.fsync && self.journal.is_none(), "fsync: only a journal can be synced: name its file, too"),
         ] {
             if is_wrong {
                 return invalid(reason);
             }
         }
-        for origin in self.allow_origins.iter().filter(|origin| !["*", "null"].contains(&origin.as_str())) {
-            let (scheme, authority) = origin.split_once("://").unwrap_or_default();
-            let is_scheme =
-                !scheme.is_empty() && scheme.bytes().all(|b| b.is_ascii_alphanumeric() || b"+-.".contains(&b));
-            if !is_scheme || !is_authority(authority) || origin.bytes().any(|b| b.is_ascii_uppercase()) {
-                return invalid(format!("{} is no origin: write https://app.example, null or *", quoted(origin)));
-            } else if [("http", Some("80")), ("https", Some("443"))].contains(&(scheme, split_port(authority).1)) {
-                return invalid(format!("{} has the port that browsers leave out: leave it out, too", quoted(origin)));
-            }
-        }
-        Ok(())
+        self.allow_origins.iter().try_for_each(|origin| check_origin(origin))
     }
 
     /// The most data that one event may have.
     pub(crate) fn data_bytes(&self) -> usize {
         self.body_bytes.max(self.line_bytes)
     }
+}
+
+/// An origin is compared with what browsers send, so it must be written as they do: in small letters, without the port that
+/// is the scheme's own, and without a path. <https://html.spec.whatwg.org/multipage/browsers.html#ascii-serialisation-of-an-origin>
+fn check_origin(origin: &str) -> io::Result<()> {
+    if ["*", "null"].contains(&origin) {
+        return Ok(());
+    }
+    let small = origin.to_ascii_lowercase();
+    let (scheme, rest) = small.split_once("://").unwrap_or_default();
+    let authority = rest.split('/').next().unwrap_or_default();
+    let is_scheme = !scheme.is_empty() && scheme.bytes().all(|b| b.is_ascii_alphanumeric() || b"+-.".contains(&b));
+    if !is_scheme || !is_authority(authority) {
+        return invalid(format!(
+            "allow_origins: {} is no origin: write https://app.example, null or *",
+            quoted(origin)
+        ));
+    }
+    let written = match (scheme, split_port(authority)) {
+        ("http", (host, Some("80"))) | ("https", (host, Some("443"))) | (_, (host, Some(""))) => {
+            format!("{scheme}://{host}")
+        }
+        _ => format!("{scheme}://{authority}"),
+    };
+    if written == origin {
+        return Ok(());
+    }
+    invalid(format!("allow_origins: {} is not as browsers write it: give {written}", quoted(origin)))
 }
 
 /// What a publisher or a subscriber must show: `Authorization: Bearer TOKEN`, or the cookie `brooklet_token`. It is in

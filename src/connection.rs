@@ -4,7 +4,7 @@
 //! thread's. Non-blocking mode belongs to the open file, not to a handle, so only the owner sets it; everyone else may
 //! only shut the socket down. Why nothing is lost or repeated between the two owners is said in `subscription.rs`.
 
-use crate::encoded::{Encoded, Run};
+use crate::encoded::{Encoded, Framing, Run};
 use crate::event::Id;
 use crate::sync::enter;
 use std::io::{self, ErrorKind, Read, Write};
@@ -39,6 +39,8 @@ pub struct Connection {
 
 pub struct State {
     pub phase: Phase,
+    /// How a stream goes out: said by its request.
+    pub framing: Framing,
     /// Everything up to here has been written, or is not for this subscriber.
     pub cursor: Id,
     pub unfinished: Option<Unfinished>,
@@ -74,8 +76,9 @@ impl State {
 
 impl Connection {
     pub fn new(serial: u64, peer: SocketAddr, socket: TcpStream) -> Connection {
-        let (phase, cursor, wrote) = (Phase::Behind, Id::default(), Instant::now());
-        let state = State { phase, cursor, unfinished: None, is_poll: false, wrote, sent: 0, stray: 0 };
+        let (phase, framing, cursor) = (Phase::Behind, Framing::Chunked, Id::default());
+        let wrote = Instant::now();
+        let state = State { phase, framing, cursor, unfinished: None, is_poll: false, wrote, sent: 0, stray: 0 };
         Connection { serial, peer, socket, state: Mutex::new(state), wake: Condvar::new(), cut: OnceLock::new() }
     }
 
@@ -105,9 +108,11 @@ impl Connection {
 
     pub fn beat(&self, state: &mut State, now: Instant) {
         state.wrote = now;
-        match write_now(&self.socket, HEARTBEAT) {
-            Ok(written) if written == HEARTBEAT.len() => {}
-            Ok(offset) => state.fall_behind(Encoded::new(state.cursor, HEARTBEAT), offset),
+        let heartbeat = Encoded::new(state.cursor, b"", HEARTBEAT);
+        let bytes = heartbeat.bytes(state.framing);
+        match write_now(&self.socket, bytes) {
+            Ok(written) if written == bytes.len() => {}
+            Ok(offset) => state.fall_behind(heartbeat, offset),
             Err(error) => state.phase = Phase::Closed(reason_of(&error)),
         }
     }
@@ -139,8 +144,11 @@ impl Connection {
     /// Finishes what stands unfinished with blocking writes: the one place where a subscriber is waited for. Returns how
     /// many events went out whole.
     pub fn finish(&self, deadline: Instant) -> Result<u64, Reason> {
-        let Some(Unfinished { event, offset }) = enter(&self.state).unfinished.take() else { return Ok(0) };
-        self.write_waiting(&event.frame()[offset..], deadline)?;
+        let mut state = enter(&self.state);
+        let Some(Unfinished { event, offset }) = state.unfinished.take() else { return Ok(0) };
+        let framing = state.framing;
+        drop(state);
+        self.write_waiting(&event.bytes(framing)[offset..], deadline)?;
         let mut state = enter(&self.state);
         state.wrote = Instant::now();
         if event.id <= state.cursor {
@@ -186,13 +194,21 @@ impl Connection {
         Ok(())
     }
 
-    /// The end of a stream that the server decides on. The peer reads why, and when to come back; and after which id, if
-    /// that is not the last that it was told.
+    /// The end of a stream that the server decides on, after a whole frame. The peer reads why, and when to come back; and
+    /// after which id, if that is not the last that it was told.
     pub fn end(&self, why: Reason, retry: Duration, id: Option<Id>) -> Reason {
         let id = id.map_or(String::new(), |id| format!("id: {id}\n"));
-        let bytes = format!(": {why}\nretry: {}\n{id}\n", retry.as_millis());
-        let _ = self.write_waiting(bytes.as_bytes(), Instant::now() + LINGER);
+        let block = format!(": {why}\nretry: {}\n{id}\n", retry.as_millis());
+        let framing = enter(&self.state).framing;
+        let bytes = [&framing.wrap(block.as_bytes()), framing.end()].concat();
+        let _ = self.write_waiting(&bytes, Instant::now() + LINGER);
         why
+    }
+
+    /// The same without a word.
+    pub fn end_silently(&self) {
+        let framing = enter(&self.state).framing;
+        let _ = self.write_waiting(framing.end(), Instant::now() + LINGER);
     }
 
     /// Shuts the socket down, whoever waits for it: to them it looks as if the peer had gone, so the reason is kept here.

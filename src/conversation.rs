@@ -8,6 +8,7 @@
 use crate::clock::spread;
 use crate::config::{Config, Log};
 use crate::connection::{AWAKE_TIME, Connection, LINGER, Reason, STOPPING};
+use crate::encoded::Framing;
 use crate::hub::Core;
 use crate::log::{Logger, OncePerSecond};
 use crate::places::{MADE_ROOM, Place, Places};
@@ -52,6 +53,7 @@ struct Conversation {
 /// A stream that a request has asked for.
 struct Opening {
     path: String,
+    framing: Framing,
     head: String,
     source: Source,
 }
@@ -80,7 +82,8 @@ impl Conversation {
         if prepared.and(c.socket.set_write_timeout(Some(self.config().stall_time))).is_err() {
             return; // it has gone already
         }
-        if let Some(Opening { path, head, source }) = self.answer_requests() {
+        if let Some(Opening { path, framing, head, source }) = self.answer_requests() {
+            enter(&self.c.state).framing = framing;
             self.path = Some(quoted(&path));
             // What is logged if the next line never returns.
             self.reason =
@@ -133,15 +136,16 @@ impl Conversation {
             return Turn::End;
         }
         let is_head = request.method == "HEAD";
-        let cors = self.shared.routes.door.cors(&request);
+        let (framing, cors) = (request.framing, self.shared.routes.door.cors(&request));
         let mut response = match self.shared.routes.reply(reader, &mut request) {
             Ok(Reply::Response(response)) | Err(response) => response,
             Ok(Reply::Stream(_)) if is_head => {
                 self.log_request(&request, 200);
-                return Turn::Respond { bytes: stream_head(&cors).into_bytes(), close: true };
+                return Turn::Respond { bytes: stream_head(framing, &cors).into_bytes(), close: true };
             }
             Ok(Reply::Stream(source)) => {
-                return Turn::Open(Opening { path: request.path, head: stream_head(&cors), source });
+                let head = stream_head(framing, &cors);
+                return Turn::Open(Opening { path: request.path, framing, head, source });
             }
         };
         response.fields += &cors;
@@ -190,8 +194,10 @@ impl Conversation {
     fn send_away(&self, head: &str, why: Reason) -> Reason {
         self.shared.core.counters.sent_away.fetch_add(1, Relaxed);
         self.shared.log.warn(format_args!("{} is sent away: {why}", self.c.peer));
-        let _ = self.c.write_whole(head.as_bytes(), Instant::now() + LINGER);
-        self.c.end(why, spread(self.config().retry, 50, 150), None)
+        match self.c.write_whole(head.as_bytes(), Instant::now() + LINGER) {
+            Ok(()) => self.c.end(why, spread(self.config().retry, 50, 150), None),
+            Err(reason) => reason, // half a head: nothing may follow
+        }
     }
 
     fn log_closing(&self, path: &str) {

@@ -1,11 +1,12 @@
 //! An event and its id, and the bytes that a subscriber gets.
 //!
 //! What 29 clients make of these bytes decided their form: LF alone ends a line, one blank line ends an event, nothing
-//! else stands between.
+//! else stands between. In a topic's event the id stands last: some clients take an id at once, and one that was cut off
+//! between the id and the data would never see that event. A handler's event has the order of the article that this
+//! server is born from.
 //! <https://html.spec.whatwg.org/multipage/server-sent-events.html#event-stream-interpretation>
 
-use crate::text::{invalid, quoted};
-use std::borrow::Cow;
+use crate::text::{invalid, quoted, with_lf};
 use std::fmt::{self, Write as _};
 use std::io;
 use std::str::FromStr;
@@ -63,6 +64,9 @@ impl Event {
         if length > EVENT_NAME_BYTES {
             return invalid(format!("an event name of {length} bytes, where at most {EVENT_NAME_BYTES} are taken"));
         }
+        if self.name.as_deref() == Some("gap") {
+            return invalid("the event name gap is the server's own: choose another");
+        }
         for (field, text) in [("event name", &self.name), ("id", &self.id), ("key", &self.key)] {
             if let Some(text) = text.as_deref().filter(|t| t.contains(['\r', '\n', '\0'])) {
                 return invalid(format!("the {field} {} holds CR, LF or NUL: leave them out", quoted(text)));
@@ -71,24 +75,32 @@ impl Event {
         Ok(())
     }
 
-    /// The bytes on the wire, with the fields in the order `event`, `id`, `data`, `retry`.
-    pub(crate) fn encode(&self, id: Option<&dyn fmt::Display>) -> String {
+    /// The bytes of a handler's event: `event`, `id`, `data`, `retry`.
+    pub(crate) fn encode(&self) -> String {
+        self.lines(self.id.as_deref(), None)
+    }
+
+    /// The bytes of a topic's event: `event`, `data`, `retry`, `id`.
+    pub(crate) fn encode_with_id(&self, id: Id) -> String {
+        self.lines(None, Some(id))
+    }
+
+    fn lines(&self, id_before: Option<&str>, id_after: Option<Id>) -> String {
         let mut out = String::with_capacity(self.data.len() + 96);
         if let Some(name) = self.name.as_deref().filter(|n| !n.is_empty()) {
             out.extend(["event: ", name, "\n"]);
         }
-        if let Some(id) = id {
-            let _ = writeln!(out, "id: {id}");
+        if let Some(id) = id_before {
+            out.extend(["id: ", id, "\n"]);
         }
-        let data = match self.data.contains('\r') {
-            true => Cow::Owned(self.data.replace("\r\n", "\n").replace('\r', "\n")),
-            false => Cow::Borrowed(&self.data),
-        };
-        for line in data.split('\n') {
+        for line in with_lf(&self.data).split('\n') {
             out.extend(["data: ", line, "\n"]);
         }
         if let Some(retry) = self.retry {
             let _ = writeln!(out, "retry: {}", retry.as_millis());
+        }
+        if let Some(id) = id_after {
+            let _ = writeln!(out, "id: {id}");
         }
         out.push('\n');
         out

@@ -11,7 +11,7 @@
 
 use crate::clock::{Steady, now_ms};
 use crate::config::Config;
-use crate::encoded::{Encoded, Run};
+use crate::encoded::{Encoded, Framing, Run};
 use crate::event::{Event, Id};
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::io::{self, ErrorKind};
@@ -114,7 +114,7 @@ impl History {
         Totals { topics: self.topics.len(), events: self.events, bytes: self.bytes }
     }
 
-    /// How many bytes the blocks of all kept events have.
+    /// How many bytes the blocks of all kept events have, and a little more.
     pub fn block_bytes(&self) -> u64 {
         (self.bytes - EVENT_OVERHEAD * self.events) as u64
     }
@@ -259,11 +259,11 @@ impl History {
     /// What comes after `cursor` in all of these topics, in one order, up to one run. A gap comes first where a topic has
     /// forgotten something after the cursor that the subscriber was not told of. `told` is an id for each topic: with one
     /// for all, a gap told for one topic would hide what another forgets later.
-    pub fn next(&self, names: &[Arc<str>], cursor: Id, told: &[Id]) -> Next {
+    pub fn next(&self, names: &[Arc<str>], cursor: Id, told: &[Id], framing: Framing) -> Next {
         if self.has_untold(names, cursor, told) {
             return Next::Gap(self.gap(names, Some(cursor), cursor));
         }
-        let mut run = Run::default();
+        let mut run = Run::new(framing);
         let mut heads: Vec<_> = self.topics(names).map(|topic| topic.after(cursor)).collect();
         // In each topic the ids rise, so the next of all is the lowest of the topics' next ones.
         let id_ahead = |event: Option<&Encoded>| event.map_or(Id::MAX, |event| event.id);
@@ -386,7 +386,7 @@ impl History {
         let oldest = self.oldest_after(names, cursor.max(forgotten));
         let json = |id: Option<Id>| id.map_or("null".into(), |id| format!("\"{id}\""));
         let data = format!("{{\"after\":{},\"oldest\":{}}}", json(asked), json(oldest));
-        Encoded::new(id, Event::new(data).name("gap").encode(Some(&id)))
+        Encoded::new(id, b"", Event::new(data).name("gap").encode_with_id(id).as_bytes())
     }
 }
 
@@ -410,7 +410,7 @@ impl KeptEvent {
     }
 
     fn cost(&self) -> usize {
-        EVENT_OVERHEAD + self.event.block.len() + self.key.as_ref().map_or(0, |key| 2 * key.len() + KEY_OVERHEAD)
+        EVENT_OVERHEAD + self.event.memory() + self.key.as_ref().map_or(0, |key| 2 * key.len() + KEY_OVERHEAD)
     }
 }
 

@@ -170,9 +170,7 @@ impl Core {
     pub fn check(&self, event: &Event) -> io::Result<()> {
         event.check()?;
         let limit = self.config.data_bytes();
-        if event.name.as_deref() == Some("gap") {
-            return invalid("the event name gap is the server's own: choose another");
-        } else if event.id.is_some() {
+        if event.id.is_some() {
             return invalid("a topic numbers its events itself: leave the id out");
         } else if event.data.len() > limit {
             return invalid(format!("{} bytes of data, where at most {limit} are taken", event.data.len()));
@@ -223,14 +221,14 @@ impl Core {
         }
         let id = order.newest.next(now_ms());
         order.newest = id;
-        let frame = event.encode(Some(&id));
+        let frame = event.encode_with_id(id);
         if self.config.journal.is_none() {
-            self.show(topic, Encoded::new(id, frame), key);
+            self.show(topic, Encoded::new(id, b"", frame.as_bytes()), key);
             return Ok((id, None));
         }
         let event = encode_block(id, &[("topic", Some(topic)), ("key", key.as_deref())], &frame);
         let outcome = Arc::new(Outcome::new());
-        order.unwritten_bytes += event.block.len();
+        order.unwritten_bytes += event.memory();
         order.unwritten.push_back(Unwritten { topic: topic.into(), event, key, outcome: outcome.clone() });
         Ok((id, Some(outcome)))
     }
@@ -280,7 +278,7 @@ impl Core {
         }
         let settled: Vec<_> = order.unwritten.drain(..count).collect();
         for unwritten in settled {
-            order.unwritten_bytes -= unwritten.event.block.len();
+            order.unwritten_bytes -= unwritten.event.memory();
             if result.is_ok() {
                 self.show(&unwritten.topic, unwritten.event, unwritten.key);
             }
@@ -312,10 +310,10 @@ impl Order {
     fn batch(&self) -> (Vec<u8>, usize) {
         let (mut bytes, mut count) = (Vec::new(), 0);
         for unwritten in &self.unwritten {
-            if count > 0 && bytes.len() + unwritten.event.block.len() > WRITE_BYTES {
+            if count > 0 && bytes.len() + unwritten.event.block_len() > WRITE_BYTES {
                 break;
             }
-            bytes.extend_from_slice(&unwritten.event.block);
+            unwritten.event.block().iter().for_each(|part| bytes.extend_from_slice(part));
             count += 1;
         }
         (bytes, count)
@@ -376,7 +374,8 @@ pub fn restore(history: &mut History, block: Block, bytes: &[u8]) {
     let Block { id, topic, key, is_mark, frame_at, .. } = block;
     match topic {
         Some(name) if !is_mark => {
-            history.restore(name, Encoded { id, block: bytes.into(), frame_at }, key.map(Arc::from));
+            let (fields, frame) = bytes.split_at(frame_at);
+            history.restore(name, Encoded::new(id, fields, frame), key.map(Arc::from));
         }
         _ => history.restore_forgotten(topic, id),
     }

@@ -217,7 +217,7 @@ impl Journal {
             let _ = fs::remove_file(&new_path);
         }
         self.file = renamed?;
-        self.length = blocks.iter().map(|event| event.block.len() as u64).sum();
+        self.length = blocks.iter().map(|event| event.block_len() as u64).sum();
         self.needed = self.length;
         self.health = Health::Unsynced;
         sync_directory_of(&self.path)?;
@@ -229,7 +229,7 @@ impl Journal {
         let new = OpenOptions::new().append(true).create_new(true).mode(0o600).open(path)?;
         new.set_permissions(self.file.metadata()?.permissions())?;
         let mut out = BufWriter::with_capacity(64 * 1024, &new);
-        blocks.iter().try_for_each(|event| out.write_all(&event.block))?;
+        blocks.iter().flat_map(Encoded::block).try_for_each(|part| out.write_all(part))?;
         out.flush()?;
         drop(out);
         new.sync_all()?;

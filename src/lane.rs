@@ -8,7 +8,7 @@
 
 use crate::config::SWEEP;
 use crate::connection::{Connection, Phase, State};
-use crate::encoded::{BATCH_BYTES, Encoded, Run};
+use crate::encoded::{BATCH_BYTES, Encoded, Framing, Run};
 use crate::metrics::Counters;
 use crate::sync::{enter, start_thread};
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded};
@@ -49,7 +49,7 @@ pub fn start(
     let lane = Lane {
         topics: HashMap::new(),
         everyone: Vec::new(),
-        run: Run::default(),
+        run: Run::new(Framing::Chunked),
         topic_of_run: None,
         heartbeat,
         counters,
@@ -60,7 +60,7 @@ pub fn start(
 /// Hands an event to a lane; waits while its queue is full.
 pub fn send_event(lane: &Sender<ToLane>, topic: &Arc<str>, event: &Encoded) {
     let _ = lane.send(ToLane::Event(topic.clone(), event.clone()));
-    for _ in 0..event.frame().len() / 1024 {
+    for _ in 0..event.memory() / 1024 {
         let _ = lane.send(ToLane::Weight);
     }
 }
@@ -161,7 +161,7 @@ impl Lane {
             return;
         }
         let now = Instant::now();
-        let mut delivered = 0;
+        let (mut delivered, mut plain) = (0, None);
         let subscribers = self.topic_of_run.as_ref().and_then(|topic| self.topics.get(topic));
         for c in subscribers.into_iter().flatten() {
             let mut state = enter(&c.state);
@@ -170,7 +170,11 @@ impl Lane {
             } else if state.is_poll {
                 state.phase = Phase::Behind;
             } else {
-                delivered += c.deliver(&mut state, &self.run, now);
+                let run = match state.framing {
+                    Framing::Chunked => &self.run,
+                    Framing::Plain => plain.get_or_insert_with(|| self.run.in_framing(Framing::Plain)),
+                };
+                delivered += c.deliver(&mut state, run, now);
             }
             self.wake_if_not_live(c, &state);
         }

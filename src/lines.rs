@@ -66,17 +66,23 @@ impl<'a, 'b> Lines<'a, 'b> {
             let lf = self.text[searched..].iter().position(|b| *b == b'\n').map(|at| searched + at);
             self.check_length(lf.unwrap_or(self.text.len()))?;
             if let Some(lf) = lf {
-                let line = &self.text[self.start..lf];
-                let line = line.strip_suffix(b"\r").unwrap_or(line).to_vec();
-                self.start = lf + 1;
-                return Ok(Some(line));
+                return Ok(Some(self.take_line(lf, lf + 1)));
             }
             self.drop_taken();
             searched = self.text.len();
             if !self.body.read(self.reader, &mut self.text).map_err(|refusal| self.explain(refusal))? {
-                return Ok(Some(std::mem::take(&mut self.text)).filter(|line| !line.is_empty()));
+                let end = self.text.len();
+                return Ok(if end > 0 { Some(self.take_line(end, end)) } else { None });
             }
         }
+    }
+
+    /// The line up to `end`, without the CR that may stand there, also where its LF never came.
+    fn take_line(&mut self, end: usize, next: usize) -> Vec<u8> {
+        let line = &self.text[self.start..end];
+        let line = line.strip_suffix(b"\r").unwrap_or(line).to_vec();
+        self.start = next;
+        line
     }
 
     fn check_length(&self, end: usize) -> Result<(), Response> {

@@ -219,7 +219,8 @@ impl Command {
             "--open" => config.open = switch(value)?,
             "--publish-token" => config.publish_tokens.extend(tokens(value)?),
             "--subscribe-token" => config.subscribe_tokens.extend(tokens(value)?),
-            "--allow-origin" => config.allow_origins.extend(origins(value)?),
+            // In the environment several may stand, with spaces between, which no origin holds.
+            "--allow-origin" => config.allow_origins.extend(value.split_whitespace().map(String::from)),
             "--subscribers" => config.subscribers = count(value)?,
             "--connections" => config.connections = count(value)?,
             "--head-bytes" => config.head_bytes = size(value)?,
@@ -259,7 +260,7 @@ impl Command {
         let server = Server::bind(listen, self.config).map_err(|error| {
             let is_ours = error.raw_os_error().is_none();
             match error.kind() {
-                ErrorKind::InvalidInput if is_ours => Failure::usage(error),
+                ErrorKind::InvalidInput if is_ours => Failure::usage(by_flag(&error.to_string())),
                 ErrorKind::PermissionDenied if is_ours && !is_open => Failure::usage(format_args!("--listen: {error}")),
                 kind => {
                     let hint = if kind == ErrorKind::AddrInUse { ": give another with --listen" } else { "" };
@@ -292,6 +293,14 @@ impl Command {
         server.stop();
         Ok(())
     }
+}
+
+/// An error of the settings names its field first; here that is a flag. (`allow_origins` is `--allow-origin`.)
+fn by_flag(error: &str) -> String {
+    let (field, reason) = error.split_once(": ").unwrap_or_default();
+    let name = format!("--{}", field.replace('_', "-"));
+    let flag = FLAGS.iter().find(|(flag, _)| name.starts_with(flag));
+    flag.map_or(error.into(), |(flag, _)| format!("{flag}: {reason}"))
 }
 
 static STOPPING: AtomicBool = AtomicBool::new(false);
@@ -330,18 +339,6 @@ fn switch(text: &str) -> Result<bool, String> {
         "0" | "false" => Ok(false),
         _ => Err(format!("{text:?} is neither 1 nor 0")),
     }
-}
-
-/// One origin, or in the environment several with spaces between, which no origin holds.
-fn origins(text: &str) -> Result<Vec<String>, String> {
-    let origin = |origin: &str| match origin.splitn(4, '/').collect::<Vec<_>>()[..] {
-        // The address of a page, as browsers show and copy it, ends in a slash at least.
-        [scheme, "", authority, _] => {
-            Err(format!("{origin:?} has a path, and an origin has none: write {scheme}//{authority}"))
-        }
-        _ => Ok(origin.into()),
-    };
-    text.split_whitespace().map(origin).collect()
 }
 
 fn address(text: &str) -> Result<SocketAddr, String> {

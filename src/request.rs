@@ -1,16 +1,18 @@
 //! One request's head, read strictly.
 //!
 //! Whatever two readers could take for two different requests is refused, and the connection closed. httparse reads the
-//! syntax; what it means is decided here. <https://www.rfc-editor.org/rfc/rfc9112>
+//! syntax of the fields; the request line is read here, since httparse takes whatever it finds in the version's place for
+//! a version, and knows only two of them. What it all means is decided here, too. <https://www.rfc-editor.org/rfc/rfc9112>
 
 use crate::authority::is_authority;
 use crate::body::Body;
 use crate::config::Config;
 use crate::connection::{LINGER, would_block};
+use crate::encoded::Framing;
 use crate::reader::Reader;
 use crate::response::{Response, refuse};
 use crate::target::{Query, Target};
-use crate::text::{quoted, skip_space};
+use crate::text::{quoted, skip_space, skip_token};
 use std::time::Instant;
 
 const HEADER_LINES: usize = 100;
@@ -23,6 +25,8 @@ pub struct Request {
     pub path: String,
     pub query: Query,
     pub body: Body,
+    /// How a stream is answered.
+    pub framing: Framing,
     /// The connection ends after the response.
     pub close: bool,
     pub expects_continue: bool,
@@ -69,19 +73,20 @@ impl Request {
 
     #[inline(never)] // see conversation.rs: a small stack
     pub fn parse(head: &[u8]) -> Result<Request, Response> {
+        let line_end = head.iter().position(|b| *b == b'\n').map_or(head.len(), |lf| lf + 1);
+        let (line, lines) = head.split_at(line_end);
+        let line = String::from_utf8_lossy(line.strip_suffix(b"\r\n").unwrap_or(line)); // what is no UTF-8 is no target
+        let RequestLine { method, target, is_http10 } = RequestLine::parse(&line)?;
         let mut headers = vec![httparse::EMPTY_HEADER; HEADER_LINES];
-        let mut parsed = httparse::Request::new(&mut headers);
-        match parsed.parse(head) {
-            Ok(httparse::Status::Complete(_)) => {}
+        let headers = match httparse::parse_headers(lines, &mut headers) {
+            Ok(httparse::Status::Complete((_, headers))) => headers,
             Ok(httparse::Status::Partial) => return refuse(400, "the request's head is not whole"),
             Err(httparse::Error::TooManyHeaders) => {
                 return refuse(431, format!("more than {HEADER_LINES} header lines"));
             }
-            Err(httparse::Error::Version) => return refuse(505, "only HTTP/1.0 and HTTP/1.1 are spoken"),
             Err(error) => return refuse(400, format!("the request's head cannot be read: {error}")),
-        }
-        let is_http10 = parsed.version == Some(0);
-        let fields = Fields::read(parsed.headers)?;
+        };
+        let fields = Fields::read(headers)?;
         match &fields.host {
             None if !is_http10 => return refuse(400, "the field Host is missing"),
             Some(host) if !is_authority(host) => return refuse(400, format!("{} is no Host", quoted(host))),
@@ -89,16 +94,16 @@ impl Request {
         }
         let body = Body::announced(fields.content_length.as_deref(), fields.transfer_encoding.as_deref(), is_http10)?;
         let expects_continue = !is_http10 && fields.expects_continue()?;
-        let method = parsed.method.unwrap_or_default().to_string();
         if method == "CONNECT" {
             return refuse(501, "CONNECT is for proxies, which this is not"); // what follows would not be HTTP
         }
-        let target = Target::parse(&method, parsed.path.unwrap_or_default())?;
+        let target = Target::parse(method, target)?;
         Ok(Request {
-            method,
+            method: method.into(),
             path: target.path,
             query: target.query,
             body,
+            framing: if is_http10 { Framing::Plain } else { Framing::Chunked },
             close: is_http10 || fields.says_close(),
             expects_continue,
             tokens: fields.tokens(),
@@ -122,24 +127,57 @@ impl Request {
     pub fn read_body(&mut self, reader: &mut Reader, config: &Config, is_wanted: bool) -> Result<Vec<u8>, Response> {
         let limit = config.body_bytes;
         let (mut body, mut length) = (Vec::new(), 0);
-        let mut more = self.body.left <= limit as u64;
-        if more {
+        if self.body.left <= limit as u64 {
             self.invite_body(reader)?;
             reader.wait_at_most(config.body_time);
-        }
-        while more && length <= limit {
-            let old = body.len();
-            more = self.body.read(reader, &mut body)?;
-            length += body.len() - old;
-            if !is_wanted {
-                body.clear();
+            // A chunk says its size before it comes, as a whole body does: too much of it is not waited for.
+            while self.body.coming(reader)? <= (limit - length) as u64 {
+                let old = body.len();
+                if !self.body.read(reader, &mut body)? {
+                    return Ok(body);
+                }
+                length += body.len() - old;
+                if !is_wanted {
+                    body.clear();
+                }
             }
-        }
-        if self.body.is_over() && length <= limit {
-            return Ok(body);
         }
         refuse(413, format!("the body is longer than {limit} bytes (--body-bytes): send less, or lines by PUT"))
     }
+}
+
+/// The first line of a head, with one space between its parts (RFC 9112 §3).
+struct RequestLine<'a> {
+    method: &'a str,
+    target: &'a str,
+    is_http10: bool,
+}
+
+impl RequestLine<'_> {
+    fn parse(line: &str) -> Result<RequestLine<'_>, Response> {
+        let mut parts = line.split(' ');
+        let (Some(method), Some(target), Some(version), None) =
+            (parts.next(), parts.next(), parts.next(), parts.next())
+        else {
+            return no_request_line(line);
+        };
+        if skip_token(method) != Some("") || target.is_empty() {
+            return no_request_line(line);
+        }
+        let is_http10 = match version.strip_prefix("HTTP/").map(str::as_bytes) {
+            Some([b'1', b'.', minor]) if minor.is_ascii_digit() => *minor == b'0', // 1.2 is read as 1.1 (RFC 9110 §2.5)
+            Some([major, b'.', minor]) if major.is_ascii_digit() && minor.is_ascii_digit() => {
+                return refuse(505, format!("{version} is not spoken here, only HTTP/1.0 and HTTP/1.1"));
+            }
+            _ => return refuse(400, format!("{} is no version of HTTP: write HTTP/1.1", quoted(version))),
+        };
+        Ok(RequestLine { method, target, is_http10 })
+    }
+}
+
+fn no_request_line<T>(line: &str) -> Result<T, Response> {
+    let reason = "is no request line: write METHOD TARGET HTTP/1.1, with one space between them and none in them";
+    refuse(400, format!("{} {reason}", quoted(line)))
 }
 
 /// The fields of a head that this server knows, with one value each.
@@ -177,7 +215,7 @@ impl Fields {
         Some(match name.to_ascii_lowercase().as_str() {
             "host" => (&mut self.host, None),
             "content-length" => (&mut self.content_length, None),
-            "transfer-encoding" => (&mut self.transfer_encoding, None),
+            "transfer-encoding" => (&mut self.transfer_encoding, Some(", ")),
             "expect" => (&mut self.expect, None),
             "origin" => (&mut self.origin, None),
             "authorization" => (&mut self.authorization, None),
@@ -230,7 +268,17 @@ fn head_end(bytes: &[u8], searched: &mut usize) -> Result<Option<usize>, Respons
 }
 
 fn too_long<T>(head: &[u8], limit: usize) -> Result<T, Response> {
-    let is_in_first_line = !head[..limit].contains(&b'\n');
-    let (status, what) = if is_in_first_line { (414, "request line") } else { (431, "head") };
-    refuse(status, format!("the {what} is longer than the {limit} bytes of a head"))
+    let begun = &head[..limit];
+    if begun.contains(&b'\n') {
+        return refuse(431, format!("the head is longer than the {limit} bytes of a head"));
+    }
+    let line = String::from_utf8_lossy(begun);
+    match skip_token(&line) {
+        // A method longer than any that is known is an unknown one (RFC 9112 §3).
+        Some("") => refuse(501, format!("a method of more than {limit} bytes is not known")),
+        Some(rest) if rest.starts_with(' ') && !rest[1..].contains(' ') => {
+            refuse(414, format!("the request line is longer than the {limit} bytes of a head"))
+        }
+        _ => no_request_line(&line),
+    }
 }

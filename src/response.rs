@@ -5,6 +5,7 @@
 //! (`refuse`).
 
 use crate::clock::date;
+use crate::encoded::Framing;
 use std::borrow::Cow;
 use std::fmt::{self, Write};
 
@@ -63,12 +64,16 @@ impl Response {
     }
 }
 
-/// The head of every stream. It is ended by closing, never chunked; nginx holds such a stream back to its end unless
-/// told.
-pub fn stream_head(cors: &str) -> String {
+/// The head of every stream. nginx holds a stream back to its end unless told.
+pub fn stream_head(framing: Framing, cors: &str) -> String {
+    let coding = match framing {
+        Framing::Chunked => "Transfer-Encoding: chunked\r\n",
+        Framing::Plain => "",
+    };
     status_line(200)
         + "Content-Type: text/event-stream\r\nCache-Control: no-store, no-transform\r\nX-Accel-Buffering: no\r\n\
            X-Content-Type-Options: nosniff\r\nConnection: close\r\n"
+        + coding
         + cors
         + "\r\n"
 }

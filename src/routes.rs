@@ -19,7 +19,7 @@ use crate::stream::{Handled, Handler};
 use crate::subscription::{POLL_TIME, Wanted};
 use crate::sync::enter;
 use crate::target::CURSOR_PARAMETERS;
-use crate::text::{invalid, parse_duration, quoted};
+use crate::text::{invalid, parse_duration, quoted, skip_space, skip_token};
 use std::io;
 use std::sync::atomic::Ordering::Relaxed;
 use std::sync::{Arc, Mutex};
@@ -86,6 +86,14 @@ impl Routes {
     pub fn add(&self, path: &str, route: Route) -> io::Result<()> {
         if !path.starts_with('/') || path.starts_with(EVENTS) || ["/health", "/metrics"].contains(&path) {
             return invalid(format!("{} cannot be routed: begin with a slash, and not with /events/", quoted(path)));
+        }
+        if let Some(c) = path.chars().find(|c| c.is_control() || "?#".contains(*c)) {
+            return invalid(format!("{} cannot be routed: no path has {c:?}", quoted(path)));
+        }
+        if let Route::Page(content_type, _) = &route
+            && !is_content_type(content_type)
+        {
+            return invalid(format!("{} is no content type: write text/html; charset=utf-8", quoted(content_type)));
         }
         let mut table = enter(&self.table);
         table.retain(|(known, _)| known != path);
@@ -183,6 +191,14 @@ impl Routes {
         };
         metrics::render(&gauges, &self.core.counters)
     }
+}
+
+/// `type "/" subtype`, and perhaps parameters (RFC 9110 §8.3). It goes into a head, so it may not end its line there.
+fn is_content_type(text: &str) -> bool {
+    let subtype = skip_token(text).and_then(|rest| rest.strip_prefix('/'));
+    let parameters = subtype.and_then(skip_token).map(skip_space);
+    text.chars().all(|c| c.is_ascii_graphic() || c == ' ')
+        && parameters.is_some_and(|rest| rest.is_empty() || rest.starts_with(';'))
 }
 
 /// What a stream of these topics wants, by its request's query.

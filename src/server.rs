@@ -94,7 +94,8 @@ impl Server {
     /// Answers `GET path` with these bytes: a page, a script, a small answer of one's own.
     ///
     /// # Errors
-    /// [`ErrorKind::InvalidInput`] for a path that does not begin with a slash, or that is the server's own.
+    /// [`ErrorKind::InvalidInput`] for a path that does not begin with a slash, that is the server's own, or that has
+    /// control characters, `?` or `#` in it; and for what is no content type.
     pub fn page(&self, path: &str, content_type: &str, body: impl Into<Vec<u8>>) -> io::Result<()> {
         self.handle.shared.routes.add(path, Route::Page(content_type.into(), body.into()))
     }
@@ -104,7 +105,8 @@ impl Server {
     /// belongs on the heap.
     ///
     /// # Errors
-    /// [`ErrorKind::InvalidInput`] for a path that does not begin with a slash, or that is the server's own.
+    /// [`ErrorKind::InvalidInput`] for a path that does not begin with a slash, that is the server's own, or that has
+    /// control characters, `?` or `#` in it.
     ///
     /// ```
     /// # fn main() -> std::io::Result<()> {

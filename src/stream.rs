@@ -6,9 +6,8 @@ use crate::event::Event;
 use crate::hub::Core;
 use crate::sync::enter;
 use crate::target::Query;
-use crate::text::LONGEST;
+use crate::text::{LONGEST, with_lf};
 use std::borrow::Cow;
-use std::fmt;
 use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -45,6 +44,9 @@ impl Handled {
         if core.is_stopping() && enter(&c.state).phase == Phase::Behind {
             return c.end(STOPPING, spread(core.config.retry, 50, 150), None).into();
         }
+        if enter(&c.state).phase == Phase::Behind {
+            c.end_silently();
+        }
         match result {
             Ok(()) => "the handler returned".into(),
             Err(error) => error.to_string().into(),
@@ -60,8 +62,7 @@ impl Stream<'_> {
     /// server is stopping, and the error says so: return it from the handler.
     pub fn send(&mut self, event: &Event) -> io::Result<()> {
         event.check()?;
-        let id = event.id.as_ref().map(|id| id as &dyn fmt::Display);
-        self.write(event.encode(id).as_bytes(), 1)
+        self.write(event.encode().as_bytes(), 1)
     }
 
     /// Writes a comment, which pages do not see; each line of the text becomes one. An empty one is a heartbeat.
@@ -69,7 +70,7 @@ impl Stream<'_> {
     /// # Errors
     /// The stream is closed, or the server is stopping.
     pub fn comment(&mut self, text: &str) -> io::Result<()> {
-        let lines: String = text.split(['\n', '\r']).map(|line| format!(":{line}\n")).collect();
+        let lines: String = with_lf(text).split('\n').map(|line| format!(":{line}\n")).collect();
         self.write(lines.as_bytes(), 0)
     }
 
@@ -108,9 +109,10 @@ impl Stream<'_> {
         self.c.peer
     }
 
-    fn write(&mut self, bytes: &[u8], events: u64) -> io::Result<()> {
+    fn write(&mut self, frame: &[u8], events: u64) -> io::Result<()> {
         self.check_open()?;
-        match self.c.write_whole(bytes, Instant::now() + LONGEST) {
+        let framing = enter(&self.c.state).framing;
+        match self.c.write_whole(&framing.wrap(frame), Instant::now() + LONGEST) {
             Ok(()) => {
                 enter(&self.c.state).sent += events;
                 self.core.counters.delivered.fetch_add(events, Relaxed);

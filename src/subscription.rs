@@ -24,7 +24,6 @@ use crate::hub::Core;
 use crate::lane::ToLane;
 use crate::sync::enter;
 use crossbeam_channel::Sender;
-use std::fmt::Write;
 use std::sync::atomic::Ordering::Relaxed;
 use std::sync::{Arc, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -83,20 +82,21 @@ impl<'a> Subscription<'a> {
 
     /// Writes the head, a block without data, which dispatches nothing, but from whose id a browser resumes that is cut off
     /// before its first event; and the gap, if there is one.
-    fn begin(&mut self, mut head: String) -> Result<(), Reason> {
+    fn begin(&mut self, head: String) -> Result<(), Reason> {
         let is_poll = self.poll_until.is_some();
         let (cursor, gap) = (self.start.0, self.start.1.take());
         let retry = if is_poll { POLL_RETRY } else { self.core.config.retry };
-        let _ = write!(head, "retry: {}\nid: {cursor}\n\n", retry.as_millis());
-        let mut bytes = head.into_bytes();
+        let first = format!("retry: {}\nid: {cursor}\n\n", retry.as_millis());
+        let mut state = enter(&self.c.state);
+        (state.cursor, state.sent, state.is_poll) = (cursor, gap.is_some().into(), is_poll);
+        let framing = state.framing;
+        drop(state);
+        let mut bytes = [head.into_bytes(), framing.wrap(first.as_bytes())].concat();
         if let Some(gap) = &gap {
-            bytes.extend_from_slice(gap.frame());
+            bytes.extend_from_slice(gap.bytes(framing));
             self.core.counters.gaps.fetch_add(1, Relaxed);
             self.core.counters.delivered.fetch_add(1, Relaxed);
         }
-        let mut state = enter(&self.c.state);
-        (state.cursor, state.sent, state.is_poll) = (cursor, gap.is_some().into(), is_poll);
-        drop(state);
         self.c.write_waiting(&bytes, self.deadline)
     }
 
@@ -113,9 +113,9 @@ impl<'a> Subscription<'a> {
             } else if Instant::now() >= self.deadline {
                 return self.end("the lifetime is over", core.config.retry);
             }
-            let State { cursor, sent, .. } = *enter(&c.state);
+            let State { cursor, sent, framing, .. } = *enter(&c.state);
             let history = core.history();
-            match history.next(&self.names, cursor, &self.told) {
+            match history.next(&self.names, cursor, &self.told, framing) {
                 Next::Nothing if self.poll_until.is_some_and(|until| sent > 0 || Instant::now() >= until) => {
                     drop(history);
                     return self.end(POLL_IS_OVER, POLL_RETRY);

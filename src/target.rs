@@ -49,6 +49,9 @@ impl Target {
         if target == "*" && method == "OPTIONS" {
             return Ok(Target { path: "*".into(), query: Query::default(), authority: None });
         }
+        if let Some(c) = target.chars().find(|c| !c.is_ascii_graphic() || "\"<>\\^`{|}".contains(*c)) {
+            return refuse(400, format!("{} is no target: {c:?} must be percent-encoded", quoted(target)));
+        }
         let (authority, origin_form) = split_authority(target);
         let begins_well = authority.map_or(origin_form.starts_with('/'), is_authority);
         if !begins_well || target.contains('#') {

@@ -2,6 +2,7 @@
 //!
 //! A message is one line, whatever a peer sent: what is quoted is escaped and cut.
 
+use std::borrow::Cow;
 use std::io::{self, ErrorKind};
 use std::time::Duration;
 
@@ -41,6 +42,14 @@ pub fn quoted(text: &str) -> String {
     match text.char_indices().nth(80) {
         Some((cut, _)) => format!("{:?}…", &text[..cut]),
         None => format!("{text:?}"),
+    }
+}
+
+/// Text whose lines end with LF alone, whether they ended with LF, CRLF or CR.
+pub fn with_lf(text: &str) -> Cow<'_, str> {
+    match text.contains('\r') {
+        true => Cow::Owned(text.replace("\r\n", "\n").replace('\r', "\n")),
+        false => Cow::Borrowed(text),
     }
 }
 

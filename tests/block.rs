@@ -4,6 +4,7 @@ use crate::common::*;
 use brooklet::{Event, Id};
 use std::fs;
 use std::io::ErrorKind;
+use std::time::UNIX_EPOCH;
 
 #[test]
 fn the_journal_is_an_event_stream_of_topic_key_sum_and_the_bytes_on_the_wire() {
@@ -165,7 +166,12 @@ fn a_journal_without_its_beginning_tells_every_cursor_of_a_gap() {
 #[test]
 fn an_id_that_leaves_no_room_for_others_is_damage() {
     let most = u64::MAX;
-    for last in [format!("id: {most}-{most}\ndata: x\n\n"), format!("id: 9-{most}\n\n")] {
+    let lasts = [
+        format!("data: x\nid: {most}-{most}\n\n"),
+        format!("id: {most}-{most}\ndata: x\n\n"), // as once
+        format!("id: 9-{most}\n\n"),
+    ];
+    for last in lasts {
         let dir = Scratch::new();
         let path = dir.path("events");
         let all = [
@@ -184,5 +190,31 @@ fn an_id_that_leaves_no_room_for_others_is_damage() {
         }
         let server = serve(with_journal(&path));
         assert_eq!(kept(server.addr().unwrap(), "a").len(), 3, "one, and both that were published");
+    }
+}
+
+/// The id once stood before the data. What such a journal holds goes out as it did then, and new events are appended.
+#[test]
+fn a_journal_of_before_whose_ids_stand_before_the_data_is_read() {
+    let dir = Scratch::new();
+    let path = dir.path("events");
+    let now = UNIX_EPOCH.elapsed().unwrap().as_millis();
+    let frames = [
+        format!("event: greeting\nid: {now}-0\ndata: one\ndata: id: 7-7\nretry: 1500\n\n"),
+        format!("id: {now}-1\ndata: id: 9-9\n\n"),
+        format!("event: e\nid: {now}-2\ndata: \n\n"),
+    ];
+    let old: String = frames.iter().map(|frame| sealed("topic: a\nkey: k\n", frame)).collect();
+    fs::write(&path, sealed("", "id: 1-0\n\n") + &old).unwrap();
+    for round in 0..3 {
+        let server = serve(with_journal(&path));
+        let found = kept(server.addr().unwrap(), "a");
+        assert_eq!(found.len(), 3 + round);
+        for (frame, found) in frames.iter().zip(&found) {
+            assert_eq!(str::from_utf8(found), Ok(frame.as_str()));
+        }
+        let id = server.hub().publish("a", Event::new("id: 9-9")).unwrap();
+        let new = format!("data: id: 9-9\nid: {id}\n\n");
+        assert_eq!(kept(server.addr().unwrap(), "a").last().unwrap(), new.as_bytes());
     }
 }

@@ -137,3 +137,32 @@ fn put_says_which_line_it_could_not_take_and_what_it_has_published() {
         assert!(answer.body.contains(said) && answer.body.contains("published 2, last id"), "{}", answer.body);
     }
 }
+
+/// Its LF may never come; then its CR is not part of it either.
+#[test]
+fn the_last_line_of_a_put_has_no_cr() {
+    let server = serve_default();
+    let addr = server.addr().unwrap();
+    let (mut stream, _) = Wire::subscribe(addr, "/events/a", "");
+    for (body, lines) in [
+        ("one\r\ntwo\r", vec!["one", "two"]),
+        ("x\n\r", vec!["x", ""]),
+        ("\r", vec![""]),
+        ("a\rb\r\r", vec!["a\nb\n"]), // a CR that no end of a line follows begins a new one
+        ("x\n", vec!["x"]),
+    ] {
+        for chunk in [1, body.len()] {
+            let chunks = body
+                .as_bytes()
+                .chunks(chunk)
+                .map(|part| format!("{:x}\r\n{}\r\n", part.len(), str::from_utf8(part).unwrap()));
+            let chunks: String = chunks.collect();
+            let head = "PUT /events/a HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n";
+            let answer = Wire::ask(addr, &format!("{head}{chunks}0\r\n\r\n"));
+            assert!(answer.body.starts_with(&format!("published {},", lines.len())), "{body:?}: {}", answer.body);
+            for line in &lines {
+                assert_eq!(stream.event().unwrap().data(), *line, "{body:?}");
+            }
+        }
+    }
+}

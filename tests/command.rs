@@ -95,15 +95,16 @@ fn a_bad_flag_is_told_what_was_expected() {
         assert!(error.contains(said) && error.contains("see brooklet --help"), "{flags:?}: {error}");
     }
     for (flags, said) in [
-        (&["--head-time=0s"][..], "a time limit of 0"),
-        (&["--heartbeat=2s"], "a heartbeat of at least 3500ms"),
+        (&["--head-time=0s"][..], "--head-time: 0 leaves no time"),
+        (&["--heartbeat=2s"], "--heartbeat: silence is looked for"),
         (&["--connections=0"], "give at least 1"),
         (&["--topics=0"], "give at least 1"),
         (&["--head-bytes=0"], "give some KiB"),
-        (&["--allow-origin", "app.example"], "is no origin"),
+        (&["--lifetime", "0s"], "--lifetime: 0 leaves no time"),
+        (&["--allow-origin", "app.example"], "--allow-origin: \"app.example\" is no origin"),
         (&["--allow-origin", "a b://app.example"], "is no origin"),
-        (&["--allow-origin", "https://app.example:443"], "leave it out"),
-        (&["--lanes=1000"], "1000 lanes"),
+        (&["--allow-origin", "https://app.example:443"], "give https://app.example"),
+        (&["--lanes=1000"], "--lanes: more than any machine"),
         (&["--listen", "0.0.0.0:0"], "is beyond loopback, so whoever reaches it could publish"),
     ] {
         let output = run(flags);
@@ -225,7 +226,7 @@ fn every_flag_can_come_from_the_environment_and_a_bad_value_names_its_variable()
     for (name, value, said) in [
         ("BROOKLET_RETRY", "5", "BROOKLET_RETRY: \"5\" is no length of time"),
         ("BROOKLET_OPEN", "maybe", "BROOKLET_OPEN: \"maybe\" is neither 1 nor 0"),
-        ("BROOKLET_FSYNC", "1", "give --journal FILE"),
+        ("BROOKLET_FSYNC", "1", "--fsync: only a journal can be synced"),
         ("BROOKLET_LISTEN", "3001", "BROOKLET_LISTEN: \"3001\" is no address"),
     ] {
         let refused: &[&str] = if name == "BROOKLET_FSYNC" { &[] } else { &["--lanes=1000"] };
@@ -261,12 +262,12 @@ fn what_can_never_be_ends_with_2_and_what_the_system_refuses_with_1() {
     let process = Process::start(&[]);
     let taken = process.addr.to_string();
     for (flags, expected, said) in [
-        (&["--fsync"][..], 2, "brooklet: only a journal can be synced"),
+        (&["--fsync"][..], 2, "brooklet: --fsync: only a journal can be synced"),
         (&["--listen", "0.0.0.0:0"], 2, "brooklet: --listen: 0.0.0.0:"),
         (
             &["--allow-origin", "https://app.example/"],
             2,
-            "has a path, and an origin has none: write https://app.example",
+            "--allow-origin: \"https://app.example/\" is not as browsers write it: give https://app.example",
         ),
         (&["--listen", &taken], 1, "cannot serve 127.0.0.1:"),
         (&["--listen=127.0.0.1:0", "--journal=/nowhere/at/all"], 1, "the journal /nowhere/at/all: "),

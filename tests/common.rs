@@ -212,7 +212,46 @@ impl Seen {
 /// A connection that speaks raw bytes.
 pub struct Wire {
     pub socket: TcpStream,
+    /// What has come and was not taken yet; of a chunked answer, what stands in its chunks.
     pub buffer: Vec<u8>,
+    chunks: Option<Chunks>,
+}
+
+/// A chunked answer as our streams are, read strictly: each chunk is whole lines, and an event has one to itself.
+#[derive(Default)]
+struct Chunks {
+    raw: Vec<u8>,
+    is_over: bool,
+}
+
+impl Chunks {
+    /// Takes the whole chunks out of what has come.
+    fn take(&mut self, bytes: &[u8], out: &mut Vec<u8>) {
+        self.raw.extend_from_slice(bytes);
+        let mut rest = &self.raw[..];
+        while let Some(at) = rest.windows(2).position(|pair| pair == b"\r\n") {
+            assert!(!self.is_over, "behind the last chunk: {:?}", String::from_utf8_lossy(rest));
+            let line = str::from_utf8(&rest[..at]).unwrap();
+            let size = usize::from_str_radix(line, 16).unwrap_or_else(|_| panic!("{line:?} is no chunk's size"));
+            assert_eq!(line, format!("{size:x}"), "no more digits than needed");
+            let Some((chunk, behind)) = rest[at + 2..].split_at_checked(size).filter(|(_, end)| end.len() >= 2) else {
+                break;
+            };
+            let text = str::from_utf8(chunk).unwrap();
+            assert!(behind.starts_with(b"\r\n"), "a chunk is longer than it says: {text:?}");
+            let blank = text.find("\n\n").map_or(size, |blank| blank + 2);
+            assert!(size == 0 || text.ends_with('\n') && blank == size, "not one event: {text:?}");
+            self.is_over = size == 0;
+            out.extend_from_slice(chunk);
+            rest = &behind[2..];
+        }
+        self.raw = rest.to_vec();
+        assert!(
+            !self.is_over || self.raw.is_empty(),
+            "behind the last chunk: {:?}",
+            String::from_utf8_lossy(&self.raw)
+        );
+    }
 }
 
 impl Wire {
@@ -223,7 +262,7 @@ impl Wire {
     pub fn on(socket: TcpStream) -> Wire {
         socket.set_read_timeout(Some(PATIENCE)).unwrap();
         socket.set_nodelay(true).unwrap();
-        Wire { socket, buffer: Vec::new() }
+        Wire { socket, buffer: Vec::new(), chunks: None }
     }
 
     pub fn ask(addr: SocketAddr, request: &str) -> Answer {
@@ -278,7 +317,7 @@ impl Wire {
         match self.socket.read(&mut chunk) {
             Ok(0) => false,
             Ok(got) => {
-                self.buffer.extend_from_slice(&chunk[..got]);
+                self.take_in(&chunk[..got]);
                 true
             }
             Err(error) if error.kind() == ErrorKind::Interrupted => true,
@@ -290,10 +329,31 @@ impl Wire {
         }
     }
 
+    fn take_in(&mut self, bytes: &[u8]) {
+        match &mut self.chunks {
+            Some(chunks) => chunks.take(bytes, &mut self.buffer),
+            None => self.buffer.extend_from_slice(bytes),
+        }
+    }
+
     pub fn head(&mut self) -> String {
-        let head = self.take_until(b"\r\n\r\n");
-        let head = head.unwrap_or_else(|| panic!("no head: {:?}", String::from_utf8_lossy(&self.buffer)));
-        String::from_utf8(head).unwrap()
+        self.head_if_any().unwrap_or_else(|| panic!("no head: {:?}", String::from_utf8_lossy(&self.buffer)))
+    }
+
+    /// `None` when the connection ends before.
+    pub fn head_if_any(&mut self) -> Option<String> {
+        let head = String::from_utf8(self.take_until(b"\r\n\r\n")?).unwrap();
+        if header(&head, "transfer-encoding") == Some("chunked") {
+            self.chunks = Some(Chunks::default());
+            let come = std::mem::take(&mut self.buffer);
+            self.take_in(&come);
+        }
+        Some(head)
+    }
+
+    /// Whether the last chunk has come: a stream that was cut has none.
+    pub fn is_over(&self) -> bool {
+        self.chunks.as_ref().is_some_and(|chunks| chunks.is_over)
     }
 
     pub fn answer(&mut self) -> Answer {
@@ -349,7 +409,7 @@ pub fn wire_arrives(server: &brooklet::Handle, wire: &mut Wire) {
 
 /// Many subscribers read by one thread. Each must see the events numbered from 0 on, once and in order.
 pub struct Crowd {
-    pub members: Vec<(TcpStream, Vec<u8>, u64)>, // with what has come of the next event, and how many came before
+    pub members: Vec<(Wire, u64)>, // with how many events have come
 }
 
 impl Crowd {
@@ -357,7 +417,7 @@ impl Crowd {
         let subscribe = |_| {
             let (wire, _) = Wire::subscribe(addr, target, "");
             wire.socket.set_nonblocking(true).unwrap();
-            (wire.socket, wire.buffer, 0)
+            (wire, 0)
         };
         Crowd { members: (0..count).map(subscribe).collect() }
     }
@@ -365,22 +425,22 @@ impl Crowd {
     pub fn read_until(&mut self, expected: u64) {
         wait_for(&format!("{expected} events everywhere"), || {
             self.members.iter_mut().for_each(Crowd::read);
-            self.members.iter().all(|(_, _, seen)| *seen >= expected).then_some(())
+            self.members.iter().all(|(_, seen)| *seen >= expected).then_some(())
         });
-        assert!(self.members.iter().all(|(_, _, seen)| *seen == expected));
+        assert!(self.members.iter().all(|(_, seen)| *seen == expected));
     }
 
-    fn read((socket, buffer, seen): &mut (TcpStream, Vec<u8>, u64)) {
+    fn read((wire, seen): &mut (Wire, u64)) {
         let mut chunk = [0; 64 * 1024];
         loop {
-            match socket.read(&mut chunk) {
+            match wire.socket.read(&mut chunk) {
                 Ok(0) => panic!("a stream ended after {seen} events"),
-                Ok(got) => buffer.extend_from_slice(&chunk[..got]),
+                Ok(got) => wire.take_in(&chunk[..got]),
                 Err(error) if error.kind() == ErrorKind::WouldBlock => break,
                 Err(error) => panic!("after {seen} events: {error}"),
             }
         }
-        let text = str::from_utf8(buffer).unwrap();
+        let text = str::from_utf8(&wire.buffer).unwrap();
         let whole = text.rfind("\n\n").map_or(0, |end| end + 2);
         for line in text[..whole].lines().filter(|line| !line.is_empty()) {
             match line.split_once(": ") {
@@ -392,7 +452,7 @@ impl Crowd {
                 _ => assert_eq!(line, ":", "only events, ids and heartbeats are expected"),
             }
         }
-        buffer.drain(..whole);
+        wire.buffer.drain(..whole);
     }
 }
 
@@ -738,7 +798,7 @@ pub fn press_in(addr: SocketAddr, attempts: usize) -> Crowd {
         let first = wire.block().expect("a first block");
         if first.id.is_some() {
             wire.socket.set_nonblocking(true).unwrap();
-            crowd.members.push((wire.socket, wire.buffer, 0));
+            crowd.members.push((wire, 0));
         } else {
             assert!(first.retry.is_some(), "{first:?}");
             assert_eq!((first.comments, wire.rest().len()), (vec!["no room for another stream".to_string()], 0));

@@ -173,6 +173,7 @@ impl Case {
                 _ if Instant::now() > deadline => return Err("no end".into()),
                 Ok(0) => break,
                 Ok(got) => wire.buffer.extend_from_slice(&chunk[..got]),
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
                 Err(error) if error.kind() == ErrorKind::ConnectionReset => break,
                 Err(error) => return Err(format!("{error}, after {:?}", String::from_utf8_lossy(&wire.buffer))),
             }

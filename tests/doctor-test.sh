@@ -87,8 +87,9 @@ http {
             proxy_buffering off;
             proxy_read_timeout 1h;
         }
-        location /buffering/ {
+        location /buffering/ { # what comes in chunks, nginx passes on all the same
             proxy_pass http://127.0.0.1:$beating/;
+            proxy_http_version 1.0;
             proxy_buffering on;
             proxy_ignore_headers X-Accel-Buffering;
         }
@@ -99,6 +100,7 @@ http {
         }
         location /gzip-buffering/ {
             proxy_pass http://127.0.0.1:$beating/;
+            proxy_http_version 1.0;
             gzip on;
             gzip_types text/event-stream;
             proxy_buffering on;

@@ -8,6 +8,7 @@ use std::io::ErrorKind;
 use std::net::SocketAddr;
 use std::os::unix::ffi::OsStrExt;
 use std::process::Command;
+use std::time::Duration;
 
 fn token(text: &str) -> Token {
     text.parse().unwrap()
@@ -287,5 +288,76 @@ fn what_is_no_origin_stops_the_start() {
     for origin in ["app.example", "https://app.example/", "https://", "https://App.example", "https://a b", "**", ""] {
         let error = bind(Config { allow_origins: vec![origin.into()], ..Config::default() });
         assert_eq!(error.err().map(|error| error.kind()), Some(ErrorKind::InvalidInput), "{origin:?}");
+    }
+}
+
+/// An origin that no browser writes so would never fit.
+#[test]
+fn an_origin_that_browsers_write_otherwise_is_named_as_they_write_it() {
+    for (origin, written) in [
+        ("https://app.example/", "https://app.example"),
+        ("https://app.example/page", "https://app.example"),
+        ("https://app.example:443", "https://app.example"),
+        ("http://app.example:80/", "http://app.example"),
+        ("http://app.example:", "http://app.example"),
+        ("https://App.example:8443", "https://app.example:8443"),
+    ] {
+        let error = bind(Config { allow_origins: vec![origin.into()], ..Config::default() }).err().unwrap();
+        let said = format!("allow_origins: \"{origin}\" is not as browsers write it: give {written}");
+        assert_eq!((error.kind(), error.to_string()), (ErrorKind::InvalidInput, said));
+        assert!(bind(Config { allow_origins: vec![written.into()], ..Config::default() }).is_ok(), "{written}");
+    }
+}
+
+#[test]
+fn every_way_to_write_loopback_is_let_in() {
+    let server = serve_default();
+    for (host, status) in [
+        ("[0:0:0:0:0:0:0:1]", 200),
+        ("[0:0:0:0:0:0:0:1]:3000", 200),
+        ("[::1]", 200),
+        ("[::ffff:127.0.0.1]", 200),
+        ("[::ffff:7f00:1]:80", 200),
+        ("127.1.2.3", 200),
+        ("localhost.", 200),
+        ("LocalHost.:3000", 200),
+        ("app.localhost.", 200),
+        ("[::2]", 403),
+        ("[::ffff:10.0.0.1]", 403),
+        ("localhost..", 403),
+        ("notlocalhost", 403),
+        ("127.0.0.1.example", 403),
+    ] {
+        let answer = Wire::ask(server.addr().unwrap(), &format!("GET /health HTTP/1.1\r\nHost: {host}\r\n\r\n"));
+        assert_eq!(answer.status, status, "{host}: {}", answer.body);
+    }
+}
+
+#[test]
+fn an_error_of_the_settings_names_its_field() {
+    let zero = Duration::ZERO;
+    let ever = Duration::from_secs(11 * 365 * 24 * 3_600);
+    let usual = Config::default;
+    for (field, config) in [
+        ("head_time", Config { head_time: zero, ..usual() }),
+        ("body_time", Config { body_time: zero, ..usual() }),
+        ("put_idle_time", Config { put_idle_time: zero, ..usual() }),
+        ("idle_time", Config { idle_time: zero, ..usual() }),
+        ("heartbeat", Config { heartbeat: zero, ..usual() }),
+        ("lifetime", Config { lifetime: zero, ..usual() }),
+        ("stall_time", Config { stall_time: zero, ..usual() }),
+        ("lifetime", Config { lifetime: ever, ..usual() }),
+        ("retry", Config { retry: ever, ..usual() }),
+        ("heartbeat", Config { heartbeat: Duration::from_secs(1), ..usual() }),
+        ("head_bytes", Config { head_bytes: 0, ..usual() }),
+        ("topics", Config { topics: 0, ..usual() }),
+        ("connections", Config { connections: 0, ..usual() }),
+        ("lanes", Config { lanes: 257, ..usual() }),
+        ("fsync", Config { fsync: true, ..usual() }),
+        ("allow_origins", Config { allow_origins: vec!["x".into()], ..usual() }),
+    ] {
+        let error = bind(config).err().unwrap();
+        assert_eq!(error.kind(), ErrorKind::InvalidInput);
+        assert!(error.to_string().starts_with(&format!("{field}: ")), "{field}: {error}");
     }
 }

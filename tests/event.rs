@@ -12,7 +12,7 @@ fn a_published_event_arrives_with_exactly_these_bytes() {
     let id = answer.body.trim_end();
     assert_eq!(format!("{}\n", id.parse::<Id>().unwrap()), answer.body);
     let frame = stream.take_until(b"\n\n").unwrap();
-    let expected = format!("event: greeting\nid: {id}\ndata: one\ndata: two\nretry: 1500\n\n");
+    let expected = format!("event: greeting\ndata: one\ndata: two\nretry: 1500\nid: {id}\n\n");
     assert_eq!(String::from_utf8(frame).unwrap(), expected);
 }
 

@@ -76,10 +76,26 @@ fn each_bad_request_gets_the_answer_of_the_table_and_the_next_connection_works()
         (400, "cannot be read", head("Space : a\r\n")),
         (400, "cannot be read", head("Bare: a\rb\r\n")),
         (400, "cannot be read", head("Nul: a\0b\r\n")),
-        (400, "cannot be read", "GET  /health HTTP/1.1\r\nHost: localhost\r\n\r\n".into()),
+        (400, "is no request line", "GET  /health HTTP/1.1\r\nHost: localhost\r\n\r\n".into()),
+        (400, "is no request line", to("GET", "/pa th")),
+        (400, "is no request line", to("GET", "")),
+        (400, "is no request line", to("G(ET", "/health")),
+        (400, "is no request line", format!("GET /health\r\n{host}\r\n")),
+        (400, "is no request line", format!("GET /health HTTP/ 1.1\r\n{host}\r\n")),
+        (400, "\"HTTP/1\" is no version of HTTP", format!("GET / HTTP/1\r\n{host}\r\n")),
+        (400, "\"HTTP/01.01\" is no version of HTTP", format!("GET / HTTP/01.01\r\n{host}\r\n")),
+        (400, "\"HTTP/1.10\" is no version of HTTP", format!("GET / HTTP/1.10\r\n{host}\r\n")),
+        (400, "\"http/1.1\" is no version of HTTP", format!("GET / http/1.1\r\n{host}\r\n")),
+        (505, "HTTP/3.0 is not spoken here", format!("GET / HTTP/3.0\r\n{host}\r\n")),
+        (400, "is no target: 'é' must be percent-encoded", to("GET", "/events/café")),
+        (400, "is no target: '|' must be percent-encoded", to("GET", "/events/a?since=1|2")),
         (400, "ends with LF alone", "GET /health HTTP/1.1\nHost: x\n\n".into()),
         (400, "ends with LF alone", "GET /health HTTP/1.1\r\nHost: x\n\r\n".into()),
-        (505, "only HTTP/1.0 and HTTP/1.1", "GET /health HTTP/2.0\r\nHost: localhost\r\n\r\n".into()),
+        (
+            505,
+            "HTTP/2.0 is not spoken here, only HTTP/1.0 and HTTP/1.1",
+            "GET /health HTTP/2.0\r\nHost: localhost\r\n\r\n".into(),
+        ),
         (400, "an event name of 257 bytes", to("POST", &format!("/events/a?event={}", "n".repeat(257)))),
         (400, "the transfer coding", body("/events/a", "Transfer-Encoding: \u{a0}chunked\r\n", "")),
         (400, "is no Content-Length", body("/events/a", "Content-Length: \u{3000}2\r\n", "hi")),
@@ -87,11 +103,25 @@ fn each_bad_request_gets_the_answer_of_the_table_and_the_next_connection_works()
         (431, "more than 100 header lines", head(&"X: y\r\n".repeat(200))),
         (431, "the head is longer than the 16384 bytes", head(&format!("X: {}\r\n", "y".repeat(20_000)))),
         (414, "the request line is longer than", format!("GET /{} HTTP/1.1\r\n", "y".repeat(20_000))),
+        (501, "a method of more than 16384 bytes is not known", to(&"M".repeat(100_000), "/health")),
+        (400, "is no request line", to(&"é".repeat(50_000), "/health")),
+        (400, "is no request line", format!("GET /health HTTP/1.1{}\r\n", " ".repeat(20_000))),
         (408, "did not come whole", "GET /health HTTP/1.1\r\n".into()),
         // Bodies.
         (413, "longer than 65536 bytes", body("/events/a", &length(65_537), &long)),
         (413, "longer than 65536 bytes", body("/events/a", chunked, &format!("10001\r\n{long}\r\n0\r\n\r\n"))),
         (413, "longer than 65536 bytes", body("/events/a", &length(usize::MAX), "")),
+        (413, "longer than 65536 bytes", body("/events/a", chunked, "10001\r\n")),
+        (
+            413,
+            "longer than 65536 bytes",
+            format!("GET /health HTTP/1.1\r\n{host}{chunked}\r\n{}", "ffffffffffffffff\r\n"),
+        ),
+        (
+            413,
+            "longer than 65536 bytes",
+            body("/events/a", chunked, &format!("{:x}\r\n{}\r\n2\r\n", 65_535, &long[..65_535])),
+        ),
         (413, "longer than 65536 bytes", body("/events/a", &format!("{}Expect: 100-continue\r\n", length(70_000)), "")),
         (
             400,
@@ -104,7 +134,17 @@ fn each_bad_request_gets_the_answer_of_the_table_and_the_next_connection_works()
         (400, "is no Content-Length", body("/events/a", "Content-Length: 99999999999999999999\r\n", "hello")),
         (400, "is no Content-Length", body("/events/a", "Content-Length: \r\n", "hello")),
         (501, "the transfer coding", body("/events/a", "Transfer-Encoding: gzip, chunked\r\n", "")),
-        (400, "Transfer-Encoding stands twice", body("/events/a", &format!("{chunked}{chunked}"), "")),
+        (400, "\"chunked, chunked\" is not known", body("/events/a", &format!("{chunked}{chunked}"), "")),
+        (
+            501,
+            "\"gzip, chunked\" is not known",
+            body("/events/a", &format!("Transfer-Encoding: gzip\r\n{chunked}"), ""),
+        ),
+        (
+            400,
+            "\"chunked, gzip\" is not known",
+            body("/events/a", &format!("{chunked}Transfer-Encoding: gzip\r\n"), ""),
+        ),
         (400, "HTTP/1.0 has no Transfer-Encoding", format!("POST /events/a HTTP/1.0\r\n{chunked}\r\n")),
         (400, "is no chunk size", body("/events/a", chunked, "+5\r\nhello\r\n0\r\n\r\n")),
         (400, "is no chunk size", body("/events/a", chunked, "0x5\r\nhello\r\n0\r\n\r\n")),
@@ -157,4 +197,35 @@ fn the_absolute_form_of_a_target_is_taken() {
     assert_eq!(get(addr, "http://localhost:80/health").body, "ok\n");
     assert_eq!(get(addr, "http://localhost").status, 404);
     assert_eq!(get(addr, "http://127.0.0.1?x=y").status, 404);
+}
+
+/// A minor version that is not known is read as the highest that is (RFC 9110 §2.5).
+#[test]
+fn http_1_2_is_read_as_1_1() {
+    let server = serve_default();
+    let mut wire = Wire::connect(server.addr().unwrap());
+    for _ in 0..2 {
+        wire.send(b"GET /health HTTP/1.2\r\nHost: localhost\r\n\r\n");
+        let answer = wire.answer();
+        assert_eq!((answer.status, answer.header("connection")), (200, None), "and its connection stays");
+    }
+    wire.send(b"GET /health HTTP/1.9\r\n\r\n");
+    assert_eq!(wire.answer().status, 400, "without a Host");
+}
+
+#[test]
+fn a_character_that_no_target_may_have_is_refused_and_the_same_encoded_is_read() {
+    let server = serve_default();
+    let addr = server.addr().unwrap();
+    for c in "\"<>\\^`{|}é\u{a0}".chars() {
+        for target in [format!("/a{c}b"), format!("/health?a={c}")] {
+            let answer = get(addr, &target);
+            assert_eq!(answer.status, 400, "{target:?}: {}", answer.body);
+            assert!(answer.body.contains("must be percent-encoded"), "{}", answer.body);
+        }
+        let encoded: String = c.to_string().bytes().map(|byte| format!("%{byte:02X}")).collect();
+        assert_eq!(get(addr, &format!("/a{encoded}b")).status, 404);
+        assert_eq!(get(addr, &format!("/health?a={encoded}")).status, 200);
+    }
+    assert_eq!(get(addr, "/health?a=!$&'()*+,;=:@/?-._~[]%20").status, 200);
 }

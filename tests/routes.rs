@@ -2,6 +2,7 @@
 
 use crate::common::*;
 use brooklet::{Config, Event};
+use std::io::ErrorKind;
 use std::time::Duration;
 
 #[test]
@@ -34,6 +35,20 @@ fn pages_and_handlers_live_beside_the_topics() {
         .unwrap();
     for path in ["relative", "/events/a", "/health"] {
         assert!(server.page(path, "text/plain", "x").is_err(), "{path}");
+    }
+    // What goes into a head, or could never be asked for.
+    for path in ["/a\r\nX-Evil: 1", "/a\0", "/a\u{7f}", "/a?b=c", "/a#b"] {
+        assert!(server.page(path, "text/plain", "x").is_err(), "{path:?}");
+        assert!(server.stream(path, |_| Ok(())).is_err(), "{path:?}");
+    }
+    let types =
+        ["text/plain\r\nX-Evil: 1", "text/plain\n", "text/plain\0", "", "text", "/plain", "text/", "text/plain é"];
+    for content_type in types {
+        let error = server.page("/a", content_type, "x").unwrap_err();
+        assert!(error.kind() == ErrorKind::InvalidInput && error.to_string().contains("is no content type"), "{error}");
+    }
+    for content_type in ["text/html; charset=utf-8", "image/svg+xml", "text/plain ;a=\"b c\""] {
+        server.page("/types", content_type, "x").unwrap();
     }
     let server = server.spawn().unwrap();
     let addr = server.addr().unwrap();

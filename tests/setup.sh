@@ -8,6 +8,9 @@ while read -r command package; do
     command -v "$command" >/dev/null || packages="$packages $package"
 done <<'LIST'
 curl            curl
+perl            perl
+php             php-cli
+lua5.4          lua5.4
 strace          strace
 faketime        faketime
 setpriv         util-linux
@@ -19,6 +22,7 @@ npm             npm
 slowhttptest    slowhttptest
 LIST
 python3 -c 'import ensurepip, venv' 2>/dev/null || packages="$packages python3-venv"
+lua5.4 -e "require 'socket'" 2>/dev/null || packages="$packages lua-socket"
 if [ -z "$packages" ]; then
     echo 'setup: everything is here'
     exit

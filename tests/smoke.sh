@@ -52,14 +52,14 @@ for script in $(ls ./*.sh | sort -t/ -k2n); do
     n=$(basename "$script" .sh)
     CURL_HOME=$dir/$(cat "$n.server")
     case $(cat "$script") in
-    *'curl -N '* | tail*) # goes on until it is stopped, so what it has printed is looked at in the end
+    tail*) # goes on until it is stopped; when all lines have arrived, for what comes after it tells the newest id
+        sh "$script" >"$n.out" 2>"$n.err" &
+        echo $! >"$n.pid"
+        until [ "$(grep -c '^data: ' log.out)" -ge 10000 ]; do sleep 0.05; done ;;
+    *'curl -N '*) # goes on until it is stopped, so what it has printed is looked at in the end
         sh "$script" >"$n.out" 2>"$n.err" &
         echo $! >"$n.pid"
         if grep -q events "$script" && [ -s "$n.expected" ]; then until [ -s "$n.out" ]; do sleep 0.05; done; fi ;;
-    *metrics*) # when all lines of the log have arrived
-        until [ "$(grep -c '^data: ' log.out)" -ge 10000 ]; do sleep 0.05; done
-        sh "$script" >"$n.out" 2>"$n.err"
-        same "$n" || fail "$n" ;;
     *)
         sh "$script" >"$n.out" 2>"$n.err"
         same "$n" || fail "$n" ;;

@@ -1,7 +1,9 @@
 //! A handler's stream.
 
 use crate::common::*;
-use brooklet::Config;
+use brooklet::{Config, Event};
+use std::io::ErrorKind;
+use std::sync::mpsc;
 
 #[test]
 fn a_handlers_stream_gets_its_head_at_once_and_nothing_its_handler_did_not_write() {
@@ -26,4 +28,34 @@ fn a_handler_that_panics_ends_only_its_own_stream() {
     wait_for_metric(addr, "subscribers", 0);
     let (mut stream, _) = Wire::subscribe(addr, "/events/a", "");
     wire_arrives(&server, &mut stream);
+}
+
+#[test]
+fn each_line_of_a_comment_becomes_one_whatever_ends_it() {
+    let server = bind(Config::default()).unwrap();
+    server
+        .stream("/comments", |stream| {
+            ["a\r\nb", "c\nd\re", "", "\r\n"].into_iter().try_for_each(|text| stream.comment(text))
+        })
+        .unwrap();
+    let server = server.spawn().unwrap();
+    let rest = Wire::stream(server.addr().unwrap(), "/comments", "").rest();
+    assert_eq!(String::from_utf8(rest).unwrap(), ":a\n:b\n:c\n:d\n:e\n:\n:\n:\n");
+}
+
+#[test]
+fn a_gap_is_the_servers_own_word_on_a_handlers_stream_too() {
+    let server = bind(Config::default()).unwrap();
+    let (sender, errors) = mpsc::channel();
+    server
+        .stream("/gap", move |stream| {
+            let error = stream.send(&Event::new("x").name("gap")).unwrap_err();
+            sender.send(error.kind()).unwrap();
+            stream.send(&Event::new("y").name("gaps"))
+        })
+        .unwrap();
+    let server = server.spawn().unwrap();
+    let rest = Wire::stream(server.addr().unwrap(), "/gap", "").rest();
+    assert_eq!(String::from_utf8(rest).unwrap(), "event: gaps\ndata: y\n\n");
+    assert_eq!(errors.recv().unwrap(), ErrorKind::InvalidInput);
 }

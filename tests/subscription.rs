@@ -385,3 +385,32 @@ fn a_lifetime_ends_with_the_reason_and_a_reconnection_time() {
     let (mut stream, _) = Wire::subscribe(server.addr().unwrap(), "/events/a", "");
     assert_eq!(String::from_utf8(stream.rest()).unwrap(), ": the lifetime is over\nretry: 3000\n\n");
 }
+
+/// Without chunks as with them: what did not fit into the socket goes on at its very byte.
+#[test]
+fn a_reader_of_http_1_0_that_is_pushed_behind_gets_every_event_whole() {
+    let server = serve_default();
+    let addr = server.addr().unwrap();
+    for version in ["1.0", "1.1"] {
+        let mut wire = narrow(addr, 4_096, None);
+        wire.send(format!("GET /events/a HTTP/{version}\r\nHost: localhost\r\n\r\n").as_bytes());
+        assert!(wire.head().starts_with("HTTP/1.1 200"));
+        assert!(wire.block().unwrap().data.is_none());
+        let (woken, mut published) = (metric(addr, "woken_total"), 0);
+        wait_for("the reader to be pushed behind", || {
+            server.hub().publish("a", numbered(published, 60_000)).unwrap();
+            published += 1;
+            (metric(addr, "woken_total") > woken).then_some(())
+        });
+        for n in published..published + 10 {
+            server.hub().publish("a", numbered(n, 100)).unwrap();
+        }
+        for n in 0..published + 10 {
+            let bytes = if n < published { 60_000 } else { 100 };
+            let seen = wire.event().unwrap();
+            assert!(seen.data() == format!("{n} {}", "x".repeat(bytes)), "{version}: {n}");
+        }
+        wire.close();
+        wait_for_metric(addr, "subscribers", 0);
+    }
+}

@@ -18,16 +18,23 @@ function all(dir) {
   const source = which => [node, '--experimental-eventsource', '--no-warnings', 'eventsource.mjs', which];
   const python = program => [join(TARGET, 'venv/bin/python'), program];
   return [
+    { name: 'eventsource 2', run: source('eventsource-2') },
     { name: 'eventsource 4', run: source('eventsource-4'), but: { 'first id': 'no' } },
     { name: 'eventsource 5', run: source('eventsource-5') },
     { name: 'Node EventSource', run: source('node') },
-    { name: 'fetch-event-source', run: [node, 'fetch-event-source.mjs'], but: { 'cut event': 'no', 'no data': 'no' } },
+    { name: 'fetch-event-source', run: [node, 'fetch-event-source.mjs'], but: { 'no data': 'no' } },
     { name: 'event-source-polyfill', run: source('polyfill'), query: '?since=earliest' },
     { name: 'polyfill with ?poll', run: source('polyfill'), query: '?since=earliest&poll=5s', but: { retry: 'n/a' } },
     { name: 'httpx-sse', run: python('httpx-sse.py'), but: { 'no data': 'no' }, needs: 'python' },
-    { name: 'sseclient-py', run: python('sseclient-py.py'), but: { 'cut event': 'no', 'first id': 'no' }, needs: 'python' },
-    { name: 'sseclient-py, --whole', run: python('sseclient-py.py'), flags: ['--whole'], query: '?since=earliest', needs: 'python' },
+    { name: 'requests', run: [...python('python-http.py'), 'requests'], needs: 'python' },
+    { name: 'urllib3', run: [...python('python-http.py'), 'urllib3'], needs: 'python' },
+    { name: 'requests-sse', run: python('requests-sse.py'), but: { 'multi-line': 'no' }, needs: 'python' },
+    { name: 'launchdarkly-eventsource', run: python('launchdarkly.py'), query: '?since=earliest', but: { retry: 'no' }, needs: 'python' },
+    { name: 'sseclient-py', run: python('sseclient-py.py'), query: '?since=earliest', needs: 'python' },
     { name: 'reqwest-eventsource', run: [join(TARGET, 'rust/target/debug/reqwest-eventsource-client')], but: { 'first id': 'no' }, needs: 'rust' },
+    { name: 'HTTP::Tiny', run: ['perl', 'http-tiny.pl'], but: { retry: 'no' }, needs: 'perl' }, // it asks again at once
+    { name: 'LuaSocket', run: ['lua5.4', 'luasocket.lua'], needs: 'lua' },
+    { name: 'PHP fopen, HTTP/1.0', run: ['php', 'fopen.php'], needs: 'php' },
     { name: 'curl', run: ['sh', 'curl.sh'], flags: [join(dir, 'curl')], needs: 'curl' },
   ];
 }
@@ -139,7 +146,7 @@ async function judge({ run, query = '', flags = [] }) {
   const has = data => events.some(event => event.data === data);
   const yes = {
     order: events.every((event, n) => n === 0 || newer(event.id, events[n - 1].id)),
-    resume: sent.every(event => event === early || event === halved || once(event)),
+    resume: sent.every(event => event === early || event === halved || event.data === MULTI || once(event)),
     'multi-line': has(MULTI),
     unicode: events.some(event => event.data === UNICODE && event.type === 'größe'),
     retry: waited >= RETRY_MS - 50, // timers may be a little early

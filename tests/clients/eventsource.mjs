@@ -2,12 +2,13 @@
 import { createRequire } from 'node:module';
 const [which, url, ...types] = process.argv.slice(2);
 const say = what => console.log(JSON.stringify(what));
-const polyfill = () => createRequire(import.meta.url)('event-source-polyfill').EventSourcePolyfill;
+const require = createRequire(import.meta.url);
 const EventSource = {
   node: () => globalThis.EventSource, // behind --experimental-eventsource
+  'eventsource-2': () => require('eventsource-2'),
   'eventsource-4': async () => (await import('eventsource-4')).EventSource,
   'eventsource-5': async () => (await import('eventsource-5')).EventSource,
-  polyfill,
+  polyfill: () => require('event-source-polyfill').EventSourcePolyfill,
 };
 
 const source = new (await EventSource[which]())(url);

@@ -164,7 +164,7 @@ export class Cutter {
     this.pairs.add(pair);
     const end = () => this.end(pair);
     near.on('data', bytes => {
-      if (!pair.head) this.heads.push(pair.head = bytes.toString());
+      if (/^[A-Z]+ [^ ]+ HTTP\//.test(bytes)) this.heads.push(bytes.toString()); // several may come on one connection
       pair.far.write(bytes);
     });
     pair.far.on('data', bytes => {

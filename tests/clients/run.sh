@@ -61,7 +61,10 @@ if wants clients; then
     if once rust/Cargo.lock cargo build --quiet --locked --manifest-path rust/Cargo.toml --target-dir rust/target; then
         set -- "$@" --has=rust
     else leave_out 'Rust' 'cargo could not build its packages'; fi
-    if have curl; then set -- "$@" --has=curl; else leave_out 'curl' 'it is missing'; fi
+    for tool in curl perl php; do
+        if have $tool; then set -- "$@" --has=$tool; else leave_out "$tool" 'it is missing'; fi
+    done
+    if lua5.4 -e "require 'socket'" 2>/dev/null; then set -- "$@" --has=lua; else leave_out 'Lua' 'lua5.4 or lua-socket is missing'; fi
 fi
 if wants proxies; then
     set -- "$@" proxies

@@ -7,6 +7,7 @@ use crate::block::Block;
 use crate::body::{Body, skip_quoted};
 use crate::config::{Config, Token};
 use crate::connection::Connection;
+use crate::encoded::Framing;
 use crate::event::Id;
 use crate::history::History;
 use crate::hub::{check_topic, restore, snapshot};
@@ -16,7 +17,7 @@ use crate::recovery::Found;
 use crate::request::Request;
 use crate::routes::{TOPICS_PER_STREAM, wanted_topics};
 use crate::target::{Query, Target};
-use crate::text::parse_duration;
+use crate::text::{parse_duration, skip_token};
 use std::net::{TcpListener, TcpStream};
 use std::sync::OnceLock;
 use std::time::Duration;
@@ -50,6 +51,7 @@ pub fn requests(bytes: &[u8]) {
         request.expects_continue = false;
         assert!(request.host.as_deref().is_none_or(is_authority));
         assert!(request.path.starts_with('/') || request.path == "*");
+        assert!(skip_token(&request.method) == Some(""));
         if let Some(names) = request.path.strip_prefix("/events/") {
             streams(&request, names);
         }
@@ -93,6 +95,7 @@ fn streams(request: &Request, names: &str) {
 /// The target of a request: what it decodes to, encoded again, is read as the same.
 pub fn target(text: &str) {
     let Ok(Target { path, query, authority }) = Target::parse("GET", text) else { return };
+    assert!(text.bytes().all(|byte| byte.is_ascii_graphic()));
     assert!(authority.as_deref().is_none_or(is_authority) && path.starts_with('/'));
     let encode = |text: &str| text.bytes().map(|byte| format!("%{byte:02x}")).collect::<String>();
     let parts: Vec<_> = query.0.iter().map(|(name, value)| format!("{}={}", encode(name), encode(value))).collect();
@@ -144,13 +147,17 @@ pub fn journal(bytes: &[u8]) {
     let totals = history.totals();
     assert!(totals.bytes <= config.keep_bytes && totals.topics == history.all_forgotten().0.len());
     assert_eq!(totals.events, history.all_events().len());
+    for event in history.all_events() {
+        assert!(event.bytes(Framing::Chunked) == Framing::Chunked.wrap(event.bytes(Framing::Plain)));
+        assert!(event.block()[1] == event.bytes(Framing::Plain));
+    }
     let boot = found.boot.as_deref();
     let blocks = |history: &History| {
-        let mut blocks: Vec<_> = snapshot(history, boot).iter().map(|event| event.block.to_vec()).collect();
+        let mut blocks: Vec<_> = snapshot(history, boot).iter().map(|event| event.block().concat()).collect();
         blocks[1..].sort(); // the marks are in no order of their own
         blocks
     };
-    let whole: Vec<u8> = snapshot(&history, boot).iter().flat_map(|event| event.block.to_vec()).collect();
+    let whole: Vec<u8> = snapshot(&history, boot).iter().flat_map(|event| event.block().concat()).collect();
     let (second, again) = read(&whole);
     assert_eq!((second.damaged, second.whole, &second.boot), (0, whole.len() as u64, &found.boot));
     assert_eq!((again.newest(), again.totals().bytes), (history.newest(), totals.bytes));
