@@ -1,6 +1,7 @@
 #!/bin/sh
-# Runs every command of the README's console blocks, word for word and in their order, against a server on a free port,
-# and compares what they print with what the README says. Ids differ from run to run; nothing else may.
+# Runs every command of the README's console blocks, word for word and in their order, against a server on a free port, those
+# of "console minimal" against the one in one file, and compares what they print with what the README says. Ids differ from
+# run to run; nothing else may.
 set -eu
 cd "$(dirname "$0")/.."
 if ! command -v curl >/dev/null; then
@@ -8,33 +9,43 @@ if ! command -v curl >/dev/null; then
     [ "${CI:-}" != true ]
     exit
 fi
-brooklet=$PWD/target/release/brooklet
+programs=$PWD/target/release
 readme=$PWD/README.md
 dir=$(mktemp -d)
 trap 'kill $(cat "$dir"/*.pid) 2>/dev/null || true; rm -rf "$dir"' EXIT
 cd "$dir"
 
-"$brooklet" --listen 127.0.0.1:0 --log off >server.out &
-echo $! >server.pid
-until grep -qs listens server.out; do sleep 0.05; done
-port=$(sed -n 's|.*http://127.0.0.1:\([0-9]*\) .*|\1|p' server.out)
+# The README says port 3000; curl's own configuration, in a directory of the server's name, leads it to the port that the
+# server has.
+start() {
+    name=$1
+    shift
+    "$@" >"$name.out" 2>"$name.err" &
+    echo $! >"$name.pid"
+    until grep -qs listens "$name.out"; do
+        kill -0 "$(cat "$name.pid")" || { cat "$name.err" >&2; exit 1; }
+        sleep 0.05
+    done
+    port=$(sed -n 's|.*http://127.0.0.1:\([0-9]*\) .*|\1|p' "$name.out")
+    mkdir "$name"
+    printf 'connect-to = "localhost:3000:127.0.0.1:%s"\nmax-time = 60\n' "$port" >"$name/.curlrc"
+}
+start brooklet "$programs/brooklet" --listen 127.0.0.1:0 --log off
+start minimal "$programs/brooklet-minimal" 127.0.0.1:0
 
-# The README says port 3000; curl's own configuration leads it to the port that the server has.
-printf 'connect-to = "localhost:3000:127.0.0.1:%s"\nmax-time = 60\n' "$port" >.curlrc
-export CURL_HOME="$dir"
+# A log of 9,999 lines, for the command that adds one and follows it.
+seq 1 9999 | sed 's/.*/& a line, "quoted", with \\ and	tab/' >app.log
 
-# A log of 10,000 lines, for the command that follows one.
-seq 1 10000 | sed 's/.*/& a line, "quoted", with \\ and	tab/' >app.log
-
-# Each command into N.sh, what it must print into N.expected.
-awk '/^```console/ { on = 1; next }  /^```/ { on = 0 }
-     on && /^\$ / { n++; print substr($0, 3) > (n ".sh"); printf "" > (n ".expected"); next }
+# Each command into N.sh, the server it is for into N.server, what it must print into N.expected.
+awk '/^```console/ { on = 1; server = $2 ? $2 : "brooklet"; next }  /^```/ { on = 0 }
+     on && /^\$ / { n++; print substr($0, 3) > (n ".sh"); print server > (n ".server"); printf "" > (n ".expected"); next }
      on { print > (n ".expected") }' "$readme"
 
-ids() { sed -E 's/[0-9]{13}-[0-9]+/ID/g; s/[0-9]{13}/MS/g'; }
+ids() { sed -E 's/[0-9]{13}-[0-9]+/ID/g; s/[0-9]{16}/US/g; s/[0-9]{13}/MS/g'; }
 same() { ids <"$1.expected" >want; head -n "$(wc -l <want)" "$1.out" | ids >got; cmp -s want got; }
 fail() { echo "FAILED: $(cat "$1.sh")" >&2; diff want got >&2 || true; exit 1; }
 
+export CURL_HOME="$dir/brooklet"
 curl -sN localhost:3000/events/log >log.out &
 echo $! >log.pid
 until [ -s log.out ]; do sleep 0.05; done
@@ -42,9 +53,10 @@ until [ -s log.out ]; do sleep 0.05; done
 passed=0
 for script in $(ls ./*.sh | sort -t/ -k2n); do
     n=$(basename "$script" .sh)
+    CURL_HOME=$dir/$(cat "$n.server")
     case $(cat "$script") in
-    *'curl -N '* | tail*) # goes on until it is stopped, so what it has printed is looked at in the end
-        sh "$script" >"$n.out" 2>"$n.err" &
+    *'curl -N '* | *'tail '*) # goes on until it is stopped, so what it has printed is looked at in the end
+        timeout 60 sh "$script" >"$n.out" 2>"$n.err" & # which ends all that the script has started, tail too
         echo $! >"$n.pid"
         if grep -q events "$script" && [ -s "$n.expected" ]; then until [ -s "$n.out" ]; do sleep 0.05; done; fi ;;
     *metrics*) # when all lines of the log have arrived
