@@ -43,26 +43,39 @@ awk '/^```console/ { on = 1; server = $2 ? $2 : "brooklet"; next }  /^```/ { on 
 
 ids() { sed -E 's/[0-9]{13}-[0-9]+/ID/g; s/[0-9]{16}/US/g; s/[0-9]{13}/MS/g'; }
 same() { ids <"$1.expected" >want; head -n "$(wc -l <want)" "$1.out" | ids >got; cmp -s want got; }
-fail() { echo "FAILED: $(cat "$1.sh")" >&2; diff want got >&2 || true; exit 1; }
+# Waits until a command succeeds, for a minute at most.
+await() {
+    tries=0
+    until "$@"; do
+        tries=$((tries + 1))
+        [ $tries -lt 600 ] || return 1
+        sleep 0.1
+    done
+}
+log_came() { [ "$(grep -c '^data: ' log.out)" -ge 10000 ]; }
+go_on() {
+    timeout 60 sh "$1.sh" >"$1.out" 2>"$1.err" & # whose end is that of all it has started, tail too
+    echo $! >"$1.pid"
+}
+fail_for() { echo "FAILED: $1" >&2; exit 1; }
+fail() { diff want got >&2 || true; fail_for "$(cat "$1.sh")"; }
 
 export CURL_HOME="$dir/brooklet"
 curl -sN localhost:3000/events/log >log.out &
 echo $! >log.pid
-until [ -s log.out ]; do sleep 0.05; done
+await [ -s log.out ] || fail_for 'the stream of the log does not begin'
 
 passed=0
 for script in $(ls ./*.sh | sort -t/ -k2n); do
     n=$(basename "$script" .sh)
     CURL_HOME=$dir/$(cat "$n.server")
     case $(cat "$script") in
-    *'curl -N '* | *'tail '*) # goes on until it is stopped, so what it has printed is looked at in the end
-        timeout 60 sh "$script" >"$n.out" 2>"$n.err" & # which ends all that the script has started, tail too
-        echo $! >"$n.pid"
-        if grep -q events "$script" && [ -s "$n.expected" ]; then until [ -s "$n.out" ]; do sleep 0.05; done; fi ;;
-    *metrics*) # when all lines of the log have arrived
-        until [ "$(grep -c '^data: ' log.out)" -ge 10000 ]; do sleep 0.05; done
-        sh "$script" >"$n.out" 2>"$n.err"
-        same "$n" || fail "$n" ;;
+    *'curl -N '*) # goes on until it is stopped, so what it has printed is looked at in the end
+        go_on "$n"
+        if grep -q events "$script"; then await [ -s "$n.out" ] || fail_for "$(cat "$script")"; fi ;;
+    *'tail '*) # goes on, too; what follows is published after the log
+        go_on "$n"
+        await log_came || fail_for "$(cat "$script")" ;;
     *)
         sh "$script" >"$n.out" 2>"$n.err"
         same "$n" || fail "$n" ;;
@@ -72,12 +85,7 @@ done
 for pid in *.pid; do
     n=${pid%.pid}
     [ -f "$n.sh" ] || continue
-    tries=0
-    until same "$n"; do
-        tries=$((tries + 1))
-        [ $tries -lt 300 ] || fail "$n"
-        sleep 0.1
-    done
+    await same "$n" || fail "$n"
 done
-sed -n 's/^data: //p' log.out | cmp - app.log || { echo 'FAILED: the log did not arrive line for line' >&2; exit 1; }
+sed -n 's/^data: //p' log.out | cmp - app.log || fail_for 'the log did not arrive line for line'
 echo "smoke: $passed passed, 0 failed"
