@@ -80,13 +80,15 @@ impl<'a> Subscription<'a> {
         self.follow()
     }
 
-    /// Writes the head, a block without data, which dispatches nothing, but from whose id a browser resumes that is cut off
-    /// before its first event; and the gap, if there is one.
+    /// Writes the head and a block without data. That dispatches nothing, but a browser that is cut off before its first
+    /// event resumes from its id.
     fn begin(&mut self, head: String) -> Result<(), Reason> {
         let is_poll = self.poll_until.is_some();
         let (cursor, gap) = (self.start.0, self.start.1.take());
         let retry = if is_poll { POLL_RETRY } else { self.core.config.retry };
-        let first = format!("retry: {}\nid: {cursor}\n\n", retry.as_millis());
+        // Where a gap follows, it brings the id: whoever is cut off before it must hear of it again.
+        let id = if gap.is_none() { format!("id: {cursor}\n") } else { String::new() };
+        let first = format!("retry: {}\n{id}\n", retry.as_millis());
         let mut state = enter(&self.c.state);
         (state.cursor, state.sent, state.is_poll) = (cursor, gap.is_some().into(), is_poll);
         let framing = state.framing;

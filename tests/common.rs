@@ -286,12 +286,20 @@ impl Wire {
         wire
     }
 
-    /// Opens a stream of topics and reads its first block, too. Returns the cursor it names.
+    /// Opens a stream of topics and reads its first block, too. Returns the cursor it names; or the gap, which is still to
+    /// be read, where one comes first.
     pub fn subscribe(addr: SocketAddr, target: &str, fields: &str) -> (Wire, Id) {
         let mut wire = Wire::stream(addr, target, fields);
         let first = wire.block().expect("a first block");
         assert!(first.data.is_none() && first.event.is_none() && first.retry.is_some(), "{first:?}");
-        (wire, first.id())
+        if first.id.is_some() {
+            return (wire, first.id());
+        }
+        let bytes = wire.take_until(b"\n\n").expect("a gap");
+        let gap = Seen::parse(&bytes);
+        assert!(gap.is_gap(), "without an id nothing but a gap may follow: {gap:?}");
+        wire.buffer.splice(0..0, bytes);
+        (wire, gap.id())
     }
 
     pub fn send(&mut self, bytes: &[u8]) {

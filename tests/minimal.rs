@@ -23,6 +23,7 @@ fn a_program_takes_it_as_a_module_serves_with_it_and_stops_it() {
     let (stop, stopping) = crossbeam_channel::bounded(0);
     let serving = thread::spawn(|| one_file::serve(listener, stopping));
     let mut stream = Wire::stream(addr, "/events/a", "");
+    stream.block().expect("the first block: from here on it is subscribed");
     publish(addr, "/events/a", "hello");
     assert_eq!(stream.event().unwrap().data(), "hello");
     drop(stop);

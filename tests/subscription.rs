@@ -414,3 +414,18 @@ fn a_reader_of_http_1_0_that_is_pushed_behind_gets_every_event_whole() {
         wait_for_metric(addr, "subscribers", 0);
     }
 }
+
+#[test]
+fn who_is_cut_off_before_the_gap_hears_of_it_when_coming_back() {
+    let server = serve(Config { keep_events: 1, ..Config::default() });
+    let addr = server.addr().unwrap();
+    let first = server.hub().publish("a", Event::new("first")).unwrap();
+    for _ in 0..3 {
+        server.hub().publish("a", Event::new("more")).unwrap();
+    }
+    let mut wire = Wire::stream(addr, "/events/a", &format!("Last-Event-ID: {first}\r\n"));
+    let opening = wire.block().unwrap();
+    assert_eq!((opening.id, opening.data), (None, None), "else a browser would resume from behind the gap");
+    let gap = wire.block().unwrap();
+    assert!(gap.is_gap() && gap.id.is_some(), "{gap:?}");
+}
