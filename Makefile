@@ -1,9 +1,13 @@
 # brooklet: `make run` and `make test` are all a newcomer needs.
-.PHONY: run setup test smoke siege doctor doctor-test clients bench fuzz build fmt clean need-cargo
+.PHONY: run minimal setup test smoke siege doctor doctor-test clients bench fuzz build fmt clean need-cargo
 
 # Builds, then serves on http://127.0.0.1:3000 until Ctrl-C.
 run: need-cargo
 	@cargo build --release --quiet && exec target/release/brooklet
+
+# The server in one file, src/minimal.rs, on the same address, or at ADDRESS=127.0.0.1:8080.
+minimal: need-cargo
+	@cargo build --release --quiet --bin brooklet-minimal && exec target/release/brooklet-minimal $(ADDRESS)
 
 # Installs what the tests use beside Rust (Debian). What is missing, they leave out, and say so.
 setup:
@@ -41,7 +45,7 @@ doctor-test: build
 clients: build
 	sh tests/clients/run.sh
 
-# What a delivery costs beside what the kernel charges for it: a table and a plot, in two minutes.
+# What a delivery costs beside what the kernel charges for it, and in the server in one file: tables and a plot, in three minutes.
 bench: need-cargo
 	ulimit -n $$(ulimit -Hn); cargo bench --bench bench
 

@@ -1,12 +1,36 @@
-//! The clock: Unix milliseconds for ids, the date of answers, and times that are spread by chance.
+//! The clock: Unix milliseconds for ids, ages that no setting of the clock changes, the date of answers, and times that
+//! are spread by chance.
 
 use crate::sync::enter;
 use std::hash::{BuildHasher, RandomState};
 use std::sync::{Arc, Mutex};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 pub fn now_ms() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_millis() as u64)
+}
+
+/// Milliseconds that go on evenly, whatever the clock is set to: they begin as Unix time, and are counted by the monotonic
+/// clock from there. They tell the age of what is kept; an id does not, since ids never go back.
+pub struct Steady {
+    start: Instant,
+    start_ms: u64,
+}
+
+impl Steady {
+    pub fn start() -> Steady {
+        Steady { start: Instant::now(), start_ms: now_ms() }
+    }
+
+    pub fn now_ms(&self) -> u64 {
+        self.start_ms.saturating_add(self.start.elapsed().as_millis() as u64)
+    }
+
+    /// When something happened before the start that was given this Unix time. It was not in the future, so where it seems
+    /// so, the clock has been set back since; more is not known, and it counts as new.
+    pub fn before_start(&self, unix_ms: u64) -> u64 {
+        unix_ms.min(self.start_ms)
+    }
 }
 
 /// The date of now. Nearly every answer has that of the one before: writing it anew would cost as much as the rest of a head.

@@ -49,6 +49,9 @@ pub struct Config {
     pub head_time: Duration,
     /// Time to send a whole body; of a `PUT`, a line once begun (30 s).
     pub body_time: Duration,
+    /// How long a `PUT` may be silent between two lines (12 h: a log may be, overnight). The standard library cannot turn
+    /// TCP keepalive on, so a publisher that vanished without a packet is known by its silence alone.
+    pub put_idle_time: Duration,
     /// Time between the requests of a connection that is kept alive (15 s).
     pub idle_time: Duration,
     /// Longest silence on a stream of topics (15 s, at least 3.5 s): proxies cut silent streams, many after 60 s, some
@@ -64,7 +67,7 @@ pub struct Config {
     pub retry: Duration,
     /// Newest events kept of each topic (1,000).
     pub keep_events: usize,
-    /// Bytes kept of all topics together (64 MiB), each event counted with 128 bytes of bookkeeping.
+    /// Bytes kept of all topics together (64 MiB), each event counted with 136 bytes of bookkeeping.
     pub keep_bytes: usize,
     /// How long an event is kept (24 h).
     pub keep_age: Duration,
@@ -98,6 +101,7 @@ impl Default for Config {
             line_bytes: 64 * 1024,
             head_time: seconds(10),
             body_time: seconds(30),
+            put_idle_time: seconds(12 * 3600),
             idle_time: seconds(15),
             heartbeat: seconds(15),
             lifetime: seconds(600),
@@ -117,8 +121,9 @@ impl Default for Config {
 
 impl Config {
     pub(crate) fn check(&self) -> io::Result<()> {
-        let Config { head_time, body_time, idle_time, heartbeat, lifetime, stall_time, retry, .. } = *self;
-        let times = [head_time, body_time, idle_time, heartbeat, lifetime, stall_time];
+        let Config { head_time, body_time, put_idle_time, idle_time, heartbeat, lifetime, stall_time, retry, .. } =
+            *self;
+        let times = [head_time, body_time, put_idle_time, idle_time, heartbeat, lifetime, stall_time];
         let too_short = times.iter().any(|time| time.as_millis() == 0);
         let too_long = times.iter().chain([&retry]).any(|time| *time > LONGEST);
         for (is_wrong, reason) in [

@@ -186,9 +186,11 @@ impl Connection {
         Ok(())
     }
 
-    /// The end of a stream that the server decides on. The peer reads why, and when to come back.
-    pub fn end(&self, why: Reason, retry: Duration) -> Reason {
-        let bytes = format!(": {why}\nretry: {}\n\n", retry.as_millis());
+    /// The end of a stream that the server decides on. The peer reads why, and when to come back; and after which id, if
+    /// that is not the last that it was told.
+    pub fn end(&self, why: Reason, retry: Duration, id: Option<Id>) -> Reason {
+        let id = id.map_or(String::new(), |id| format!("id: {id}\n"));
+        let bytes = format!(": {why}\nretry: {}\n{id}\n", retry.as_millis());
         let _ = self.write_waiting(bytes.as_bytes(), Instant::now() + LINGER);
         why
     }

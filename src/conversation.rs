@@ -191,7 +191,7 @@ impl Conversation {
         self.shared.core.counters.sent_away.fetch_add(1, Relaxed);
         self.shared.log.warn(format_args!("{} is sent away: {why}", self.c.peer));
         let _ = self.c.write_whole(head.as_bytes(), Instant::now() + LINGER);
-        self.c.end(why, spread(self.config().retry, 50, 150))
+        self.c.end(why, spread(self.config().retry, 50, 150), None)
     }
 
     fn log_closing(&self, path: &str) {

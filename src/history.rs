@@ -5,8 +5,11 @@
 //! that may have missed something, and is told so by a `gap`. A topic that nobody follows and that keeps nothing leaves
 //! the table; the newest id that such topics had forgotten is one number, which counts for every topic that is not in the
 //! table. At the start that number is the base, so whatever an earlier process had is a gap, too.
+//!
+//! Ids come from the clock, but never go back with it, so an id does not tell an age: each event has its moment beside it
+//! ([`Steady`]). Moments and ids rise together, in each topic and over all.
 
-use crate::clock::now_ms;
+use crate::clock::{Steady, now_ms};
 use crate::config::Config;
 use crate::encoded::{Encoded, Run};
 use crate::event::{Event, Id};
@@ -16,19 +19,20 @@ use std::sync::Arc;
 use std::time::Duration;
 
 /// What a kept event costs beside its bytes: its part of the queue, its counted pointer, its part of the indexes.
-const EVENT_OVERHEAD: usize = 128;
+const EVENT_OVERHEAD: usize = 136;
 const KEY_OVERHEAD: usize = 96;
 
 pub struct History {
     topics: HashMap<Arc<str>, Topic>,
     /// The oldest event of each topic that keeps any: the next to be forgotten is the first.
-    oldest: BTreeMap<Id, Arc<str>>,
+    oldest: BTreeMap<Point, Arc<str>>,
     events: usize,
     bytes: usize,
     /// The newest id that subscribers may have seen, over all topics.
     newest: Id,
-    /// The newest id that was forgotten by topics which are not in the table any more.
-    forgotten: Id,
+    /// The newest that was forgotten by topics which are not in the table any more.
+    forgotten: Point,
+    clock: Steady,
     keep_events: usize,
     keep_bytes: usize,
     keep_age: Duration,
@@ -38,10 +42,23 @@ pub struct History {
 #[derive(Default)]
 struct Topic {
     name: Arc<str>,
-    events: VecDeque<(Encoded, Option<Arc<str>>)>, // with their keys
+    events: VecDeque<KeptEvent>,
     keys: HashMap<Arc<str>, Id>,
-    forgotten: Id,
+    forgotten: Point,
     subscribers: usize,
+}
+
+struct KeptEvent {
+    event: Encoded,
+    key: Option<Arc<str>>,
+    moment_ms: u64,
+}
+
+/// An id and its moment.
+#[derive(Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord)]
+struct Point {
+    id: Id,
+    moment_ms: u64,
 }
 
 /// Where a new stream wants to begin.
@@ -81,13 +98,15 @@ pub struct Totals {
 impl History {
     /// Nothing is kept, and everything up to `base` counts as forgotten.
     pub fn new(base: Id, config: &Config) -> History {
+        let clock = Steady::start();
         History {
             topics: HashMap::new(),
             oldest: BTreeMap::new(),
             events: 0,
             bytes: 0,
             newest: base,
-            forgotten: base,
+            forgotten: Point { id: base, moment_ms: clock.before_start(base.ms) },
+            clock,
             keep_events: config.keep_events,
             keep_bytes: config.keep_bytes,
             keep_age: config.keep_age,
@@ -126,19 +145,31 @@ impl History {
         Ok(())
     }
 
-    /// Keeps an event. Returns its topic's name if anyone follows it: only then need a lane know of the event, since
-    /// whoever follows the topic later finds it kept.
+    /// Keeps an event that is published now. Returns its topic's name if anyone follows it: only then need a lane know of
+    /// the event, since whoever follows the topic later finds it kept.
     pub fn insert(&mut self, name: &str, event: Encoded, key: Option<Arc<str>>) -> Option<Arc<str>> {
+        let moment_ms = self.clock.now_ms();
+        self.keep(name, KeptEvent { event, key, moment_ms })
+    }
+
+    /// Keeps an event that an earlier process has published. What is too old goes at once, or a long journal would fill memory.
+    pub fn restore(&mut self, name: &str, event: Encoded, key: Option<Arc<str>>) {
+        self.expire();
+        let moment_ms = self.clock.before_start(event.id.ms);
+        self.keep(name, KeptEvent { event, key, moment_ms });
+    }
+
+    fn keep(&mut self, name: &str, kept: KeptEvent) -> Option<Arc<str>> {
         let topic = self.topic(name);
-        let (id, is_first, cost) = (event.id, topic.events.is_empty(), cost(&event, &key));
-        topic.keys.extend(key.clone().map(|key| (key, id)));
-        topic.events.push_back((event, key));
+        let (point, is_first, cost) = (kept.point(), topic.events.is_empty(), kept.cost());
+        topic.keys.extend(kept.key.clone().map(|key| (key, point.id)));
+        topic.events.push_back(kept);
         let (name, count, is_followed) = (topic.name.clone(), topic.events.len(), topic.subscribers > 0);
         self.events += 1;
         self.bytes += cost;
-        self.newest = self.newest.max(id);
+        self.newest = self.newest.max(point.id);
         if is_first {
-            self.oldest.insert(id, name.clone());
+            self.oldest.insert(point, name.clone());
         }
         if count > self.keep_events {
             self.forget_oldest_of(&name);
@@ -152,12 +183,12 @@ impl History {
 
     /// Forgets what is too old. Whoever looks at the history does this first, so nobody sees an event too old.
     pub fn expire(&mut self) {
-        let limit = self.ago(self.keep_age);
-        while let Some((id, name)) = self.oldest.first_key_value().map(|(id, name)| (*id, name.clone())) {
-            if id >= limit {
+        let limit_ms = self.ago_ms(self.keep_age);
+        while let Some((point, name)) = self.oldest.first_key_value() {
+            if point.moment_ms >= limit_ms {
                 break;
             }
-            self.forget_oldest_of(&name);
+            self.forget_oldest_of(&name.clone());
         }
     }
 
@@ -192,16 +223,31 @@ impl History {
         match from {
             Start::Now => (self.newest, None),
             Start::Earliest => (self.oldest_after(names, Id::default()).map_or(self.newest, Id::before), None),
-            Start::Ago(time) => self.resume(names, Some(self.ago(time).min(self.newest))),
+            Start::Ago(time) => self.start_ago(names, time),
             Start::After(cursor) => self.resume(names, cursor),
         }
     }
 
+    fn start_ago(&self, names: &[Arc<str>], time: Duration) -> (Id, Option<Encoded>) {
+        let limit_ms = self.ago_ms(time);
+        let first = self.topics(names).filter_map(|topic| topic.first_since(limit_ms)).min();
+        let cursor = first.map_or(self.newest, Id::before);
+        if self.forgotten_of(names).moment_ms < limit_ms {
+            return (cursor, None);
+        }
+        let after = Id { ms: now_ms().saturating_sub(millis(time)), seq: 0 };
+        let gap = self.gap(names, Some(after), cursor);
+        (gap.id, Some(gap))
+    }
+
     fn resume(&self, names: &[Arc<str>], asked: Option<Id>) -> (Id, Option<Encoded>) {
-        // From the future is an id of an earlier life of this server: all that is kept is new to its owner.
-        let known = asked.filter(|asked| *asked <= self.newest);
+        // Later than both the newest id and the clock is only an id of an earlier life of this server: all that is kept is
+        // new to its owner. Between the two it means from now on, which is after the newest: should the clock be set back,
+        // ids up to the asked one are still to come.
+        let is_known = |asked: &Id| *asked <= self.newest || asked.ms <= now_ms();
+        let known = asked.filter(is_known).map(|asked| asked.min(self.newest));
         match known {
-            Some(cursor) if cursor >= self.forgotten_of(names) => (cursor, None),
+            Some(cursor) if cursor >= self.forgotten_of(names).id => (cursor, None),
             _ => {
                 let gap = self.gap(names, asked, known.unwrap_or_default());
                 (gap.id, Some(gap))
@@ -209,11 +255,20 @@ impl History {
         }
     }
 
+    /// Whether these topics have anything for a subscriber at `cursor`: see [`History::next`].
+    pub fn has_news(&self, names: &[Arc<str>], cursor: Id, told: &[Id]) -> bool {
+        self.has_untold(names, cursor, told) || self.oldest_after(names, cursor).is_some()
+    }
+
+    fn has_untold(&self, names: &[Arc<str>], cursor: Id, told: &[Id]) -> bool {
+        self.topics(names).zip(told).any(|(topic, told)| topic.forgotten.id > cursor.max(*told))
+    }
+
     /// What comes after `cursor` in all of these topics, in one order, up to one run. A gap comes first where a topic has
     /// forgotten something after the cursor that the subscriber was not told of. `told` is an id for each topic: with one
     /// for all, a gap told for one topic would hide what another forgets later.
     pub fn next(&self, names: &[Arc<str>], cursor: Id, told: &[Id]) -> Next {
-        if self.topics(names).zip(told).any(|(topic, told)| topic.forgotten > cursor.max(*told)) {
+        if self.has_untold(names, cursor, told) {
             return Next::Gap(self.gap(names, Some(cursor), cursor));
         }
         let mut run = Run::default();
@@ -231,16 +286,17 @@ impl History {
 
     /// The newest id that each of these topics has forgotten.
     pub fn told(&self, names: &[Arc<str>]) -> Vec<Id> {
-        self.topics(names).map(|topic| topic.forgotten).collect()
+        self.topics(names).map(|topic| topic.forgotten.id).collect()
     }
 
     /// Takes note of what an earlier process has forgotten: of one topic, or of all that are not in the table.
     pub fn restore_forgotten(&mut self, name: Option<&str>, id: Id) {
+        let point = Point { id, moment_ms: self.clock.before_start(id.ms) };
         match name {
-            None => self.forgotten = self.forgotten.max(id),
+            None => self.forgotten = self.forgotten.max(point),
             Some(name) => {
-                let known = self.topics.get(name).map_or(id, |topic| topic.forgotten);
-                self.topic(name).forgotten = known.max(id);
+                let known = self.topics.get(name).map_or(point, |topic| topic.forgotten);
+                self.topic(name).forgotten = known.max(point);
             }
         }
         self.newest = self.newest.max(id);
@@ -256,13 +312,14 @@ impl History {
     /// Of every topic something up to `id` may be missing.
     pub fn count_as_forgotten(&mut self, id: Id) {
         self.newest = self.newest.max(id);
-        self.forgotten = self.newest;
-        self.topics.values_mut().for_each(|topic| topic.forgotten = self.newest);
+        self.forgotten = Point { id: self.newest, moment_ms: self.clock.now_ms() };
+        self.topics.values_mut().for_each(|topic| topic.forgotten = self.forgotten);
     }
 
     /// Begins a walk over all that is kept now.
     pub fn walk(&self) -> Walk {
-        Walk { heads: self.oldest.clone(), until: self.newest }
+        let heads = self.oldest.iter().map(|(point, name)| (point.id, name.clone())).collect();
+        Walk { heads, until: self.newest }
     }
 
     /// The next events of a walk, in the order of the ids: some that take about `bytes` of memory. None are left at its end.
@@ -271,18 +328,19 @@ impl History {
         while taken < bytes
             && let Some((id, name)) = walk.heads.pop_first()
         {
-            let first = |topic: &Topic| topic.events.partition_point(|(event, _)| event.id < id);
+            let first = |topic: &Topic| topic.events.partition_point(|kept| kept.event.id < id);
             let rest = self.topics.get(&name).map(|topic| topic.events.range(first(topic)..));
-            for (event, key) in rest.into_iter().flatten() {
-                let is_next = walk.heads.first_key_value().is_none_or(|(other, _)| event.id < *other);
-                if event.id > walk.until {
+            for kept in rest.into_iter().flatten() {
+                let id = kept.event.id;
+                let is_next = walk.heads.first_key_value().is_none_or(|(other, _)| id < *other);
+                if id > walk.until {
                     break;
                 } else if !is_next || taken >= bytes {
-                    walk.heads.insert(event.id, name);
+                    walk.heads.insert(id, name);
                     break;
                 }
-                taken += cost(event, key);
-                events.push(event.clone());
+                taken += kept.cost();
+                events.push(kept.event.clone());
             }
         }
         events
@@ -290,14 +348,14 @@ impl History {
 
     /// The newest id that this topic has forgotten, or any other where it is not in the table.
     pub fn forgotten(&self, name: &str) -> Id {
-        self.topics.get(name).map_or(self.forgotten, |topic| topic.forgotten)
+        self.topics.get(name).map_or(self.forgotten, |topic| topic.forgotten).id
     }
 
     /// The topics that keep events, with what each has forgotten; and the newest id that any other topic has.
     pub fn all_forgotten(&self) -> (Vec<(Arc<str>, Id)>, Id) {
         let (used, unused): (Vec<_>, Vec<_>) = self.topics.values().partition(|topic| !topic.events.is_empty());
-        let others = unused.iter().map(|topic| topic.forgotten).fold(self.forgotten, Id::max);
-        (used.iter().map(|topic| (topic.name.clone(), topic.forgotten)).collect(), others)
+        let others = unused.iter().map(|topic| topic.forgotten).fold(self.forgotten, Point::max);
+        (used.iter().map(|topic| (topic.name.clone(), topic.forgotten.id)).collect(), others.id)
     }
 
     /// The topic, which is put into the table where it is not there. The caller uses it at once, by an event or a
@@ -314,12 +372,13 @@ impl History {
 
     fn forget_oldest_of(&mut self, name: &Arc<str>) {
         let Some(topic) = self.topics.get_mut(name) else { return };
-        let Some((event, key)) = topic.events.pop_front() else { return };
-        self.oldest.remove(&event.id);
+        let Some(kept) = topic.events.pop_front() else { return };
+        let point = kept.point();
+        self.oldest.remove(&point);
         self.events -= 1;
-        self.bytes -= cost(&event, &key);
-        topic.forgotten = topic.forgotten.max(event.id);
-        if let Some(key) = key.filter(|key| topic.keys.get(key) == Some(&event.id)) {
+        self.bytes -= kept.cost();
+        topic.forgotten = topic.forgotten.max(point);
+        if let Some(key) = kept.key.filter(|key| topic.keys.get(key) == Some(&point.id)) {
             topic.keys.remove(&key);
         }
         // What a busier hour has reserved is given back, or the budget would not bound it.
@@ -328,7 +387,7 @@ impl History {
             topic.keys.shrink_to(topic.keys.len() * 2);
         }
         match topic.events.front() {
-            Some((next, _)) => drop(self.oldest.insert(next.id, name.clone())),
+            Some(next) => drop(self.oldest.insert(next.point(), name.clone())),
             None => self.remove_if_unused(name),
         }
     }
@@ -340,13 +399,12 @@ impl History {
         }
     }
 
-    /// The cursor that long before the newer of now and the newest id.
-    fn ago(&self, time: Duration) -> Id {
-        let time_ms = u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
-        Id { ms: now_ms().max(self.newest.ms).saturating_sub(time_ms), seq: 0 }
+    /// The moment that long ago.
+    fn ago_ms(&self, time: Duration) -> u64 {
+        self.clock.now_ms().saturating_sub(millis(time))
     }
 
-    fn forgotten_of(&self, names: &[Arc<str>]) -> Id {
+    fn forgotten_of(&self, names: &[Arc<str>]) -> Point {
         self.topics(names).map(|topic| topic.forgotten).max().unwrap_or(self.forgotten)
     }
 
@@ -354,11 +412,13 @@ impl History {
         self.topics(names).filter_map(|topic| topic.after(cursor).next()).map(|event| event.id).min()
     }
 
-    /// The event that says that something between the asked cursor and the oldest kept event may be missing. Its id is
-    /// just before that event, so whoever resumes from it gets all that is kept.
+    /// The event that says that something may be missing after the asked cursor, and before the event that it calls the
+    /// oldest: from that on, all of these topics are whole. Its id is just before everything that is kept after the cursor,
+    /// so whoever resumes from it gets that, though one topic may keep what is older than something that another forgot.
     fn gap(&self, names: &[Arc<str>], asked: Option<Id>, cursor: Id) -> Encoded {
-        let oldest = self.oldest_after(names, cursor);
-        let id = oldest.map_or(self.forgotten_of(names), Id::before);
+        let forgotten = self.forgotten_of(names).id;
+        let id = self.oldest_after(names, cursor).map_or(forgotten, Id::before);
+        let oldest = self.oldest_after(names, cursor.max(forgotten));
         let json = |id: Option<Id>| id.map_or("null".into(), |id| format!("\"{id}\""));
         let data = format!("{{\"after\":{},\"oldest\":{}}}", json(asked), json(oldest));
         Encoded::new(id, Event::new(data).name("gap").encode(Some(&id)))
@@ -368,11 +428,27 @@ impl History {
 impl Topic {
     /// The kept events after `cursor`, oldest first.
     fn after(&self, cursor: Id) -> impl Iterator<Item = &Encoded> + Clone {
-        let first = self.events.partition_point(|(event, _)| event.id <= cursor);
-        self.events.range(first..).map(|(event, _)| event)
+        let first = self.events.partition_point(|kept| kept.event.id <= cursor);
+        self.events.range(first..).map(|kept| &kept.event)
+    }
+
+    /// The first kept event since that moment.
+    fn first_since(&self, moment_ms: u64) -> Option<Id> {
+        let first = self.events.partition_point(|kept| kept.moment_ms < moment_ms);
+        self.events.get(first).map(|kept| kept.event.id)
     }
 }
 
-fn cost(event: &Encoded, key: &Option<Arc<str>>) -> usize {
-    EVENT_OVERHEAD + event.block.len() + key.as_ref().map_or(0, |key| 2 * key.len() + KEY_OVERHEAD)
+impl KeptEvent {
+    fn point(&self) -> Point {
+        Point { id: self.event.id, moment_ms: self.moment_ms }
+    }
+
+    fn cost(&self) -> usize {
+        EVENT_OVERHEAD + self.event.block.len() + self.key.as_ref().map_or(0, |key| 2 * key.len() + KEY_OVERHEAD)
+    }
+}
+
+fn millis(time: Duration) -> u64 {
+    u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
 }

@@ -373,14 +373,16 @@ fn open_journal(path: &Path, history: &Arc<Mutex<History>>, config: &Config, log
 
 fn recover(path: &Path, shared: &Arc<Mutex<History>>, config: &Config, log: &Arc<Logger>) -> io::Result<Journal> {
     let mut history = enter(shared);
-    let mut take = |block: Block, bytes: &[u8]| restore(&mut history, block, bytes);
+    let (mut newest_event, mut newest_mark) = (Id::default(), Id::default());
+    let mut take = |block: Block, bytes: &[u8]| {
+        let newest = if block.is_mark { &mut newest_mark } else { &mut newest_event };
+        *newest = block.id.max(*newest);
+        restore(&mut history, block, bytes);
+    };
     let (mut journal, found) = Journal::open(path, config, log, &mut take)?;
     history.remove_unused();
     if found.may_lack_events() {
-        // What came before, or stood there, is not known, so every topic may have lost something up to now; or for a
-        // while after the newest that is known, where the clock has gone back.
-        let ms = now_ms().max(history.newest().ms.saturating_add(HELD_BACK_MS));
-        history.count_as_forgotten(Id { ms, seq: 0 });
+        history.count_as_forgotten(after_what_is_lost(newest_event, newest_mark));
     }
     let Totals { topics, events, .. } = history.totals();
     log.line(Log::Info, format_args!("kept {events} events of {topics} topics"));
@@ -388,4 +390,17 @@ fn recover(path: &Path, shared: &Arc<Mutex<History>>, config: &Config, log: &Arc
     drop(history);
     journal.repair(&found, kept_bytes, &|boot| Box::new(Kept::new(shared, boot)))?;
     Ok(journal)
+}
+
+/// An id above all that may have been published and lost. What came before, or stood there, is not known, so that is up to now;
+/// where the clock has gone back, also for a while after the newest event. But this rule itself puts ids ahead of the clock:
+/// they have the millisecond of the mark that a start has written, until the clock passes it. To add the while again at each
+/// start would put them ahead without end.
+fn after_what_is_lost(newest_event: Id, newest_mark: Id) -> Id {
+    let now = now_ms();
+    let lost_until = match newest_event.ms > newest_mark.ms {
+        true => newest_event.ms.saturating_add(HELD_BACK_MS),
+        false => newest_mark.ms.min(now).saturating_add(HELD_BACK_MS).max(newest_mark.ms.saturating_add(1)),
+    };
+    Id { ms: now.max(lost_until), seq: 0 }
 }

@@ -18,8 +18,7 @@ pub fn restore(history: &mut History, block: Block, bytes: &[u8]) {
     let Block { id, topic, key, is_mark, frame_at, .. } = block;
     match topic {
         Some(name) if !is_mark => {
-            history.expire();
-            history.insert(name, Encoded { id, block: bytes.into(), frame_at }, key.map(Arc::from));
+            history.restore(name, Encoded { id, block: bytes.into(), frame_at }, key.map(Arc::from));
         }
         _ => history.restore_forgotten(topic, id),
     }

@@ -1,8 +1,10 @@
 //! The lines of a body that is still arriving.
 //!
-//! A line once begun must end in time; between lines silence is fine.
+//! A line once begun must end in time. Between lines silence is fine, for hours: but a publisher that has vanished without a
+//! packet says nothing either, so it ends at last.
 
 use crate::body::Body;
+use crate::config::Config;
 use crate::reader::Reader;
 use crate::response::{Response, refuse};
 use std::time::Duration;
@@ -16,22 +18,29 @@ pub struct Lines<'a, 'b> {
     body: &'a mut Body,
     line_limit: usize,
     line_time: Duration,
+    idle_time: Duration,
     text: Vec<u8>,
     /// Where the line that is looked for begins in `text`.
     start: usize,
+    /// The time of a line that has begun is running; else that of the silence before it.
+    has_begun: bool,
     /// How many lines have been taken.
     count: usize,
 }
 
 impl<'a, 'b> Lines<'a, 'b> {
-    /// A line has at most `line_limit` bytes, and comes whole within `line_time`.
-    pub fn new(
-        reader: &'a mut Reader<'b>,
-        body: &'a mut Body,
-        line_limit: usize,
-        line_time: Duration,
-    ) -> Lines<'a, 'b> {
-        Lines { reader, body, line_limit, line_time, text: Vec::new(), start: 0, count: 0 }
+    pub fn new(reader: &'a mut Reader<'b>, body: &'a mut Body, config: &Config) -> Lines<'a, 'b> {
+        Lines {
+            reader,
+            body,
+            line_limit: config.line_bytes,
+            line_time: config.body_time,
+            idle_time: config.put_idle_time,
+            text: Vec::new(),
+            start: 0,
+            has_begun: false,
+            count: 0,
+        }
     }
 
     /// Waits for a line, and takes those that came with it, too: they are published together, with one write of the
@@ -64,7 +73,7 @@ impl<'a, 'b> Lines<'a, 'b> {
             }
             self.drop_taken();
             searched = self.text.len();
-            if !self.body.read(self.reader, &mut self.text)? {
+            if !self.body.read(self.reader, &mut self.text).map_err(|refusal| self.explain(refusal))? {
                 return Ok(Some(std::mem::take(&mut self.text)).filter(|line| !line.is_empty()));
             }
         }
@@ -80,14 +89,24 @@ impl<'a, 'b> Lines<'a, 'b> {
 
     /// Leaves in `text` only the line that has begun; its time runs from when it was first seen.
     fn drop_taken(&mut self) {
-        if self.start > 0 {
-            self.text.drain(..self.start);
-            (self.start, self.reader.deadline) = (0, None);
-        }
+        self.has_begun &= self.start == 0;
+        self.text.drain(..self.start);
+        self.start = 0;
         if self.text.is_empty() {
-            self.reader.deadline = None;
-        } else if self.reader.deadline.is_none() {
+            self.reader.wait_at_most(self.idle_time);
+        } else if !self.has_begun {
             self.reader.wait_at_most(self.line_time);
+        }
+        self.has_begun = !self.text.is_empty();
+    }
+
+    fn explain(&self, refusal: Response) -> Response {
+        match refusal.status {
+            408 if !self.has_begun => {
+                let reason = format!("no line came within {:?} (--put-idle-time)", self.idle_time);
+                Response { close: true, ..Response::text(408, reason) }
+            }
+            _ => refusal,
         }
     }
 }

@@ -40,6 +40,7 @@ the flag wins. T and ORIGIN can be given several times.
   --line-bytes SIZE      64KiB           longest line of a PUT
   --head-time TIME       10s             for a whole request head to arrive
   --body-time TIME       30s             for a POST's body, or a line of a PUT
+  --put-idle-time TIME   12h             for the next line of a PUT
   --idle-time TIME       15s             for the next request on a connection
   --heartbeat TIME       15s             send a comment after this much silence
                                          on a stream (3.5s or more)
@@ -72,7 +73,7 @@ enum Takes {
 
 /// Every flag that the environment can give, too. A variable of another name that begins with `BROOKLET_` is not ours to
 /// refuse: Kubernetes sets some for a service that is called brooklet.
-const FLAGS: [(&str, Takes); 25] = [
+const FLAGS: [(&str, Takes); 26] = [
     ("--listen", Takes::Value),
     ("--open", Takes::Nothing),
     ("--publish-token", Takes::Values),
@@ -85,6 +86,7 @@ const FLAGS: [(&str, Takes); 25] = [
     ("--line-bytes", Takes::Value),
     ("--head-time", Takes::Value),
     ("--body-time", Takes::Value),
+    ("--put-idle-time", Takes::Value),
     ("--idle-time", Takes::Value),
     ("--heartbeat", Takes::Value),
     ("--lifetime", Takes::Value),
@@ -225,6 +227,7 @@ impl Command {
             "--line-bytes" => config.line_bytes = size(value)?,
             "--head-time" => config.head_time = time(value)?,
             "--body-time" => config.body_time = time(value)?,
+            "--put-idle-time" => config.put_idle_time = time(value)?,
             "--idle-time" => config.idle_time = time(value)?,
             "--heartbeat" => config.heartbeat = time(value)?,
             "--lifetime" => config.lifetime = time(value)?,

@@ -40,6 +40,9 @@ pub struct Places {
 
 #[derive(Default)]
 struct Table {
+    /// Three quarters of the places beside the streams: the rest is for others, or each newcomer would have to go for the
+    /// next.
+    trusted_limit: usize,
     next_serial: u64,
     next_turn: u64,
     threads: usize,
@@ -61,7 +64,8 @@ pub struct Counts {
 
 impl Places {
     pub fn new(stream_limit: usize, other_limit: usize) -> Places {
-        Places { stream_limit, other_limit, table: Mutex::default(), somebody_left: Condvar::new() }
+        let table = Table { trusted_limit: other_limit * 3 / 4, ..Table::default() };
+        Places { stream_limit, other_limit, table: Mutex::new(table), somebody_left: Condvar::new() }
     }
 
     /// All the places there are.
@@ -95,13 +99,9 @@ impl Places {
         enter(&self.table).move_to(place, c)
     }
 
-    /// A publisher that has shown its token makes room last. A quarter of the places is for others, or each newcomer would
-    /// have to go for the next.
+    /// A publisher that has shown its token makes room last.
     pub fn trust(&self, c: &Connection) {
-        let mut table = enter(&self.table);
-        if table.queue(Place::Trusted).len() < self.other_limit * 3 / 4 {
-            table.move_to(Place::Trusted, c);
-        }
+        enter(&self.table).move_to(Place::Trusted, c);
     }
 
     /// Who has something to say is not the first to make room: it is the last to have come to its place.
@@ -167,12 +167,16 @@ impl Table {
     }
 
     /// Closes the connection that has been idle longest. But where a crowd came at once, nobody has been idle for long: then
-    /// the one that has been busy longest. Who has shown a token goes last.
+    /// the one that has been busy longest. Who has shown a token goes last. But where too many have, it is whoever has said
+    /// nothing for longest, token or not: a publisher that has vanished without a word goes before all that live.
     fn make_room(&mut self) -> bool {
-        let order = match self.somebody_idles() {
+        let mut order = match self.somebody_idles() {
             true => [Place::Idle, Place::Busy, Place::Trusted],
             false => [Place::Busy, Place::Idle, Place::Trusted],
         };
+        if self.queue(Place::Trusted).len() > self.trusted_limit {
+            order.sort_by_key(|place| self.queue(*place).first_key_value().map_or(u64::MAX, |(turn, _)| *turn));
+        }
         let Some((_, c)) = order.into_iter().find_map(|place| self.queue(place).pop_first()) else { return false };
         self.positions.remove(&c.serial);
         c.cut(MADE_ROOM);

@@ -38,7 +38,6 @@ impl Publishing {
     pub fn put(&self, reader: &mut Reader, request: &mut Request, topic: &str) -> Result<Response, Response> {
         let event = self.describe(request, topic, &["event", "retry"])?;
         request.invite_body(reader)?;
-        reader.deadline = None;
         let (mut count, mut last) = (0, None);
         let result = self.put_lines(reader, request, topic, &event, &mut count, &mut last);
         let summary = format!("published {count}{}", last.map_or(String::new(), |id| format!(", last id {id}")));
@@ -48,7 +47,6 @@ impl Publishing {
         }
     }
 
-    /// Silence between lines is fine; a line once begun must end in time.
     fn put_lines(
         &self,
         reader: &mut Reader,
@@ -59,7 +57,7 @@ impl Publishing {
         last: &mut Option<Id>,
     ) -> Result<(), Response> {
         let (c, config) = (reader.c, &self.hub.core.config);
-        let mut lines = Lines::new(reader, &mut request.body, config.line_bytes, config.body_time);
+        let mut lines = Lines::new(reader, &mut request.body, config);
         loop {
             let mut texts = Vec::new();
             let more = lines.take_some(&mut texts);

@@ -43,7 +43,7 @@ impl Handled {
         let Handled { handler, query, last_event_id } = self;
         let result = handler(&mut Stream { c, core, query, last_event_id, stray: 0 });
         if core.is_stopping() && enter(&c.state).phase == Phase::Behind {
-            return c.end(STOPPING, spread(core.config.retry, 50, 150)).into();
+            return c.end(STOPPING, spread(core.config.retry, 50, 150), None).into();
         }
         match result {
             Ok(()) => "the handler returned".into(),

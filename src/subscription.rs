@@ -109,16 +109,16 @@ impl<'a> Subscription<'a> {
                 Err(reason) => return reason,
             };
             if core.is_stopping() {
-                return c.end(STOPPING, spread(core.config.retry, 50, 150));
+                return self.end(STOPPING, spread(core.config.retry, 50, 150));
             } else if Instant::now() >= self.deadline {
-                return c.end("the lifetime is over", core.config.retry);
+                return self.end("the lifetime is over", core.config.retry);
             }
             let State { cursor, sent, .. } = *enter(&c.state);
             let history = core.history();
             match history.next(&self.names, cursor, &self.told) {
                 Next::Nothing if self.poll_until.is_some_and(|until| sent > 0 || Instant::now() >= until) => {
                     drop(history);
-                    return c.end(POLL_IS_OVER, POLL_RETRY);
+                    return self.end(POLL_IS_OVER, POLL_RETRY);
                 }
                 Next::Nothing => {
                     let mut state = enter(&c.state);
@@ -144,6 +144,18 @@ impl<'a> Subscription<'a> {
                 }
             }
         }
+    }
+
+    /// Ends the stream, whose last frame has ended. Where nothing newer is kept of its topics, the page goes on from the newest
+    /// id of all: from its own last one, a quiet topic's page would hear a gap for what other topics have forgotten since.
+    /// Only the history's lock shows that nothing is between the two: what still stands in a lane's queue is kept.
+    fn end(&self, why: Reason, retry: Duration) -> Reason {
+        let cursor = enter(&self.c.state).cursor;
+        let history = self.core.history();
+        let newest = history.newest();
+        let is_ahead = newest > cursor && !history.has_news(&self.names, cursor, &self.told);
+        drop(history);
+        self.c.end(why, retry, is_ahead.then_some(newest))
     }
 
     /// Sleeps while the subscriber is live. Returns why the connection closed, if it did.

@@ -2,6 +2,7 @@
 //! them has; what else the command promises in the same place, its own tests say.
 
 use crate::common::*;
+use brooklet::Id;
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
 use std::thread;
@@ -68,6 +69,40 @@ pub fn who_is_cut_off_200_times_sees_every_event_once_and_in_order(
     assert!(cuts >= 200, "{cuts}");
 }
 
+/// Four publish at the same time, none of them more than 400 events ahead of the reader; who was told which id for what is
+/// what the reader must have seen.
+pub fn events_of_several_publishers_come_once_and_in_order_however_the_stream_is_cut(addr: SocketAddr) {
+    const EACH: usize = 500;
+    let mut cursor = publish(addr, "/events/a", "begin");
+    let seen = AtomicUsize::new(0);
+    let publish_all = |publisher: usize| {
+        let publish = |n: usize| {
+            wait_for("the reader to come near", || (4 * n < seen.load(SeqCst) + 400).then_some(()));
+            let data = format!("{publisher} {n}");
+            (publish(addr, "/events/a", &data).parse().unwrap(), data)
+        };
+        (0..EACH).map(publish).collect::<Vec<(Id, String)>>()
+    };
+    let (got, mut published) = thread::scope(|scope| {
+        let publish_all = &publish_all;
+        let publishers: Vec<_> = (0..4).map(|publisher| scope.spawn(move || publish_all(publisher))).collect();
+        let (mut random, mut got) = (Random(17), Vec::new());
+        while got.len() < 4 * EACH {
+            let mut wire = Wire::stream(addr, "/events/a", &format!("Last-Event-ID: {cursor}\r\n"));
+            for _ in 0..random.below(30).min(4 * EACH - got.len()) {
+                let event = wire.event().unwrap();
+                got.push((event.id(), event.data().to_string()));
+                cursor = event.id.unwrap();
+                seen.store(got.len(), SeqCst);
+            }
+        }
+        let published: Vec<_> = publishers.into_iter().flat_map(|publisher| publisher.join().unwrap()).collect();
+        (got, published)
+    });
+    published.sort();
+    assert!(got == published, "once, and in the order of the ids");
+}
+
 /// A reader that takes nothing is cut off, others do not notice, and when it comes back it gets all that it missed.
 pub fn a_slow_reader_is_cut_off_and_comes_back_to_what_it_missed(process: &Process) {
     const EVENTS: usize = 300; // 18 MB: sockets hold less, and both programs keep more
@@ -110,6 +145,19 @@ pub fn a_closed_stream_is_noticed(process: &Process, target: &str, meanwhile: im
     process.wait_for_log("closed")
 }
 
+/// Nothing stays of 200 streams whose readers have gone. A first write to one brings back a reset, and the second one fails.
+pub fn closed_streams_leave_no_timer_no_thread_and_no_descriptor(process: &Process) {
+    assert_eq!(get(process.addr, "/").status, 200);
+    let before = process.at_rest();
+    let streams: Vec<_> = (0..200).map(|n| Wire::stream(process.addr, ["/events/a", "/test"][n % 2], "")).collect();
+    assert!(process.descriptors() >= before.1 + 200, "they are open");
+    drop(streams);
+    for _ in 0..2 {
+        publish(process.addr, "/events/a", "x");
+    }
+    process.wait_until_at_most(before);
+}
+
 /// The last block that each of these streams gets when the program is told to stop. It ends with success.
 pub fn stopping_ends_each_stream_with_a_retry(process: &mut Process, signal: &str, streams: Vec<Wire>) -> Vec<Seen> {
     let started = Instant::now();
@@ -140,4 +188,56 @@ pub fn each_bad_request_gets_its_answer(addr: SocketAddr, table: &[(u16, &str, S
         assert_eq!(answer.header("allow").is_some(), *status == 405, "{shown:?}");
         works(shown);
     }
+}
+
+/// `first` has ended before `second` began.
+pub fn a_restart_is_a_gap_that_is_told_once(first: Process, start: impl Fn() -> Process) {
+    let cursor = publish(first.addr, "/events/a", "lost");
+    first.finish();
+    let second = start();
+    let mut stream = Wire::stream(second.addr, "/events/a", &format!("Last-Event-ID: {cursor}\r\n"));
+    let gap = stream.event().unwrap();
+    assert!(gap.is_gap(), "{gap:?}");
+    publish(second.addr, "/events/a", "new");
+    assert_eq!(stream.event().unwrap().data(), "new");
+    let resumed = format!("Last-Event-ID: {}\r\n", gap.id.unwrap());
+    assert_eq!(Wire::stream(second.addr, "/events/a", &resumed).event().unwrap().data(), "new");
+    second.finish();
+}
+
+pub fn every_kind_of_line_end_in_the_data_begins_a_new_line_and_nul_may_stand_in_it(addr: SocketAddr) {
+    let (mut stream, _) = Wire::subscribe(addr, "/events/a", "");
+    for (body, data) in [
+        ("a\nb\r\nc\rd", "a\nb\nc\nd"),
+        ("\n", "\n"),
+        ("", ""),
+        ("\r", "\n"),
+        ("\r\n\r\n", "\n\n"),
+        (" leading", " leading"),
+        ("\u{feff}bom", "\u{feff}bom"),
+        ("nul\0nul", "nul\0nul"),
+        ("{\n  \"k\": 1\n}", "{\n  \"k\": 1\n}"),
+        ("id: 5\n\nevent: x", "id: 5\n\nevent: x"),
+    ] {
+        assert_eq!(post(addr, "/events/a", body).status, 200, "{body:?}");
+        let seen = stream.event().unwrap();
+        assert_eq!((seen.data(), &seen.event), (data, &None), "{body:?}");
+    }
+}
+
+/// Returns the head.
+pub fn the_head_of_a_stream_keeps_proxies_from_holding_it_back(addr: SocketAddr) -> String {
+    let mut wire = Wire::connect(addr);
+    wire.send(b"GET /events/a HTTP/1.1\r\nHost: localhost\r\n\r\n");
+    let head = wire.head();
+    for (name, value) in [
+        ("content-type", "text/event-stream"),
+        ("cache-control", "no-store, no-transform"),
+        ("x-accel-buffering", "no"),
+        ("connection", "close"),
+    ] {
+        assert_eq!(header(&head, name), Some(value), "{name}");
+    }
+    assert!(header(&head, "transfer-encoding").or(header(&head, "content-length")).is_none(), "{head}");
+    head
 }

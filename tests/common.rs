@@ -17,6 +17,9 @@ pub const PATIENCE: Duration = Duration::from_secs(30);
 /// The command.
 pub const BROOKLET: &str = env!("CARGO_BIN_EXE_brooklet");
 
+/// The server in one file.
+pub const MINIMAL: &str = env!("CARGO_BIN_EXE_brooklet-minimal");
+
 /// A request that always has an answer: `ok`.
 pub const HEALTH: &str = "GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n";
 
@@ -332,6 +335,11 @@ impl Wire {
     pub fn close(self) {
         let _ = self.socket.shutdown(Shutdown::Both);
     }
+
+    /// Closes with a reset, so that the server's next write fails, and its port is free at once.
+    pub fn reset(self) {
+        socket2::SockRef::from(&self.socket).set_linger(Some(Duration::ZERO)).unwrap();
+    }
 }
 
 pub fn wire_arrives(server: &brooklet::Handle, wire: &mut Wire) {
@@ -426,6 +434,11 @@ pub struct Process {
 impl Process {
     pub fn start(flags: &[&str]) -> Process {
         Process::from(Command::new(BROOKLET).args(["--listen", "127.0.0.1:0"]).args(flags))
+    }
+
+    /// The server in one file, which has no flags.
+    pub fn minimal() -> Process {
+        Process::from(Command::new(MINIMAL).arg("127.0.0.1:0"))
     }
 
     /// The command after a line of shell, which has limited what the system gives.
@@ -525,6 +538,40 @@ impl Drop for Process {
     fn drop(&mut self) {
         let _ = self.child.kill();
         let _ = self.child.wait();
+    }
+}
+
+/// A clock that a test sets while the command runs by it. What the monotonic clock says is not changed.
+pub struct Clock {
+    file: String,
+    library: String,
+}
+
+impl Clock {
+    /// `None`, and said, where faketime is not there.
+    pub fn new(dir: &Scratch) -> Option<Clock> {
+        if !has("faketime") {
+            return None;
+        }
+        let preload = output(Command::new("faketime").args(["-f", "+0", "sh", "-c", "echo $LD_PRELOAD"]));
+        let library = String::from_utf8(preload.stdout).unwrap().trim().into();
+        let clock = Clock { file: dir.path("clock"), library };
+        clock.set("+0");
+        Some(clock)
+    }
+
+    /// Sets it that much before or after the system's own: `-1h`, `+25h`.
+    pub fn set(&self, offset: &str) {
+        let new = format!("{}.new", self.file); // renamed, so that nobody reads half of it
+        std::fs::write(&new, offset).unwrap();
+        std::fs::rename(&new, &self.file).unwrap();
+    }
+
+    pub fn start(&self, flags: &[&str]) -> Process {
+        let mut command = Command::new(BROOKLET);
+        command.env("LD_PRELOAD", &self.library).env("FAKETIME_TIMESTAMP_FILE", &self.file);
+        command.env("FAKETIME_NO_CACHE", "1").env("FAKETIME_DONT_FAKE_MONOTONIC", "1");
+        Process::from(command.args(["--listen", "127.0.0.1:0"]).args(flags))
     }
 }
 
@@ -728,7 +775,7 @@ pub fn frame(block: &[u8]) -> Vec<u8> {
 pub fn kept(addr: SocketAddr, topics: &str) -> Vec<Vec<u8>> {
     let mut stream = Wire::stream(addr, &format!("/events/{topics}?since=earliest&poll=1ms"), "");
     let all = blocks(&stream.rest());
-    socket2::SockRef::from(&stream.socket).set_linger(Some(Duration::ZERO)).unwrap();
+    stream.reset();
     all[1..all.len() - 1].to_vec()
 }
 

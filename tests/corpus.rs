@@ -271,14 +271,15 @@ impl Ear {
     }
 
     /// What has been published since the last time: everything before an event published now.
-    fn heard(&mut self, server: &Handle) -> Published {
+    fn heard(&mut self, publish: impl Fn(&str, &str)) -> Published {
+        const UNTIL_HERE: &str = "until here";
         let mut published = Published::new();
         for (topic, wire) in &mut self.0 {
-            server.hub().publish(topic, Event::new("").name("until here")).unwrap();
+            publish(topic, UNTIL_HERE);
             loop {
                 let seen = wire.event().unwrap();
                 let (name, data) = (seen.event.unwrap_or_default(), seen.data.unwrap());
-                if name == "until here" {
+                if data == UNTIL_HERE {
                     break;
                 }
                 published.push((topic.clone(), name, data));
@@ -342,6 +343,7 @@ fn each_request_is_refused_or_read_in_one_way() {
     let config = Config { head_time: time, body_time: time, idle_time: time, ..Config::default() };
     let server = server(&cases, config);
     let addr = server.addr().unwrap();
+    let publish = |topic: &str, data: &str| assert!(server.hub().publish(topic, Event::new(data)).is_ok());
     let mut ear = Ear::on(addr, &cases);
     let mut outcomes = Vec::new();
     for case in cases {
@@ -351,14 +353,14 @@ fn each_request_is_refused_or_read_in_one_way() {
                 continue;
             }
             let answered = case.send(addr, way);
-            let heard = ear.heard(&server);
+            let heard = ear.heard(publish);
             let judged = answered.and_then(|answered| case.judge(&answered, &heard));
             wrong.extend(judged.err().map(|error| format!("{how}: {error}")));
         }
         outcomes.push((case, wrong));
     }
     report(outcomes);
-    assert_eq!(ear.heard(&server), [], "nothing comes later");
+    assert_eq!(ear.heard(publish), [], "nothing comes later");
 }
 
 /// A program that need not know more than `GET` and `POST` has an answer or a close for each request, takes nothing inside of
@@ -381,6 +383,27 @@ pub fn each_request_is_answered_or_closed(process: &Process) {
             other => assert_eq!(other, "behind"),
         }
     }
+}
+
+/// A program that leaves out much of HTTP may refuse what the library reads. But what it reads, it reads in the same way; one
+/// request for each connection, and the query ignored.
+pub fn what_is_published_is_what_the_library_reads(process: &Process) {
+    let all = corpus();
+    let is_for_it = |case: &&Case| !case.waits() && !String::from_utf8_lossy(&case.bytes).contains("/events/a?");
+    let cases: Vec<&Case> = all.iter().filter(is_for_it).collect();
+    let say = |topic: &str, data: &str| drop(publish(process.addr, &format!("/events/{topic}"), data));
+    let (mut ear, mut read) = (Ear::on(process.addr, &cases), 0);
+    for case in cases {
+        let answered = case.send(process.addr, 0).unwrap();
+        let (answers, heard) = (split(&answered, case.is_head()).unwrap(), ear.heard(say));
+        let last = answers.last().map_or(0, |answer| answer.status);
+        let is_published = !heard.is_empty();
+        assert!(answers.len() <= 1 && answers.iter().all(|a| a.header("connection") == Some("close")), "{}", case.name);
+        assert!(!is_published || (last == 200 && heard == case.events()), "{}: {last}, {heard:?}", case.name);
+        assert!(is_published || last >= 400 || case.is_head() || last == 0, "{}: {last}", case.name);
+        read += usize::from(is_published);
+    }
+    assert!(read >= 10, "only {read} were read");
 }
 
 #[test]

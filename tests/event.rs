@@ -1,6 +1,6 @@
 //! An event's bytes.
 
-use crate::common::*;
+use crate::{both, common::*};
 use brooklet::Id;
 
 #[test]
@@ -19,21 +19,5 @@ fn a_published_event_arrives_with_exactly_these_bytes() {
 #[test]
 fn every_kind_of_line_end_in_the_data_begins_a_new_line_and_nul_may_stand_in_it() {
     let server = serve_default();
-    let (mut stream, _) = Wire::subscribe(server.addr().unwrap(), "/events/a", "");
-    for (body, data) in [
-        ("a\nb\r\nc\rd", "a\nb\nc\nd"),
-        ("\n", "\n"),
-        ("", ""),
-        ("\r", "\n"),
-        ("\r\n\r\n", "\n\n"),
-        (" leading", " leading"),
-        ("\u{feff}bom", "\u{feff}bom"),
-        ("nul\0nul", "nul\0nul"),
-        ("{\n  \"k\": 1\n}", "{\n  \"k\": 1\n}"),
-        ("id: 5\n\nevent: x", "id: 5\n\nevent: x"),
-    ] {
-        assert_eq!(post(server.addr().unwrap(), "/events/a", body).status, 200, "{body:?}");
-        let seen = stream.event().unwrap();
-        assert_eq!((seen.data(), &seen.event), (data, &None), "{body:?}");
-    }
+    both::every_kind_of_line_end_in_the_data_begins_a_new_line_and_nul_may_stand_in_it(server.addr().unwrap());
 }

@@ -1,10 +1,11 @@
 //! What is kept, what was let go, and what a cursor hears of it.
 
-use crate::common::*;
+use crate::{both, common::*};
 use brooklet::{Config, Event, Id};
 use std::io::Write;
 use std::net::{SocketAddr, TcpStream};
-use std::time::Duration;
+use std::thread;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 /// Publishes all of these, and says how many were taken. The requests are pipelined.
 fn publish_all(addr: SocketAddr, targets: impl Iterator<Item = String>, body: &str) -> usize {
@@ -193,4 +194,178 @@ fn a_topic_table_that_is_full_refuses_publishers_and_sends_pages_away_until_ther
     assert!(end.starts_with(": ") && end.contains("\nretry: "), "{end:?}");
     held.close();
     wait_for("the place of a topic that nobody uses", || (post(addr, "/events/c", "x").status == 200).then_some(()));
+}
+
+/// What a poll that does not wait gets: its events and gaps, and the last id that its client then has.
+fn polled(addr: SocketAddr, target: &str) -> (Vec<Seen>, Id) {
+    let join = if target.contains('?') { '&' } else { '?' };
+    let mut wire = Wire::stream(addr, &format!("{target}{join}poll=1ms"), "");
+    read_to_the_end(&mut wire)
+}
+
+fn read_to_the_end(wire: &mut Wire) -> (Vec<Seen>, Id) {
+    let (mut events, mut last) = (Vec::new(), None);
+    while let Some(seen) = wire.block() {
+        last = seen.id.clone().or(last);
+        events.extend(Some(seen).filter(|seen| seen.data.is_some()));
+    }
+    (events, last.expect("an id").parse().unwrap())
+}
+
+#[test]
+fn ages_go_by_the_clock_also_while_ids_are_ahead_of_it() {
+    let dir = Scratch::new();
+    let Some(clock) = Clock::new(&dir) else { return };
+    let (journal, publish) = (dir.path("events"), |process: &Process| post(process.addr, "/events/a", "x").body);
+    let first = clock.start(&["--journal", &journal]);
+    clock.set("+1h");
+    publish(&first);
+    clock.set("+0");
+    publish(&first);
+    let assert_ages = |process: &Process, what: &str| {
+        let since = |time: &str| polled(process.addr, &format!("/events/a?since={time}")).0;
+        wait_for(&format!("{what} to be older than a second"), || since("1s").is_empty().then_some(()));
+        assert_eq!(since("30m").iter().filter(|seen| !seen.is_gap()).count(), 2, "{what}: both are still kept");
+    };
+    assert_ages(&first, "what was published");
+    drop(first);
+    let second = clock.start(&["--journal", &journal]);
+    assert_ages(&second, "what was restored");
+    drop(second);
+    let third = clock.start(&["--journal", &journal, "--keep-age", "3s"]);
+    wait_for_metric(third.addr, "kept_events", 0);
+    clock.set("+1h");
+    publish(&third);
+    clock.set("+0");
+    wait_for_metric(third.addr, "kept_events", 0);
+}
+
+#[test]
+fn a_clock_that_is_a_day_ahead_for_a_moment_makes_nothing_old() {
+    let dir = Scratch::new();
+    let Some(clock) = Clock::new(&dir) else { return };
+    let journal = dir.path("events");
+    let kept = |process: &Process| polled(process.addr, "/events/a?since=earliest").0.len();
+    let first = clock.start(&["--journal", &journal]);
+    post(first.addr, "/events/a", "before");
+    clock.set("+25h");
+    post(first.addr, "/events/a", "meanwhile");
+    assert_eq!((kept(&first), polled(first.addr, "/events/a?since=1h").0.len()), (2, 3), "with a gap");
+    clock.set("+0");
+    assert_eq!(kept(&first), 2);
+    drop(first);
+    assert_eq!(kept(&clock.start(&["--journal", &journal])), 2);
+}
+
+#[test]
+fn a_cursor_between_the_newest_id_and_the_clock_means_from_now_on() {
+    let server = serve(Config { keep_events: 2, ..Config::default() });
+    let addr = server.addr().unwrap();
+    let old: Vec<Id> = (0..5).map(|_| server.hub().publish("a", Event::new("old")).unwrap()).collect();
+    let mut newest = old[4];
+    let now_ms = || SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_millis() as u64;
+    for (query, header) in [("?since=", ""), ("?last_event_id=", ""), ("", "Last-Event-ID: ")] {
+        let cursor = wait_for("the clock to pass the newest id", || Some(now_ms()).filter(|now| *now > newest.ms));
+        let value =
+            |name: &str, end: &str| if name.is_empty() { name.into() } else { format!("{name}{cursor}-7{end}") };
+        let target = format!("/events/a{}", value(query, ""));
+        let (mut stream, first) = Wire::subscribe(addr, &target, &value(header, "\r\n"));
+        assert_eq!(first, newest, "not the cursor: should the clock be set back, events may come before that");
+        newest = server.hub().publish("a", Event::new("new")).unwrap();
+        assert_eq!(stream.event().unwrap().id(), newest, "{query}{header}");
+    }
+    let ahead = Id { ms: now_ms() + 3_600_000, seq: 0 };
+    let (events, _) = polled(addr, &format!("/events/a?since={ahead}"));
+    assert!(events[0].is_gap() && events.len() == 3, "later than the clock, too: {events:?}");
+}
+
+#[test]
+fn a_malformed_since_is_400() {
+    let server = serve_default();
+    for since in ["nonsense", "1-", "-1", "+5", "10x", "1-2-3", ""] {
+        assert_eq!(get(server.addr().unwrap(), &format!("/events/a?since={since}")).status, 400, "{since:?}");
+    }
+}
+
+/// Nothing is kept, so each event that is published here is forgotten at once, and its topic leaves the table.
+fn keeping_nothing() -> Config {
+    Config { keep_bytes: 1, ..Config::default() }
+}
+
+#[test]
+fn the_page_of_a_quiet_topic_hears_no_gap_after_its_lifetime_or_an_empty_poll() {
+    let server = serve(Config { lifetime: Duration::from_secs(5), ..keeping_nothing() });
+    let addr = server.addr().unwrap();
+    for (target, end) in [("/events/quiet", "the lifetime is over"), ("/events/quiet?poll=3s", "the poll is over")] {
+        let (mut stream, opened) = Wire::subscribe(addr, target, "");
+        let newest = server.hub().publish("other", Event::new("x")).unwrap();
+        assert!(opened < newest);
+        let last = stream.block().unwrap();
+        assert_eq!((last.comments.last().unwrap().as_str(), last.id()), (end, newest));
+        assert_eq!(stream.block(), None);
+        let (events, _) = polled(addr, &format!("/events/quiet?last_event_id={newest}"));
+        assert_eq!(events, [], "{target}");
+        // Who missed something hears of it all the same.
+        let (events, _) = polled(addr, &format!("/events/other,quiet?last_event_id={opened}"));
+        assert!(events[0].is_gap(), "{events:?}");
+    }
+}
+
+#[test]
+fn the_page_of_a_quiet_topic_hears_no_gap_after_a_restart_from_the_journal() {
+    let dir = Scratch::new();
+    let config = Config { journal: Some(dir.path("events").into()), ..keeping_nothing() };
+    let server = serve(config.clone());
+    let (mut stream, _) = Wire::subscribe(server.addr().unwrap(), "/events/quiet", "");
+    let newest = server.hub().publish("other", Event::new("x")).unwrap();
+    server.stop();
+    let (events, last) = read_to_the_end(&mut stream);
+    assert_eq!((events.len(), last), (0, newest));
+    let server = serve(config);
+    let (events, _) = polled(server.addr().unwrap(), &format!("/events/quiet?last_event_id={last}"));
+    assert_eq!(events, []);
+}
+
+#[test]
+fn an_end_names_no_id_beyond_what_its_reader_still_has_to_get() {
+    let lifetime = Duration::from_secs(1);
+    let server = serve(Config { lifetime, stall_time: Duration::from_secs(3600), ..Config::default() });
+    let ids: Vec<Id> = (0..200).map(|_| server.hub().publish("a", Event::new("x".repeat(60_000))).unwrap()).collect();
+    let mut wire = narrow(server.addr().unwrap(), 4_096, Some(1_448));
+    open(&mut wire, "/events/a?since=earliest");
+    thread::sleep(lifetime); // its lifetime ends while an event is being written to it
+    let (events, last) = read_to_the_end(&mut wire);
+    assert!((1..200).contains(&events.len()), "the kernel has buffered {}: the test shows nothing", events.len());
+    assert_eq!(last, ids[events.len() - 1]);
+}
+
+#[test]
+fn what_a_gap_of_several_topics_tells_of_ends_before_its_oldest() {
+    let server = serve(Config { keep_events: 3, ..Config::default() });
+    let hub = server.hub();
+    let addr = server.addr().unwrap();
+    let (_, base) = Wire::subscribe(addr, "/events/a,b,c", "");
+    let publish = |topic: &str, count: usize| -> Vec<(String, Id)> {
+        (0..count).map(|n| (topic.to_string(), hub.publish(topic, Event::new(n.to_string())).unwrap())).collect()
+    };
+    // `a` keeps what is older than much that `b` has forgotten.
+    let published = [publish("a", 2), publish("b", 50), publish("c", 4), publish("a", 1), publish("b", 1)].concat();
+    for cursor in ["nonsense".to_string(), base.to_string(), published[10].1.to_string()] {
+        let (events, _) = polled(addr, &format!("/events/a,b,c?last_event_id={cursor}"));
+        assert!(events[0].is_gap() && events[1..].iter().all(|seen| !seen.is_gap()), "{events:?}");
+        let came: Vec<Id> = events[1..].iter().map(Seen::id).collect();
+        let after: Id = cursor.parse().unwrap_or_default();
+        let data = events[0].data().split("\"oldest\":\"").nth(1).unwrap();
+        let oldest: Id = data.trim_end_matches("\"}").parse().unwrap();
+        assert!(came.contains(&oldest) && events[0].id() < came[0], "{events:?}");
+        assert!(came[0] < oldest, "what is kept before it follows, too");
+        for (topic, id) in published.iter().filter(|(_, id)| *id > after && !came.contains(id)) {
+            assert!(*id < oldest, "{id} of {topic} is missing after {oldest}");
+        }
+    }
+}
+
+#[test]
+fn a_restart_is_a_gap_that_is_told_once() {
+    both::a_restart_is_a_gap_that_is_told_once(Process::start(&[]), || Process::start(&[]));
 }

@@ -8,7 +8,7 @@ use std::net::{SocketAddr, TcpStream};
 use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 use std::sync::{Arc, Barrier, Condvar, Mutex};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use std::{fs, thread};
 
 #[test]
@@ -173,6 +173,15 @@ fn two_hundred_kills_lose_nothing_that_was_answered_and_repeat_nothing() {
 }
 
 /// What the last seconds of a machine brought may be missing from a file that was not synced, and nothing in it shows that.
+/// Makes a journal one that was begun before the machine has restarted.
+fn as_in_another_boot(path: &str) {
+    let bytes = fs::read(path).unwrap();
+    let old = String::from_utf8(blocks(&bytes)[0].clone()).unwrap();
+    let frame = &old[old.find("id: ").unwrap()..];
+    let new = sealed("boot: 00000000-0000-0000-0000-000000000000\n", frame);
+    fs::write(path, [new.as_bytes(), &bytes[old.len()..]].concat()).unwrap();
+}
+
 #[test]
 fn after_another_boot_pages_hear_a_gap_unless_everything_was_synced() {
     let dir = Scratch::new();
@@ -186,13 +195,7 @@ fn after_another_boot_pages_hear_a_gap_unless_everything_was_synced() {
         let is_gap = Wire::subscribe(server.addr().unwrap(), &target, "").0.event().unwrap().is_gap();
         (is_gap, id)
     };
-    let in_another_boot = || {
-        let old = head();
-        let frame = &old[old.find("id: ").unwrap()..];
-        let new = sealed("boot: 00000000-0000-0000-0000-000000000000\n", frame);
-        let rest = fs::read(&path).unwrap().split_off(old.len());
-        fs::write(&path, [new.as_bytes(), &rest].concat()).unwrap();
-    };
+    let in_another_boot = || as_in_another_boot(&path);
     drop(serve(with_journal(&path)));
     let cursor = id_of(head().as_bytes());
     let (is_gap, cursor) = starts_with(cursor, false);
@@ -528,6 +531,49 @@ fn a_clock_set_back_by_an_hour_does_not_set_ids_back() {
     let after: Vec<Id> = (0..3).map(|_| post(second.addr, "/events/a", "x").body.trim().parse().unwrap()).collect();
     assert!(before < after[0] && after.is_sorted_by(|a, b| a < b), "{before} then {after:?}, at {date}");
     assert_eq!(after[0].ms, before.ms, "the clock really was behind at {date}");
+}
+
+#[test]
+fn after_a_reboot_with_the_clock_set_back_ids_begin_above_what_may_be_lost() {
+    let dir = Scratch::new();
+    let Some(clock) = Clock::new(&dir) else { return };
+    let path = dir.path("events");
+    clock.set("+1h");
+    let first = clock.start(&["--journal", &path]);
+    wait_for("an event in a millisecond of its own", || {
+        let id = |answer: Answer| answer.body.trim().parse::<Id>().unwrap();
+        (id(post(first.addr, "/events/a", "x")).ms > id_of(&blocks(&fs::read(&path).unwrap())[0]).ms).then_some(())
+    });
+    drop(first);
+    let before = id_of(blocks(&fs::read(&path).unwrap()).last().unwrap());
+    as_in_another_boot(&path);
+    clock.set("+0");
+    let second = clock.start(&["--journal", &path]);
+    let after: Id = post(second.addr, "/events/a", "x").body.trim().parse().unwrap();
+    assert!(after.ms >= before.ms + 60_000, "the kernel may have held back what came after {before}, but {after}");
+}
+
+#[test]
+fn thirty_quick_reboots_do_not_put_ids_half_an_hour_ahead_and_repeat_none() {
+    let dir = Scratch::new();
+    let path = dir.path("events");
+    let (mut newest, mut given) = (Id::default(), BTreeSet::new());
+    for boot in 0..30 {
+        let server = serve(with_journal(&path));
+        // What the machine had not written when it died is lost, but its id may be known to somebody.
+        let lost_from = fs::metadata(&path).unwrap().len();
+        let id = server.hub().publish("a", Event::new("x")).unwrap();
+        assert!(given.insert(id) && id > newest, "{id} after {newest}");
+        newest = id;
+        drop(server);
+        if boot % 2 == 0 {
+            fs::File::options().write(true).open(&path).unwrap().set_len(lost_from).unwrap();
+        }
+        as_in_another_boot(&path);
+    }
+    let now_ms = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_millis() as u64;
+    let ahead = newest.ms.saturating_sub(now_ms);
+    assert!(ahead <= 61_000, "{ahead} ms ahead");
 }
 
 /// The server that has the journal, where strace or faketime stand in between: they would leave it running. Killed when

@@ -1,6 +1,7 @@
 //! All tests are one program, which is linked once. Each file has the tests of one room of the server, `both` what the server
-//! in one file promises, too, `corpus` the malformed requests, and `common` what they share. Tests run beside each other in one
-//! process: whatever looks at threads, descriptors or memory looks at a process that it has started itself.
+//! in one file promises, too, `corpus` the malformed requests, `house` the rules of the rooms, and `common` what they share.
+//! Tests run beside each other in one process: whatever looks at threads, descriptors or memory looks at a process that it has
+//! started itself.
 
 mod block;
 mod body;
@@ -18,6 +19,7 @@ mod journal;
 mod lane;
 mod log;
 mod metrics;
+mod minimal;
 mod places;
 mod request;
 mod response;

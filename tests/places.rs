@@ -279,3 +279,75 @@ fn a_stream_without_room_gets_200_a_retry_and_its_end() {
     drop(streams);
     wait_for("a place", || Wire::stream(addr, "/events/a", "").block()?.id);
 }
+
+/// The head of a `PUT` that shows its token, and the answer to its first line: it is in its place then.
+fn put_with_token(addr: SocketAddr, watcher: &mut Wire) -> Wire {
+    let mut put = Wire::connect(addr);
+    put.send(b"PUT /events/log HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer t\r\nContent-Length: 1000\r\n\r\nfirst\n");
+    assert_eq!(watcher.event().expect("its line").data(), "first");
+    put
+}
+
+#[test]
+fn publishers_that_have_vanished_make_room_for_live_ones_also_where_both_hold_a_token() {
+    let config =
+        Config { publish_tokens: vec!["t".parse().unwrap()], connections: 60, subscribers: 1, ..Config::default() };
+    let server = serve(config);
+    let addr = server.addr().unwrap();
+    let (mut watcher, _) = Wire::subscribe(addr, "/events/log", "");
+    let vanished: Vec<Wire> = (0..30).map(|_| put_with_token(addr, &mut watcher)).collect();
+    // Sixty live ones have room. Of a hundred, those forty make room that have been silent longest.
+    let mut live: Vec<Wire> = (0..60).map(|_| put_with_token(addr, &mut watcher)).collect();
+    for (n, put) in live.iter_mut().enumerate() {
+        put.send(format!("{n}\n").as_bytes());
+        assert_eq!(watcher.event().unwrap().data(), n.to_string(), "it has lost its place");
+    }
+    for mut put in vanished {
+        put.rest(); // until it is closed
+    }
+    let mut more: Vec<Wire> = (0..40).map(|_| put_with_token(addr, &mut watcher)).collect();
+    for put in live[40..].iter_mut().chain(&mut more) {
+        put.send(b"again\n");
+        assert_eq!(watcher.event().unwrap().data(), "again", "it has lost its place");
+    }
+}
+
+#[test]
+fn a_crowd_without_a_token_does_not_make_a_silent_publisher_with_one_go() {
+    let config =
+        Config { publish_tokens: vec!["t".parse().unwrap()], connections: 20, subscribers: 1, ..Config::default() };
+    let server = serve(config);
+    let addr = server.addr().unwrap();
+    let (mut watcher, _) = Wire::subscribe(addr, "/events/log", "");
+    let mut puts: Vec<Wire> = (0..15).map(|_| put_with_token(addr, &mut watcher)).collect();
+    let _crowd: Vec<Wire> = (0..60)
+        .map(|_| {
+            let mut wire = Wire::connect(addr);
+            wire.send(b"GET /hea");
+            wire
+        })
+        .collect();
+    assert_eq!(get(addr, "/health").status, 200); // who came before has been let in, and others have gone for them
+    for put in &mut puts {
+        put.send(b"still here\n");
+        assert_eq!(watcher.event().unwrap().data(), "still here");
+    }
+}
+
+#[test]
+fn a_put_that_says_nothing_for_too_long_is_told_what_has_come_and_gives_up_its_place() {
+    let server = serve(Config { put_idle_time: Duration::from_millis(300), ..Config::default() });
+    let addr = server.addr().unwrap();
+    for (opening, count) in [("", 0), ("one\ntwo\n", 2)] {
+        let mut put = Wire::connect(addr);
+        put.send(
+            format!("PUT /events/a HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n{opening}").as_bytes(),
+        );
+        let answer = put.answer();
+        assert_eq!(answer.status, 408, "{}", answer.body);
+        let said = format!("no line came within 300ms (--put-idle-time); published {count}");
+        assert!(answer.body.starts_with(&said), "{}", answer.body);
+        assert!(put.rest().is_empty());
+    }
+    wait_for_metric(addr, "connections", 1);
+}

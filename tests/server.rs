@@ -1,6 +1,6 @@
 //! Starting, stopping, and what is left behind.
 
-use crate::common::*;
+use crate::{both, common::*};
 use brooklet::{Config, Event, Server};
 use std::io::Write;
 use std::net::TcpStream;
@@ -67,6 +67,13 @@ fn publishers_that_stand_in_line_do_not_hold_up_stopping() {
         server.stop();
     });
     assert_eq!(afterwards.into_inner(), 0, "events that were published while it was seen to stop");
+}
+
+#[test]
+fn closed_streams_leave_no_timer_no_thread_and_no_descriptor() {
+    let process = Process::start(&[]);
+    both::closed_streams_leave_no_timer_no_thread_and_no_descriptor(&process);
+    process.finish();
 }
 
 #[test]

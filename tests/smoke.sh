@@ -1,6 +1,7 @@
 #!/bin/sh
-# Runs every command of the README's console blocks, word for word and in their order, against a server on a free port,
-# and compares what they print with what the README says. Ids differ from run to run; nothing else may.
+# Runs every command of the README's console blocks, word for word and in their order, against a server on a free port (those
+# that say ```console minimal, against the server in one file), and compares what they print with what the README says. Ids
+# differ from run to run; nothing else may.
 set -eu
 cd "$(dirname "$0")/.."
 if ! command -v curl >/dev/null; then
@@ -8,30 +9,37 @@ if ! command -v curl >/dev/null; then
     [ "${CI:-}" != true ]
     exit
 fi
-brooklet=$PWD/target/release/brooklet
+programs=$PWD/target/release
 readme=$PWD/README.md
 dir=$(mktemp -d)
 trap 'kill $(cat "$dir"/*.pid) 2>/dev/null || true; rm -rf "$dir"' EXIT
 cd "$dir"
 
-"$brooklet" --listen 127.0.0.1:0 --log off >server.out &
-echo $! >server.pid
-until grep -qs listens server.out; do sleep 0.05; done
-port=$(sed -n 's|.*http://127.0.0.1:\([0-9]*\) .*|\1|p' server.out)
-
-# The README says port 3000; curl's own configuration leads it to the port that the server has.
-printf 'connect-to = "localhost:3000:127.0.0.1:%s"\nmax-time = 60\n' "$port" >.curlrc
-export CURL_HOME="$dir"
+# The README says port 3000; curl's own configuration, which is in a directory for each, leads it to the port that the
+# server has.
+serve() { # NAME COMMAND…
+    name=$1
+    shift
+    mkdir "$name"
+    "$@" >"$name.out" 2>"$name.err" &
+    echo $! >"$name.pid"
+    until grep -qs listens "$name.out"; do sleep 0.05; done
+    port=$(sed -n 's|.*http://127.0.0.1:\([0-9]*\) .*|\1|p' "$name.out")
+    printf 'connect-to = "localhost:3000:127.0.0.1:%s"\nmax-time = 60\n' "$port" >"$name/.curlrc"
+}
+serve brooklet "$programs/brooklet" --listen 127.0.0.1:0 --log off
+serve minimal "$programs/brooklet-minimal" 127.0.0.1:0
+export CURL_HOME="$dir/brooklet"
 
 # A log of 10,000 lines, for the command that follows one.
 seq 1 10000 | sed 's/.*/& a line, "quoted", with \\ and	tab/' >app.log
 
-# Each command into N.sh, what it must print into N.expected.
-awk '/^```console/ { on = 1; next }  /^```/ { on = 0 }
-     on && /^\$ / { n++; print substr($0, 3) > (n ".sh"); printf "" > (n ".expected"); next }
+# Each command into N.sh, what it must print into N.expected, and whose it is into N.server.
+awk '/^```console/ { on = $2 == "" ? "brooklet" : $2; next }  /^```/ { on = ""; next }
+     on && /^\$ / { n++; print substr($0, 3) > (n ".sh"); printf "" > (n ".expected"); print on > (n ".server"); next }
      on { print > (n ".expected") }' "$readme"
 
-ids() { sed -E 's/[0-9]{13}-[0-9]+/ID/g; s/[0-9]{13}/MS/g'; }
+ids() { sed -E 's/[0-9]{13}-[0-9]+|[0-9]{16}/ID/g; s/[0-9]{13}/MS/g'; }
 same() { ids <"$1.expected" >want; head -n "$(wc -l <want)" "$1.out" | ids >got; cmp -s want got; }
 fail() { echo "FAILED: $(cat "$1.sh")" >&2; diff want got >&2 || true; exit 1; }
 
@@ -42,6 +50,7 @@ until [ -s log.out ]; do sleep 0.05; done
 passed=0
 for script in $(ls ./*.sh | sort -t/ -k2n); do
     n=$(basename "$script" .sh)
+    CURL_HOME=$dir/$(cat "$n.server")
     case $(cat "$script") in
     *'curl -N '* | tail*) # goes on until it is stopped, so what it has printed is looked at in the end
         sh "$script" >"$n.out" 2>"$n.err" &

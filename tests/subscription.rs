@@ -19,6 +19,12 @@ fn a_subscriber_that_is_cut_off_200_times_sees_every_event_once_and_in_order() {
 }
 
 #[test]
+fn events_of_several_publishers_come_once_and_in_order_however_the_stream_is_cut() {
+    let server = serve_default();
+    both::events_of_several_publishers_come_once_and_in_order_however_the_stream_is_cut(server.addr().unwrap());
+}
+
+#[test]
 fn a_slow_reader_is_cut_off_and_comes_back_to_what_it_missed() {
     let process = Process::start(&["--stall-time", "1s"]);
     both::a_slow_reader_is_cut_off_and_comes_back_to_what_it_missed(&process);

@@ -97,7 +97,10 @@ async function exactly(page, expected) {
 }
 
 async function withServer(flags, body) {
-  const server = await Server.start('--retry=200ms', ...flags);
+  await withRunning(await Server.start('--retry=200ms', ...flags), body);
+}
+
+async function withRunning(server, body) {
   const cutter = await Cutter.before(server.port);
   const context = await chrome.newContext();
   const origin = `http://127.0.0.1:${cutter.port}`;
@@ -458,6 +461,34 @@ async function polling({ server, context, origin }, script) {
   must(await page.evaluate('ends.length') > 0, 'it was no poll');
 }
 
+async function theOneFile({ server, cutter, context, origin }) {
+  const page = await tab(context, origin);
+  const shown = () => page.locator('#log').textContent();
+  await until('the pause', async () => (await shown()).includes('pause'));
+  const said = (await shown()).split('\n').map(line => line.trim()).filter(line => line);
+  const of = (what, state) => `${what} readyState ${state} ${origin}/test`;
+  const wanted = [of('open ', 1), ...[0, 1, 2, 3, 4].map(n => of(`test ${n}`, 1)), of('pause 5', 2)];
+  must(said.join('|') === wanted.join('|'), `the page shows ${said.join('|')}`);
+  must(!page.said.length, `the console says ${page.said}`);
+  await until(() => `the log in ${server.err}`, () => / \/test closed: /.test(server.err));
+  await page.close();
+
+  const reader = await tab(context, `${origin}/record`, record('/events/news'));
+  await cutter.begun();
+  const events = [];
+  for (let n = 0; n < 2; n += 1) {
+    events.push(await server.publish(`event ${n}`));
+    await has(reader, events.at(-1));
+    cutter.hold();
+    cutter.cut();
+    events.push(await server.publish(`missed ${n}`), await server.publish(`and missed ${n}`));
+    cutter.pass();
+    await has(reader, events.at(-1));
+  }
+  await exactly(reader, events);
+  must((await got(reader)).length === events.length, 'a gap where there was none');
+}
+
 export async function browser() {
   mkdirSync(SHOTS, { recursive: true });
   const executablePath = process.env.CHROMIUM ?? '/usr/bin/chromium';
@@ -488,6 +519,10 @@ export async function browser() {
     ['polling with EventSource', [], given => polling(given, poll)],
     ['polling with the polyfill and XMLHttpRequest', [], given => polling(given, old)],
   ];
-  await Promise.all(tests.map(([name, flags, body]) => test(name, () => withServer(flags, body))));
+  const theFile = async () => withRunning(await Server.run('brooklet-minimal', '127.0.0.1:0'), theOneFile);
+  await Promise.all([
+    ...tests.map(([name, flags, body]) => test(name, () => withServer(flags, body))),
+    test('the page of the server in one file, and a cut stream of it', theFile),
+  ]);
   await chrome.close();
 }

@@ -79,9 +79,13 @@ export class Process {
 }
 
 export class Server extends Process {
-  static async start(...flags) {
+  static start(...flags) {
     const where = flags.some(flag => flag.startsWith('--listen')) ? [] : ['--listen=127.0.0.1:0'];
-    const server = new Server(join(ROOT, 'target/release/brooklet'), [...where, ...flags]);
+    return Server.run('brooklet', ...where, ...flags);
+  }
+
+  static async run(program, ...args) {
+    const server = new Server(join(ROOT, 'target/release', program), args);
     await until(() => `the server's address: ${server.err}`, () => server.out.includes('listens on') || server.gone);
     server.port = Number(server.out.match(/http:\/\/127\.0\.0\.1:(\d+) /)?.[1]);
     must(server.port, `the server did not start: ${server.err}`);

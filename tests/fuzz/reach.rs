@@ -80,7 +80,7 @@ pub fn body(bytes: &[u8]) {
 }
 
 fn lines(reader: &mut Reader, body: &mut Body, config: &Config) {
-    let mut lines = Lines::new(reader, body, config.line_bytes, config.body_time);
+    let mut lines = Lines::new(reader, body, config);
     while let Ok(Some(line)) = lines.next() {
         assert!(line.len() <= config.line_bytes && !line.contains(&b'\n'));
     }
