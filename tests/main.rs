@@ -19,6 +19,7 @@ mod journal;
 mod lane;
 mod log;
 mod places;
+mod power;
 mod request;
 mod response;
 mod routes;
