@@ -16,6 +16,7 @@ mod work;
 
 use crate::common::{has, left_out, shell};
 use disk::LeftOut;
+use std::collections::BTreeMap;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
 use std::thread;
@@ -41,6 +42,33 @@ fn trials(from: u64, goes_on: impl Fn(u64) -> bool + Sync, ended: impl Fn(u64, R
 fn can_run() -> bool {
     let boot = "unshare -rm mount --bind /dev/null /proc/sys/kernel/random/boot_id";
     has("strace") && has("prlimit") && (shell(boot) || left_out(&format!("a boot of its own ({boot})")))
+}
+
+#[test]
+fn what_was_promised_is_there_after_any_crash() {
+    const SEEDS: u64 = 24;
+    if !can_run() {
+        return;
+    }
+    let (counts, faults) = (Mutex::new(Counts::default()), Mutex::new(BTreeMap::new()));
+    trials(
+        1,
+        |seed| seed <= SEEDS,
+        |seed, result| match result {
+            Ok(Counts { states, events }) => {
+                let mut counts = counts.lock().unwrap();
+                *counts = Counts { states: counts.states + states, events: counts.events + events };
+            }
+            Err(fault) => drop(faults.lock().unwrap().insert(seed, fault)),
+        },
+    );
+    let faults = faults.into_inner().unwrap();
+    for (seed, Fault { what, .. }) in &faults {
+        eprintln!("seed {seed}: {what}");
+    }
+    assert!(faults.is_empty(), "{}", faults.values().next().map_or("", |fault| &fault.story));
+    let Counts { states, events } = counts.into_inner().unwrap();
+    eprintln!("{SEEDS} trials, {states} crash states, {events} events: what was promised is there");
 }
 
 /// As long as wanted: see `make power`.
