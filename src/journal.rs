@@ -154,21 +154,19 @@ impl Journal {
         let copy = if found.is_damaged() { Some(self.keep_aside("damaged")?) } else { None };
         let is_trusted = !self.is_synced || self.is_on_the_disk(found);
         if found.may_lack_events() || found.boot != self.boot || !is_trusted {
-            match self.rewrite_at_once(begin) {
-                Ok(()) => return Ok(()),
-                // Perhaps the disk is full. The file is whole, and as it names an earlier boot, the next start brings a
+            let found_file = self.file.clone();
+            let Err(error) = self.rewrite_at_once(begin) else { return Ok(()) };
+            let has_its_name = Arc::ptr_eq(&found_file, &self.file);
+            if has_its_name && found.boot.is_some() && !found.is_damaged() && is_trusted {
+                // Perhaps the disk is full. The file is whole, and as it tells of an earlier boot, the next start brings a
                 // gap too many, but no hole.
-                Err(error) if found.boot.is_some() && !found.is_damaged() && is_trusted => {
-                    self.say(format_args!("cannot be written anew: {error}"));
-                    self.take_back()?;
-                    return self.note_base(begin);
-                }
-                Err(error) => {
-                    let _ = copy.map(fs::remove_file); // or each try to start would leave one
-                    let reason = format!("it must be written anew, beside itself, and cannot be: {error}");
-                    return Err(io::Error::other(reason));
-                }
+                self.say(format_args!("cannot be written anew: {error}"));
+                self.take_back()?;
+                return self.note_base(begin);
+            } else if has_its_name {
+                let _ = copy.map(fs::remove_file); // or each try to start would leave one
             }
+            return Err(io::Error::other(format!("it must be written anew, beside itself, and cannot be: {error}")));
         }
         sync_directory_of(&self.path)?; // who gave the file its name may have died before that
         if found.whole < found.size { self.take_back() } else { Ok(()) }
