@@ -1,5 +1,5 @@
 # brooklet: `make run` and `make test` are all a newcomer needs.
-.PHONY: run minimal setup test smoke siege doctor doctor-test clients bench fuzz build fmt clean need-cargo
+.PHONY: run minimal setup test smoke siege doctor doctor-test clients bench fuzz power build fmt clean need-cargo
 
 # Builds, then serves on http://127.0.0.1:3000 until Ctrl-C.
 run: need-cargo
@@ -52,6 +52,10 @@ bench: need-cargo
 # Fuzzes all that reads bytes from outside: five targets, a minute each (SECONDS_EACH=60), with a C++ compiler.
 fuzz: need-cargo
 	sh tests/fuzz/run.sh
+
+# Loses power again and again: an hour (SECONDS=3600) of trials from SEED=1 on. SECONDS=0 SEED=17 repeats one of them.
+power: need-cargo
+	POWER_SECONDS=$(or $(SECONDS),3600) POWER_SEED=$(or $(SEED),1) cargo test --test tests -- --ignored --exact --nocapture power::power_is_lost_until_time_is_over
 
 # The release build, in target/release/brooklet.
 build: need-cargo

@@ -9,6 +9,9 @@ use crate::event::Id;
 use std::fmt::Write;
 use std::io::{self, BufRead, Read};
 
+/// A key may hold the word that a block begins with, so that more than one beginning is tried; but each costs a sum.
+const TRIED_BEGINNINGS: usize = 4;
+
 /// What a block of the journal says.
 pub struct Block<'a> {
     pub id: Id,
@@ -21,7 +24,29 @@ pub struct Block<'a> {
     pub frame_at: usize,
 }
 
+/// The last block of a journal whose server has ended in order. It says nothing that is not known: no id is as low.
+pub fn end_mark() -> Encoded {
+    encode_block(Id::default(), &[], "id: 0-0\n\n")
+}
+
 impl Block<'_> {
+    /// Finds the good block that stands behind damage. Where a block has lost its blank line, it is read as one with the
+    /// next; that one is whole, and has the last line `sum:` of them all, with its key and its topic just before.
+    pub fn parse_after_damage(bytes: &[u8]) -> Option<(usize, Block<'_>)> {
+        let sum_at = bytes.windows(6).rposition(|window| window == b"\nsum: ")? + 1;
+        let line_before = |end: usize| bytes[..end - 1].iter().rposition(|b| *b == b'\n').map_or(0, |at| at + 1);
+        let above = line_before(sum_at);
+        for start in [above, if above > 0 { line_before(above) } else { 0 }] {
+            let lines = bytes[start..sum_at].windows(7).enumerate().rev();
+            let begins = lines.filter(|(_, window)| *window == b"topic: ").take(TRIED_BEGINNINGS);
+            let mut parsed = begins.map(|(at, _)| Some((start + at, Block::parse(&bytes[start + at..])?)));
+            if let Some(found) = parsed.find_map(|found| found) {
+                return Some(found);
+            }
+        }
+        None
+    }
+
     pub fn parse(bytes: &[u8]) -> Option<Block<'_>> {
         let text = str::from_utf8(bytes).ok()?;
         let (boot, rest) = field(text, "boot: ");
@@ -62,8 +87,8 @@ pub fn encode_block(id: Id, fields: &[(&str, Option<&str>)], frame: &str) -> Enc
     Encoded::new(id, block.as_bytes(), frame.as_bytes())
 }
 
-/// Reads up to and with the next blank line, and returns how much that was; `None` where the file ends before. A block
-/// longer than `limit` is cut short, so that its sum will not fit.
+/// Reads up to and with the next blank line, and returns how much that was; `None` where the file ends before. Of more
+/// than `limit` bytes, which is damage, the last are left: a good block may stand at their end.
 pub fn read_block(reader: &mut impl BufRead, block: &mut Vec<u8>, limit: usize) -> io::Result<Option<u64>> {
     block.clear();
     let (mut read, mut at_start) = (0, true);
@@ -77,7 +102,9 @@ pub fn read_block(reader: &mut impl BufRead, block: &mut Vec<u8>, limit: usize) 
             return Ok(Some(read));
         }
         at_start = ended;
-        block.truncate(limit);
+        if block.len() > limit + limit / 4 + 64 * 1024 {
+            block.drain(..block.len() - limit); // not each time, or much damage would take for ever
+        }
     }
 }
 

@@ -79,6 +79,14 @@ pub enum Next {
     Nothing,
 }
 
+/// A walk over the kept events, some at a time, so that nobody waits long for the history meanwhile. What is forgotten before
+/// it comes by is left out, and so is what is published after it began.
+pub struct Walk {
+    /// Where each topic goes on.
+    heads: BTreeMap<Id, Arc<str>>,
+    until: Id,
+}
+
 /// How much is kept.
 pub struct Totals {
     pub topics: usize,
@@ -308,12 +316,39 @@ impl History {
         self.topics.values_mut().for_each(|topic| topic.forgotten = self.forgotten);
     }
 
-    /// Every kept event, in the order of the ids.
-    pub fn all_events(&self) -> Vec<Encoded> {
-        let kept = self.topics.values().flat_map(|topic| &topic.events);
-        let mut events: Vec<_> = kept.map(|kept| kept.event.clone()).collect();
-        events.sort_unstable_by_key(|event| event.id);
+    /// Begins a walk over all that is kept now.
+    pub fn walk(&self) -> Walk {
+        let heads = self.oldest.iter().map(|(point, name)| (point.id, name.clone())).collect();
+        Walk { heads, until: self.newest }
+    }
+
+    /// The next events of a walk, in the order of the ids: some that take about `bytes` of memory. None are left at its end.
+    pub fn walk_on(&self, walk: &mut Walk, bytes: usize) -> Vec<Encoded> {
+        let (mut events, mut taken) = (Vec::new(), 0);
+        while taken < bytes
+            && let Some((id, name)) = walk.heads.pop_first()
+        {
+            let first = |topic: &Topic| topic.events.partition_point(|kept| kept.event.id < id);
+            let rest = self.topics.get(&name).map(|topic| topic.events.range(first(topic)..));
+            for kept in rest.into_iter().flatten() {
+                let id = kept.event.id;
+                let is_next = walk.heads.first_key_value().is_none_or(|(other, _)| id < *other);
+                if id > walk.until {
+                    break;
+                } else if !is_next || taken >= bytes {
+                    walk.heads.insert(id, name);
+                    break;
+                }
+                taken += kept.cost();
+                events.push(kept.event.clone());
+            }
+        }
         events
+    }
+
+    /// The newest id that this topic has forgotten, or any other where it is not in the table.
+    pub fn forgotten(&self, name: &str) -> Id {
+        self.topics.get(name).map_or(self.forgotten, |topic| topic.forgotten).id
     }
 
     /// The topics that keep events, with what each has forgotten; and the newest id that any other topic has.

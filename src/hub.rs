@@ -2,8 +2,10 @@
 //!
 //! The order lock is held from numbering an event to the last lane's queue, but not while the journal is written; so ids,
 //! journal, history and queues all have one order. Whoever finds the journal at rest writes it for all who wait, so that
-//! they share the cost of it. A lane takes neither the order lock nor that of the history, so a publisher that waits for
-//! room in its queue is never waited for in turn.
+//! they share the cost of it and nobody is woken for it. With `--fsync` the journal's own thread does, which costs little
+//! beside a sync: so a disk that is stuck never holds a publisher, who can be answered when the server stops. A lane takes
+//! neither the order lock nor that of the history, so a publisher that waits for room in its queue is never waited for in
+//! turn.
 
 use crate::block::{Block, encode_block};
 use crate::clock::now_ms;
@@ -12,30 +14,37 @@ use crate::connection::STOPPING;
 use crate::encoded::Encoded;
 use crate::event::{Event, Id};
 use crate::history::{History, Totals};
-use crate::journal::Journal;
+use crate::journal::{Journal, LOOK_TIME};
+use crate::kept::{Kept, restore};
 use crate::lane::{ToLane, send_event};
 use crate::log::Logger;
 use crate::metrics::Counters;
-use crate::sync::{enter, try_enter};
+use crate::rewrite::Snapshot;
+use crate::sync::{enter, start_thread};
 use crate::text::{invalid, quoted};
+use crate::unwritten::{Numbered, Order, Outcome, Turn, Turns, Unwritten};
 use crossbeam_channel::Sender;
-use std::collections::VecDeque;
 use std::io::{self, ErrorKind};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
-use std::sync::atomic::{AtomicBool, Ordering::Relaxed, Ordering::SeqCst};
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
-use std::time::Instant;
+use std::thread;
+use std::time::{Duration, Instant};
 
 const TOPIC_NAME_BYTES: usize = 64;
 const KEY_BYTES: usize = 128;
 /// What waits for the journal takes at most this much (and one event a publisher), so that a stuck disk does not fill
 /// memory.
 const UNWRITTEN_BYTES: usize = 16 * 1024 * 1024;
-/// The journal is written in pieces of at most this much (or one event), however many publishers wait.
-const WRITE_BYTES: usize = 1024 * 1024;
+/// Stopping: publishers whose events the disk does not take are told so after this long, which leaves time for the answer.
+const STOP_WAIT: Duration = Duration::from_millis(400);
 /// More than the kernel holds back what is to be written, which is 30 s and a little.
 /// <https://docs.kernel.org/admin-guide/sysctl/vm.html#dirty-expire-centisecs>
 const HELD_BACK_MS: u64 = 60_000;
+
+const NOT_TAKEN: &str =
+    "the disk has not taken the event yet: it may be published, or not; publish it again with the same key";
 
 /// Publishes events, from any thread. Cheap to clone; clones are the same hub.
 #[derive(Clone)]
@@ -65,7 +74,7 @@ impl Hub {
     /// ```
     pub fn publish(&self, topic: &str, event: Event) -> io::Result<Id> {
         let core = &*self.core;
-        let numbered = core.number(&mut enter(&core.order), topic, event)?;
+        let numbered = core.number(&mut enter(&core.turns.order), topic, event)?;
         core.settle(numbered)
     }
 }
@@ -76,35 +85,13 @@ pub struct Core {
     pub lanes: Vec<Sender<ToLane>>,
     pub counters: Arc<Counters>,
     /// Set without any lock: stopping must not stand in line behind all who want to publish.
-    stopping: AtomicBool,
-    /// None without a journal, and once the server has stopped.
-    journal: Mutex<Option<Journal>>,
-    order: Mutex<Order>,
-    /// Notified when a thread has finished writing the journal, so that those who wait for their events look again.
-    written: Condvar,
-    history: Mutex<History>,
+    stopped_at: OnceLock<Instant>,
+    turns: Turns,
+    /// The last try to write the journal has failed.
+    is_journal_failing: AtomicBool,
+    history: Arc<Mutex<History>>,
+    log: Arc<Logger>,
 }
-
-struct Order {
-    /// The highest id that was given to an event.
-    newest: Id,
-    /// What the journal does not have yet, in the order of the ids.
-    unwritten: VecDeque<Unwritten>,
-    unwritten_bytes: usize,
-}
-
-struct Unwritten {
-    topic: String,
-    event: Encoded,
-    key: Option<Arc<str>>,
-    outcome: Arc<Outcome>,
-}
-
-/// Empty while an event waits for the journal; then how that ended, for all who wait for it.
-type Outcome = OnceLock<Result<(), String>>;
-
-/// An event's id, and what it waits for, if it is not published yet.
-type Numbered = (Id, Option<Arc<Outcome>>);
 
 impl Core {
     /// Takes the journal into use, if there is one.
@@ -116,29 +103,48 @@ impl Core {
     ) -> io::Result<Core> {
         // Ids begin above those of the journal; without one, whatever an earlier process had counts as forgotten.
         let base = if config.journal.is_none() { Id { ms: now_ms(), seq: 0 } } else { Id::default() };
-        let mut history = History::new(base, &config);
-        let open = |path| open_journal(path, &mut history, &config, log);
-        let journal = config.journal.as_deref().map(open).transpose()?;
+        let history = Arc::new(Mutex::new(History::new(base, &config)));
+        let journal = config.journal.as_deref().map(|path| open_journal(path, &history, &config, log)).transpose()?;
         counters.journal_bytes.store(journal.as_ref().map_or(0, Journal::length), Relaxed);
+        let newest = enter(&history).newest();
+        let order = Mutex::new(Order::new(newest, journal));
         Ok(Core {
             lanes,
             counters,
-            stopping: AtomicBool::new(false),
-            journal: Mutex::new(journal),
-            order: Mutex::new(Order { newest: history.newest(), unwritten: VecDeque::new(), unwritten_bytes: 0 }),
-            written: Condvar::new(),
-            history: Mutex::new(history),
+            stopped_at: OnceLock::new(),
+            turns: Turns { order, ended: Condvar::new(), work: Condvar::new() },
+            is_journal_failing: AtomicBool::new(false),
+            history,
+            log: log.clone(),
             config,
         })
     }
 
+    /// Starts the journal's own thread, if there is a journal. It ends once the server has stopped.
+    pub fn start_journal_thread(self: &Arc<Core>) -> io::Result<()> {
+        if self.config.journal.is_some() {
+            let core = self.clone();
+            start_thread("journal".into(), Box::new(move || core.tend_journal()))?;
+        }
+        Ok(())
+    }
+
     pub fn is_stopping(&self) -> bool {
-        self.stopping.load(SeqCst)
+        self.stopped_at.get().is_some()
+    }
+
+    /// Whether publishing was refused when the journal was last written, or would be.
+    pub fn is_journal_failing(&self) -> bool {
+        self.is_journal_failing.load(Relaxed)
     }
 
     /// From here on nothing is numbered. False if it had been called before.
     pub fn stop(&self) -> bool {
-        !self.stopping.swap(true, SeqCst)
+        let is_first = self.stopped_at.set(Instant::now()).is_ok();
+        drop(enter(&self.turns.order)); // or whoever is just falling asleep would miss it
+        self.turns.ended.notify_all();
+        self.turns.work.notify_one();
+        is_first
     }
 
     /// The history, without what is too old.
@@ -152,7 +158,7 @@ impl Core {
     pub fn publish_all(&self, topic: &str, events: Vec<Event>) -> (Vec<Id>, io::Result<()>) {
         let (mut numbered, mut published) = (Vec::new(), Vec::new());
         let number_all = || {
-            let mut order = enter(&self.order); // held throughout, so that no failure of the journal comes in between
+            let mut order = enter(&self.turns.order); // held throughout, so that no failure of the journal comes in between
             for event in events {
                 numbered.push(self.number(&mut order, topic, event)?);
             }
@@ -183,22 +189,16 @@ impl Core {
         }
     }
 
-    /// Once nothing waits for the journal any more, another server may have it, though the program still holds a hub. Where
-    /// the disk takes longer than stopping may, whoever is writing closes it afterwards.
+    /// Waits until the journal is closed, which it is once nothing waits for it; then another server may have it, though the
+    /// program still holds a hub. Where the disk takes longer than stopping may, the journal's thread closes it afterwards.
     pub fn close_journal(&self, deadline: Instant) {
-        let mut order = enter(&self.order);
-        loop {
-            if order.unwritten.is_empty()
-                && let Some(mut journal) = try_enter(&self.journal)
-            {
-                *journal = None;
-                return;
-            }
+        let mut order = enter(&self.turns.order);
+        while self.config.journal.is_some() && !order.is_closed {
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
                 return;
             }
-            order = self.written.wait_timeout(order, left).unwrap_or_else(PoisonError::into_inner).0;
+            order = self.turns.ended.wait_timeout(order, left).unwrap_or_else(PoisonError::into_inner).0;
         }
     }
 
@@ -228,24 +228,32 @@ impl Core {
         }
         let event = encode_block(id, &[("topic", Some(topic)), ("key", key.as_deref())], &frame);
         let outcome = Arc::new(Outcome::new());
-        order.unwritten_bytes += event.memory();
-        order.unwritten.push_back(Unwritten { topic: topic.into(), event, key, outcome: outcome.clone() });
+        order.push(Unwritten { topic: topic.into(), event, key, outcome: outcome.clone() });
         Ok((id, Some(outcome)))
     }
 
     /// Waits until an event is in the journal and shown.
     fn settle(&self, (id, outcome): Numbered) -> io::Result<Id> {
         let Some(outcome) = outcome else { return Ok(id) };
-        let mut order = enter(&self.order);
+        let mut order = enter(&self.turns.order);
         while outcome.get().is_none() {
-            // Under the order lock, so that the journal cannot come to rest between finding it taken and falling
-            // asleep.
-            order = match try_enter(&self.journal) {
-                Some(mut journal) => {
-                    drop(order);
-                    self.write_for_all(&mut journal)?
+            // Taken under the order lock, so that no turn can end between finding it taken and falling asleep.
+            let turn = if self.config.fsync || order.is_claimed { None } else { order.journal.take() };
+            if let Some(journal) = turn {
+                drop(order);
+                self.write_batch(&mut Turn::new(&self.turns, journal));
+                order = enter(&self.turns.order);
+                continue;
+            }
+            self.turns.work.notify_one();
+            let left = self.stopped_at.get().map(|at| (*at + STOP_WAIT).saturating_duration_since(Instant::now()));
+            let ended = &self.turns.ended;
+            order = match left {
+                None => ended.wait(order).unwrap_or_else(PoisonError::into_inner),
+                Some(left) if left.is_zero() => {
+                    return Err(io::Error::new(ErrorKind::NotConnected, format!("{STOPPING}, and {NOT_TAKEN}")));
                 }
-                None => self.written.wait(order).unwrap_or_else(PoisonError::into_inner),
+                Some(left) => ended.wait_timeout(order, left).unwrap_or_else(PoisonError::into_inner).0,
             };
         }
         match outcome.get() {
@@ -254,36 +262,83 @@ impl Core {
         }
     }
 
-    /// Writes what waits for the journal, shows it, and wakes all who wait.
-    fn write_for_all(&self, journal: &mut Option<Journal>) -> io::Result<MutexGuard<'_, Order>> {
-        self.write_batch(journal.as_mut().ok_or_else(stopped)?); // it is closed only when nothing waits
-        let order = enter(&self.order);
-        if self.is_stopping() && order.unwritten.is_empty() {
-            *journal = None; // stopping found it taken, and may not have waited for so long
+    /// What the journal's own thread does: with `--fsync` all of the writing, and else what nobody who publishes should have
+    /// to wait for. It looks after the file, writes a new one step by step, and closes it.
+    fn tend_journal(&self) {
+        let (mut look_at, mut failed) = (Instant::now() + LOOK_TIME, None);
+        while !enter(&self.turns.order).is_closed {
+            let tended = catch_unwind(AssertUnwindSafe(|| self.take_turn(&mut look_at, &mut failed)));
+            if tended.is_err() {
+                self.log.line(Log::Info, format_args!("the journal's thread has panicked, and goes on"));
+                thread::sleep(LOOK_TIME); // it may panic again
+            }
         }
-        self.written.notify_all();
-        Ok(order)
+    }
+
+    fn take_turn(&self, look_at: &mut Instant, failed: &mut Option<io::Error>) {
+        let mut turn = Turn::new(&self.turns, self.wait_for_work(*look_at));
+        self.write_batch(&mut turn);
+        if *look_at <= Instant::now() {
+            *look_at = Instant::now() + LOOK_TIME;
+            let looked = turn.journal().look_after(self.is_journal_failing(), &|boot| self.snapshot(boot));
+            self.is_journal_failing.store(looked.is_err(), Relaxed);
+        }
+        if let Some(error) = failed.take() {
+            turn.journal().abandon(&error);
+        }
+        let pause = turn.journal().step(&|boot| self.snapshot(boot));
+        self.counters.journal_bytes.store(turn.journal().length(), Relaxed);
+        let has_ended = self.is_stopping() && enter(&self.turns.order).unwritten.is_empty();
+        if has_ended {
+            return turn.close();
+        }
+        drop(turn);
+        *failed = pause.pass().err();
+    }
+
+    /// Waits until there is something to do, and then for the journal.
+    fn wait_for_work(&self, look_at: Instant) -> Journal {
+        let mut order = enter(&self.turns.order);
+        loop {
+            let left = look_at.saturating_duration_since(Instant::now());
+            let wants_step = order.journal.as_ref().is_some_and(Journal::wants_step);
+            let has_events = self.config.fsync && !order.unwritten.is_empty();
+            let has_work = wants_step || has_events || left.is_zero() || self.is_stopping();
+            if has_work && let Some(journal) = order.journal.take() {
+                order.is_claimed = false;
+                return journal;
+            }
+            order.is_claimed |= has_work;
+            let left = if has_work { LOOK_TIME } else { left };
+            order = self.turns.work.wait_timeout(order, left).unwrap_or_else(PoisonError::into_inner).0;
+        }
     }
 
     /// Numbering goes on meanwhile: the order lock is not held while the file is written.
-    fn write_batch(&self, journal: &mut Journal) {
-        let (bytes, mut count) = enter(&self.order).batch();
+    fn write_batch(&self, turn: &mut Turn) {
+        let (bytes, mut count) = enter(&self.turns.order).batch();
+        if count == 0 {
+            return;
+        }
         let kept_bytes = enter(&self.history).block_bytes();
-        let result = journal.append(&bytes, kept_bytes, &|boot| snapshot(&enter(&self.history), boot));
+        let result = turn.journal().append(&bytes, kept_bytes, &|boot| self.snapshot(boot));
+        self.is_journal_failing.store(result.is_err(), Relaxed);
         let result = result.map_err(|error| error.to_string());
-        self.counters.journal_bytes.store(journal.length(), Relaxed);
-        let mut order = enter(&self.order);
+        self.counters.journal_bytes.store(turn.journal().length(), Relaxed);
+        let mut order = enter(&self.turns.order);
         if result.is_err() {
             count = order.unwritten.len(); // what came later must not be published before it
         }
-        let settled: Vec<_> = order.unwritten.drain(..count).collect();
-        for unwritten in settled {
-            order.unwritten_bytes -= unwritten.event.memory();
+        for unwritten in order.take(count) {
             if result.is_ok() {
-                self.show(&unwritten.topic, unwritten.event, unwritten.key);
+                self.show(&unwritten.topic, unwritten.event.clone(), unwritten.key.clone());
             }
             let _ = unwritten.outcome.set(result.clone());
         }
+    }
+
+    fn snapshot(&self, boot: Option<&str>) -> Box<dyn Snapshot> {
+        Box::new(Kept::new(&self.history, boot))
     }
 
     /// Keeps an event, and hands it to every lane. Called in the order of the ids, under the order lock.
@@ -293,30 +348,6 @@ impl Core {
         if let Some(topic) = followed {
             self.lanes.iter().for_each(|lane| send_event(lane, &topic, &event));
         }
-    }
-}
-
-impl Order {
-    /// The event that was published with this key, or still waits for the journal.
-    fn find_key(&self, history: &History, topic: &str, key: &Arc<str>) -> Option<Numbered> {
-        if let Some(id) = history.id_of_key(topic, key) {
-            return Some((id, None));
-        }
-        let first = self.unwritten.iter().find(|first| first.topic == topic && first.key.as_ref() == Some(key))?;
-        Some((first.event.id, Some(first.outcome.clone())))
-    }
-
-    /// The bytes of what is written next, and how many events they are.
-    fn batch(&self) -> (Vec<u8>, usize) {
-        let (mut bytes, mut count) = (Vec::new(), 0);
-        for unwritten in &self.unwritten {
-            if count > 0 && bytes.len() + unwritten.event.block_len() > WRITE_BYTES {
-                break;
-            }
-            unwritten.event.block().iter().for_each(|part| bytes.extend_from_slice(part));
-            count += 1;
-        }
-        (bytes, count)
     }
 }
 
@@ -333,17 +364,18 @@ fn stopped() -> io::Error {
 }
 
 /// Takes a journal into use, and fills the history with what is in it.
-fn open_journal(path: &Path, history: &mut History, config: &Config, log: &Arc<Logger>) -> io::Result<Journal> {
+fn open_journal(path: &Path, history: &Arc<Mutex<History>>, config: &Config, log: &Arc<Logger>) -> io::Result<Journal> {
     let named = |error: io::Error| io::Error::new(error.kind(), format!("the journal {}: {error}", path.display()));
     recover(path, history, config, log).map_err(named)
 }
 
-fn recover(path: &Path, history: &mut History, config: &Config, log: &Arc<Logger>) -> io::Result<Journal> {
+fn recover(path: &Path, shared: &Arc<Mutex<History>>, config: &Config, log: &Arc<Logger>) -> io::Result<Journal> {
+    let mut history = enter(shared);
     let (mut newest_event, mut newest_mark) = (Id::default(), Id::default());
     let mut take = |block: Block, bytes: &[u8]| {
         let newest = if block.is_mark { &mut newest_mark } else { &mut newest_event };
         *newest = block.id.max(*newest);
-        restore(history, block, bytes);
+        restore(&mut history, block, bytes);
     };
     let (mut journal, found) = Journal::open(path, config, log, &mut take)?;
     history.remove_unused();
@@ -352,7 +384,9 @@ fn recover(path: &Path, history: &mut History, config: &Config, log: &Arc<Logger
     }
     let Totals { topics, events, .. } = history.totals();
     log.line(Log::Info, format_args!("kept {events} events of {topics} topics"));
-    journal.repair(&found, history.block_bytes(), &|boot| snapshot(history, boot))?;
+    let kept_bytes = history.block_bytes();
+    drop(history);
+    journal.repair(&found, kept_bytes, &|boot| Box::new(Kept::new(shared, boot)))?;
     Ok(journal)
 }
 
@@ -367,26 +401,4 @@ fn after_what_is_lost(newest_event: Id, newest_mark: Id) -> Id {
         false => newest_mark.ms.min(now).saturating_add(HELD_BACK_MS).max(newest_mark.ms.saturating_add(1)),
     };
     Id { ms: now.max(lost_until), seq: 0 }
-}
-
-/// Takes in a block of the journal.
-pub fn restore(history: &mut History, block: Block, bytes: &[u8]) {
-    let Block { id, topic, key, is_mark, frame_at, .. } = block;
-    match topic {
-        Some(name) if !is_mark => {
-            let (fields, frame) = bytes.split_at(frame_at);
-            history.restore(name, Encoded::new(id, fields, frame), key.map(Arc::from));
-        }
-        _ => history.restore_forgotten(topic, id),
-    }
-}
-
-/// What a journal holds that was written anew: what each topic has forgotten, and every kept event.
-pub fn snapshot(history: &History, boot: Option<&str>) -> Vec<Encoded> {
-    let mark = |field, value, id| encode_block(id, &[(field, value)], &format!("id: {id}\n\n"));
-    let (topics, others) = history.all_forgotten();
-    let mut blocks = vec![mark("boot", boot, others)];
-    blocks.extend(topics.iter().map(|(name, forgotten)| mark("topic", Some(name), *forgotten)));
-    blocks.append(&mut history.all_events());
-    blocks
 }

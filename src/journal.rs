@@ -1,24 +1,35 @@
 //! The file that outlives the process: an event stream itself, so `cat`, `grep` and `tail -F` read it.
 //!
-//! Nothing in it is changed in place. Blocks are appended, and what was forgotten disappears when the file is written anew
-//! beside itself and renamed; so whenever the process or the machine dies, one whole journal has the name. Where it is not
-//! synced, only its end may be missing after the machine's death, which nothing in the file shows: so its first block
-//! names the boot, and after another one all topics count as forgotten up to now.
+//! - *Nothing in it is changed in place.* Blocks are appended. What was forgotten disappears when the file is written anew
+//!   beside itself and renamed (`rewrite.rs`), so whenever the process or the machine dies, one whole journal has the name.
+//! - *What was refused is not there.* Where a write or a sync fails, the file is cut back before anybody is answered; where
+//!   it cannot be cut, what was refused is overwritten with blank lines, which are nothing.
+//! - *The kernel forgets what it could not sync*: the next sync succeeds, with the data lost. So after a failed one only a new
+//!   file, written from memory, is trusted. <https://wiki.postgresql.org/wiki/Fsync_Errors> The same holds for what an
+//!   earlier process wrote: whether it died in the middle of a failing sync, nobody knows. So who ends in order, with everything
+//!   synced, ends the file with a mark; with `--fsync` a file without it is written anew at the start.
+//! - *Unsynced, only its end may be missing* after the machine's death, which nothing in the file shows: so its first block names
+//!   the boot, and after another one all topics count as forgotten up to now.
+//! - *The lock is on the file itself*, and a new one is locked before it gets the name: nothing lies beside it that could be
+//!   deleted. Once a second, and before the first event after a second of silence, the name is looked at: a file that was
+//!   moved, cut or deleted is written anew; where another server's file has the name, nothing is published any more.
 //!
-//! The journal takes and gives encoded blocks, and knows no history: whoever uses it says what a new file has to hold.
+//! The journal takes and gives encoded blocks, and knows no history: whoever uses it says what a new file has to hold. It waits
+//! for the disk, so no lock may be held by who calls it.
 
-use crate::block::Block;
+use crate::block::{Block, end_mark};
 use crate::clock::now_ms;
 use crate::config::{Config, Log};
-use crate::encoded::Encoded;
+use crate::locked::{beside, is_same, lock_as_before, open, open_locked, sync_directory_of};
 use crate::log::{Logger, OncePerSecond};
 use crate::recovery::Found;
+use crate::rewrite::{Pause, Rewrite, Snapshot, remove_stale};
 use crate::system;
 use crate::text::invalid;
 use std::fmt;
 use std::fs::{self, File, OpenOptions};
-use std::io::{self, BufWriter, ErrorKind, Read, Seek, Write};
-use std::os::unix::fs::OpenOptionsExt;
+use std::io::{self, ErrorKind, Write};
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -27,17 +38,27 @@ use std::time::{Duration, Instant};
 const SLACK_BYTES: u64 = 1024 * 1024;
 /// A journal that failed is tried again this often, so that a broken disk is not kept busy with rewriting.
 const RETRY_TIME: Duration = Duration::from_secs(1);
+/// How long events may go into a file that has lost its name.
+pub const LOOK_TIME: Duration = Duration::from_secs(1);
+/// A journal that could not be written is tried with so much, which is the largest body of a `POST` by default.
+const TRIAL_BYTES: usize = 64 * 1024;
 
 pub struct Journal {
     path: PathBuf,
-    /// Opened for appending: after the file was cut, the next block stands at its end.
-    file: File,
+    /// Opened for appending: after the file was cut, the next block stands at its end. Locked.
+    file: Arc<File>,
     /// Up to here, the file is whole blocks that were published.
     length: u64,
     /// How long it was when it held nothing but what was kept.
     needed: u64,
+    /// How many bytes are kept, as far as was heard last.
+    kept_bytes: u64,
     health: Health,
+    /// Why nothing can be written, as publishers are told.
+    reason: String,
     tried_at: Option<Instant>,
+    looked_at: Instant,
+    rewrite: Option<Rewrite>,
     is_synced: bool,
     /// The run of the machine that it was begun in, unless everything is synced: should the machine die, the kernel may
     /// not have written the end of it.
@@ -45,26 +66,26 @@ pub struct Journal {
     log: Arc<Logger>,
     /// A flood of refused connections must not use up the journal's turn.
     warned: OncePerSecond,
-    /// The journal's own file is replaced now and then, so the lock is on one beside it.
-    lock: File,
+    old_lock: Option<File>,
 }
 
-/// Makes the blocks of a new file; its first one names this boot.
-pub type Snapshot<'a> = &'a dyn Fn(Option<&str>) -> Vec<Encoded>;
+/// Begins a snapshot for a new file, whose first block names this boot.
+pub type Begin<'a> = &'a dyn Fn(Option<&str>) -> Box<dyn Snapshot>;
 
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Health {
     Whole,
-    /// A write failed, perhaps half-way: the file must be cut back.
+    /// A write failed, perhaps half-way, and the file could not be cut back.
     Torn,
-    /// A sync failed. The kernel forgets what it could not write, so that the next sync would succeed with the data
-    /// lost: only a new file, synced from memory, is trusted again. <https://wiki.postgresql.org/wiki/Fsync_Errors>
-    Unsynced,
+    /// The file is gone, or what is in it is not sure: a new one must be written first.
+    Lost,
+    /// Another server's file has the name, or nobody can say whose it is.
+    Taken,
 }
 
 impl Drop for Journal {
     fn drop(&mut self) {
-        let _ = self.lock.unlock(); // also where a process just forked from this one still has the file open
+        let _ = self.file.unlock(); // also where a process just forked from this one still has the file open
     }
 }
 
@@ -85,13 +106,9 @@ impl Journal {
             return invalid("it is no regular file");
         }
         let path = path.canonicalize()?; // a link stays one, however often the journal is renamed
-        let lock = lock(&beside(&path, ".lock"))?;
-        let file = open(&path)?; // again: whoever had the lock may have renamed another one there
-        if config.fsync {
-            // What an earlier process wrote and named may not be safe yet, and is shown from here on.
-            file.sync_data()?;
-            sync_directory_of(&path)?;
-        }
+        let old_lock = lock_as_before(&path, None)?;
+        let file = open_locked(&path)?;
+        remove_stale(&beside(&path, ".new"), &file)?;
         let size = file.metadata()?.len();
         // Marks and bookkeeping beside one event's data, each byte of which may become a line of its own.
         let block_limit = config.keep_bytes.max(config.data_bytes().saturating_mul(8).saturating_add(4096));
@@ -105,18 +122,22 @@ impl Journal {
         found.has_rebooted = found.boot.is_some() && found.boot != boot;
         let journal = Journal {
             path,
-            file,
+            file: Arc::new(file),
             length: found.whole,
             needed: found.whole,
+            kept_bytes: 0,
             health: Health::Whole,
+            reason: String::new(),
             tried_at: None,
+            looked_at: Instant::now(),
+            rewrite: None,
             is_synced: config.fsync,
             boot: boot.filter(|_| !config.fsync),
             log: log.clone(),
             warned: OncePerSecond::default(),
-            lock,
+            old_lock,
         };
-        journal.tell(&found, started.elapsed());
+        found.describe(started.elapsed()).iter().for_each(|line| journal.say(format_args!("{line}")));
         Ok((journal, found))
     }
 
@@ -127,31 +148,47 @@ impl Journal {
 
     /// Makes the file one that can be appended to. What a dying process left half-written at its end is cut off. Where
     /// more than that is damaged, the file is kept aside, and what could be read of it is written anew; so is a file whose
-    /// first block must say something else of the boot from here on.
-    pub fn repair(&mut self, found: &Found, kept_bytes: u64, snapshot: Snapshot) -> io::Result<()> {
-        self.needed = kept_bytes;
-        if found.is_damaged() {
-            let copy = beside(&self.path, &format!(".damaged.{}", now_ms()));
-            fs::hard_link(&self.path, &copy).or_else(|_| fs::copy(&self.path, &copy).map(drop))?;
-            self.say(format_args!("as it was, it is kept as {}", copy.display()));
-        }
-        if found.may_lack_events() || found.boot != self.boot {
-            match self.rewrite(snapshot) {
-                Ok(()) => return Ok(()),
-                // Perhaps the disk is full. The file is whole, and as it names an earlier boot, the next start brings a
+    /// first block must say something else of the boot from here on, and with `--fsync` one that may not be on the disk.
+    pub fn repair(&mut self, found: &Found, kept_bytes: u64, begin: Begin) -> io::Result<()> {
+        (self.needed, self.kept_bytes) = (kept_bytes, kept_bytes);
+        let copy = if found.is_damaged() { Some(self.keep_aside("damaged")?) } else { None };
+        let is_trusted = !self.is_synced || self.is_on_the_disk(found);
+        if found.may_lack_events() || found.boot != self.boot || !is_trusted {
+            let found_file = self.file.clone();
+            let Err(error) = self.rewrite_at_once(begin) else { return Ok(()) };
+            let has_its_name = Arc::ptr_eq(&found_file, &self.file);
+            if has_its_name && found.boot.is_some() && !found.is_damaged() && is_trusted {
+                // Perhaps the disk is full. The file is whole, and as it tells of an earlier boot, the next start brings a
                 // gap too many, but no hole.
-                Err(error) if found.boot.is_some() && !found.is_damaged() && self.health == Health::Whole => {
-                    self.say(format_args!("cannot be written anew: {error}"));
-                }
-                Err(error) => return Err(error),
+                self.say(format_args!("cannot be written anew: {error}"));
+                self.take_back()?;
+                return self.note_base(begin);
+            } else if has_its_name {
+                let _ = copy.map(fs::remove_file); // or each try to start would leave one
             }
+            return Err(io::Error::other(format!("it must be written anew, beside itself, and cannot be: {error}")));
         }
-        if found.whole < found.size { self.cut_back() } else { Ok(()) }
+        sync_directory_of(&self.path)?; // who gave the file its name may have died before that
+        if found.whole < found.size { self.take_back() } else { Ok(()) }
+    }
+
+    /// Writes down from where on ids are given, as the first block of a new file would: or after yet another death of the
+    /// machine they might be given once more.
+    fn note_base(&mut self, begin: Begin) -> io::Result<()> {
+        begin(None).next().iter().try_for_each(|mark| self.write(&mark.block().concat()))?;
+        self.file.sync_data()
+    }
+
+    /// Whether all that was read has been synced. Only then may it be shown without being written again.
+    fn is_on_the_disk(&self, found: &Found) -> bool {
+        let ended = found.has_ended && !found.is_damaged() && found.boot.is_none() && found.whole == found.size;
+        ended && self.file.sync_data().is_ok()
     }
 
     /// Appends whole blocks. Where that fails, none of them is published.
-    pub fn append(&mut self, blocks: &[u8], kept_bytes: u64, snapshot: Snapshot) -> io::Result<()> {
-        let result = self.prepare(kept_bytes, snapshot).and_then(|()| self.write(blocks));
+    pub fn append(&mut self, blocks: &[u8], kept_bytes: u64, begin: Begin) -> io::Result<()> {
+        self.kept_bytes = kept_bytes;
+        let result = self.make_fit(begin).and_then(|()| self.write(blocks));
         if let Err(error) = &result {
             let line = format_args!("journal {}: {error}; nothing is published until it works", self.path.display());
             self.log.warn_within(&self.warned, line);
@@ -159,146 +196,266 @@ impl Journal {
         result
     }
 
-    /// Makes the file fit to be appended to: whole, trusted, and not much larger than what is kept.
-    fn prepare(&mut self, kept_bytes: u64, snapshot: Snapshot) -> io::Result<()> {
-        match self.health {
-            Health::Whole => {}
-            Health::Torn => self.cut_back()?,
-            Health::Unsynced => return self.replace_unsynced(snapshot),
-        }
-        if self.length > 2 * self.needed.max(kept_bytes) + SLACK_BYTES {
-            self.needed = self.length; // should this fail, not again before it has doubled
-            if let Err(error) = self.rewrite(snapshot) {
-                self.say(format_args!("cannot be written anew, and grows on: {error}"));
-            }
-        }
-        if self.health == Health::Whole { Ok(()) } else { Err(io::Error::other("its directory could not be synced")) }
+    /// Looks whether the file still has its name; to be called once in `LOOK_TIME`, also where nobody publishes. Where the
+    /// journal has failed, tries whether it can be written again.
+    pub fn look_after(&mut self, has_failed: bool, begin: Begin) -> io::Result<()> {
+        self.make_fit(begin)?;
+        if has_failed { self.write(&[b'\n'; TRIAL_BYTES]).and_then(|()| self.take_back_trial()) } else { Ok(()) }
     }
 
-    fn replace_unsynced(&mut self, snapshot: Snapshot) -> io::Result<()> {
+    fn take_back_trial(&mut self) -> io::Result<()> {
+        self.length -= TRIAL_BYTES as u64;
+        self.take_back()
+    }
+
+    /// Whether there is anything for [`Journal::step`] to do.
+    pub fn wants_step(&self) -> bool {
+        self.rewrite.is_some() || self.has_grown()
+    }
+
+    /// Writes some more of a new file, if the old one has grown large. Others may append between two steps.
+    pub fn step(&mut self, begin: Begin) -> Pause {
+        self.try_step(begin).unwrap_or_else(|error| {
+            self.abandon(&error);
+            Pause::Nothing
+        })
+    }
+
+    /// Gives up a new file that is being written; the old one grows on.
+    pub fn abandon(&mut self, error: &io::Error) {
+        self.rewrite = None;
+        self.needed = self.length; // not again before it has doubled
+        self.say(format_args!("cannot be written anew, and grows on: {error}"));
+    }
+
+    /// Whatever was being done has not come to its end.
+    pub fn distrust(&mut self) {
+        self.rewrite = None;
+        self.lose(Health::Lost);
+    }
+
+    /// Ends the file in order, if everything in it is sure, so that the next start need not write it anew.
+    pub fn close(mut self) {
+        self.rewrite = None;
+        if self.health == Health::Torn {
+            let _ = self.take_back();
+        }
+        self.look();
+        if self.is_synced && self.health == Health::Whole {
+            let _ = self.write(&end_mark().block().concat());
+        }
+    }
+
+    fn has_grown(&self) -> bool {
+        self.health == Health::Whole && self.length > 2 * self.needed.max(self.kept_bytes) + SLACK_BYTES
+    }
+
+    fn try_step(&mut self, begin: Begin) -> io::Result<Pause> {
+        if self.rewrite.is_none() {
+            if !self.has_grown() {
+                return Ok(Pause::Nothing);
+            }
+            self.rewrite = Some(self.begin(begin)?);
+        }
+        let Some(rewrite) = &mut self.rewrite else { return Ok(Pause::Nothing) };
+        let is_last = rewrite.step(&self.file, self.length)?;
+        if let Some(file) = rewrite.due_sync(is_last) {
+            return Ok(Pause::Sync(file));
+        } else if !is_last {
+            return Ok(Pause::Nothing);
+        }
+        rewrite.finish(self.is_synced)?;
+        self.look();
+        match self.rewrite.take().filter(|_| self.health == Health::Whole) {
+            Some(rewrite) => Ok(Pause::Replaced(self.change_to(rewrite, true, self.is_synced)?, self.path.clone())),
+            None => Ok(Pause::Nothing),
+        }
+    }
+
+    fn begin(&self, begin: Begin) -> io::Result<Rewrite> {
+        let path = beside(&self.path, ".new");
+        Rewrite::begin(path, &self.file, self.length, begin(self.boot.as_deref()))
+    }
+
+    /// Makes the file fit to be appended to: ours, whole and trusted.
+    fn make_fit(&mut self, begin: Begin) -> io::Result<()> {
+        if self.looked_at.elapsed() >= LOOK_TIME {
+            self.look();
+        }
+        if self.health == Health::Torn {
+            let _ = self.take_back();
+        }
+        if self.health == Health::Torn {
+            self.lose(Health::Lost);
+        }
+        match self.health {
+            Health::Whole | Health::Torn => Ok(()),
+            Health::Lost => self.replace_lost(begin),
+            Health::Taken => Err(io::Error::other(self.reason.clone())),
+        }
+    }
+
+    /// Finds out whether the name is still that of this file, and the file as long as it was.
+    fn look(&mut self) {
+        self.looked_at = Instant::now();
+        let what = match self.find_change() {
+            Ok(what) => what,
+            Err(error) => {
+                let reason = format!("its name is not its own any more: {error}");
+                if self.health != Health::Taken {
+                    self.say(format_args!(
+                        "{reason}; nothing is published until it is deleted or the server restarted"
+                    ));
+                }
+                self.reason = reason;
+                return self.lose(Health::Taken);
+            }
+        };
+        if let Some(what) = what
+            && self.health != Health::Lost
+        {
+            self.lose(Health::Lost);
+            self.tried_at = None;
+            self.say(format_args!("the file {what} while it was in use: it is written anew from what is kept"));
+        }
+    }
+
+    /// What has happened to the file or its name.
+    ///
+    /// # Errors
+    /// Another server has it.
+    fn find_change(&mut self) -> io::Result<Option<&'static str>> {
+        self.path = self.path.canonicalize().unwrap_or_else(|_| self.path.clone()); // it may be a link by now
+        let own = self.file.metadata();
+        let size = own.as_ref().map_or(0, fs::Metadata::len);
+        match fs::metadata(&self.path) {
+            Err(error) if error.kind() == ErrorKind::NotFound => Ok(Some("was deleted or moved")),
+            Err(error) => Err(error),
+            found if !is_same(&found, &own) => match self.health {
+                // It may be free by now, but what stands there was another server's.
+                Health::Taken => Err(io::Error::other("another server's file stands there")),
+                _ => self.lock_other().map(|_| Some("was replaced")),
+            },
+            _ if self.health == Health::Taken => Ok(Some("was away")),
+            _ if self.health != Health::Whole || size == self.length => Ok(None),
+            _ if size < self.length => Ok(Some("was cut")),
+            _ => lock_as_before(&self.path, self.old_lock.as_ref()).map(|_| Some("was written to by somebody else")),
+        }
+    }
+
+    /// Locks the file that has the name instead of ours, so that no server begins to use it meanwhile.
+    fn lock_other(&self) -> io::Result<File> {
+        if !fs::metadata(&self.path)?.is_file() {
+            return invalid("no regular file stands there: move it away");
+        }
+        lock_as_before(&self.path, self.old_lock.as_ref())?;
+        open_locked(&self.path)
+    }
+
+    fn lose(&mut self, health: Health) {
+        self.rewrite = None;
+        self.health = health;
+    }
+
+    fn replace_lost(&mut self, begin: Begin) -> io::Result<()> {
         if self.tried_at.is_some_and(|at| at.elapsed() < RETRY_TIME) {
-            return Err(io::Error::other("it could not be synced, and must be written anew first"));
+            return Err(io::Error::other(format!("it must be written anew, and cannot be: {}", self.reason)));
         }
         self.tried_at = Some(Instant::now());
-        self.rewrite(snapshot)
+        self.rewrite_at_once(begin).inspect_err(|error| self.reason = error.to_string())
+    }
+
+    /// Writes a new file without a pause: nothing can be published before it is there.
+    fn rewrite_at_once(&mut self, begin: Begin) -> io::Result<()> {
+        self.lose(Health::Lost);
+        let mut rewrite = self.begin(begin)?;
+        while !rewrite.step(&self.file, self.length)? {}
+        rewrite.finish(true)?;
+        let (mut _other, mut replaces) = (None, true);
+        match fs::symlink_metadata(&self.path) {
+            Err(error) if error.kind() == ErrorKind::NotFound => replaces = false,
+            found if is_same(&found, &self.file.metadata()) => {}
+            _ => {
+                let other = self.lock_other()?;
+                if other.metadata()?.len() > 0 {
+                    self.keep_aside("replaced")?;
+                }
+                _other = Some(other); // locked until ours has its place
+            }
+        }
+        self.change_to(rewrite, replaces, true).map(drop)
+    }
+
+    /// Gives a new file the journal's name, and returns the old one. Until its name is on the disk, too, it is not trusted.
+    fn change_to(&mut self, mut rewrite: Rewrite, replaces: bool, is_synced: bool) -> io::Result<Arc<File>> {
+        rewrite.take_name(&self.path, replaces)?;
+        let old = std::mem::replace(&mut self.file, rewrite.file().clone());
+        (self.length, self.needed) = (rewrite.length(), rewrite.needed());
+        self.health = Health::Lost;
+        if is_synced {
+            sync_directory_of(&self.path)?;
+        }
+        self.health = Health::Whole;
+        Ok(old)
     }
 
     fn write(&mut self, blocks: &[u8]) -> io::Result<()> {
-        if let Err(error) = self.file.write_all(blocks) {
-            self.health = Health::Torn;
-            let _ = self.cut_back(); // at once, for those who follow the file; else before the next block
-            return Err(error);
+        let result = (&*self.file).write_all(blocks).map_err(|error| (error, Health::Whole));
+        let synced = || self.file.sync_data().map_err(|error| (error, Health::Lost));
+        let Err((error, health)) = result.and_then(|()| if self.is_synced { synced() } else { Ok(()) }) else {
+            self.length += blocks.len() as u64;
+            return Ok(());
+        };
+        let undone = self.take_back(); // at once: neither a later start nor those who follow the file may see it
+        if health == Health::Lost {
+            self.lose(health);
         }
-        if self.is_synced
-            && let Err(error) = self.file.sync_data()
-        {
-            self.health = Health::Unsynced;
-            return Err(error);
-        }
-        self.length += blocks.len() as u64;
-        Ok(())
+        let Err(second) = undone else { return Err(error) };
+        let reason = format!("{error}; nor can it be taken out again ({second}), so that a later start may publish it");
+        Err(io::Error::new(error.kind(), reason))
     }
 
-    fn cut_back(&mut self) -> io::Result<()> {
-        self.file.set_len(self.length)?;
+    /// Takes out of the file what was refused, at its end. Where it cannot be cut, it stays torn, but harmless.
+    fn take_back(&mut self) -> io::Result<()> {
+        self.health = Health::Torn;
+        let size = self.file.metadata()?.len();
+        if size > self.length {
+            let cut = self.file.set_len(self.length);
+            if cut.is_err() {
+                self.blot_out(size)?;
+            }
+            if self.is_synced {
+                self.file.sync_data()?;
+            }
+            if cut.is_err() {
+                return Ok(());
+            }
+        }
         self.health = Health::Whole;
         Ok(())
     }
 
-    /// Writes a new file beside the journal, and gives it the journal's name once it is on the disk. Until its name is on
-    /// the disk, too, it is not trusted.
-    fn rewrite(&mut self, snapshot: Snapshot) -> io::Result<()> {
-        let blocks = snapshot(self.boot.as_deref());
-        let new_path = beside(&self.path, ".new");
-        let _ = fs::remove_file(&new_path); // of a process that died half-way
-        let written = self.write_new(&new_path, &blocks);
-        let renamed = written.and_then(|new| fs::rename(&new_path, &self.path).map(|()| new));
-        if renamed.is_err() {
-            let _ = fs::remove_file(&new_path);
+    /// Overwrites the end of the file with blank lines. A handle for appending writes at the end only, so it takes another.
+    fn blot_out(&self, size: u64) -> io::Result<()> {
+        let file = OpenOptions::new().write(true).open(&self.path)?;
+        if !is_same(&file.metadata(), &self.file.metadata()) {
+            return Err(io::Error::other("the file has lost its name"));
         }
-        self.file = renamed?;
-        self.length = blocks.iter().map(|event| event.block_len() as u64).sum();
-        self.needed = self.length;
-        self.health = Health::Unsynced;
-        sync_directory_of(&self.path)?;
-        self.health = Health::Whole;
-        Ok(())
+        file.write_all_at(&vec![b'\n'; (size - self.length) as usize], self.length)
     }
 
-    fn write_new(&self, path: &Path, blocks: &[Encoded]) -> io::Result<File> {
-        let new = OpenOptions::new().append(true).create_new(true).mode(0o600).open(path)?;
-        new.set_permissions(self.file.metadata()?.permissions())?;
-        let mut out = BufWriter::with_capacity(64 * 1024, &new);
-        blocks.iter().flat_map(Encoded::block).try_for_each(|part| out.write_all(part))?;
-        out.flush()?;
-        drop(out);
-        new.sync_all()?;
-        Ok(new)
-    }
-
-    fn tell(&self, found: &Found, took: Duration) {
-        let Found { size, whole, events, damaged, damaged_at, .. } = found;
-        self.say(format_args!("read {events} events, {size} bytes, in {} ms", took.as_millis()));
-        if found.is_headless {
-            self.say(format_args!("its beginning is missing"));
+    /// Gives the file that has the journal's name a second one, which it keeps when a new file gets the first.
+    fn keep_aside(&self, why: &str) -> io::Result<PathBuf> {
+        let copy = beside(&self.path, &format!(".{why}.{}", now_ms()));
+        if fs::hard_link(&self.path, &copy).is_err() {
+            let copied = fs::copy(&self.path, &copy).and_then(|_| File::open(&copy)?.sync_all());
+            copied.inspect_err(|_| drop(fs::remove_file(&copy)))?;
         }
-        if *damaged > 0 {
-            self.say(format_args!("{damaged} of its blocks cannot be read, at bytes {damaged_at:?}"));
-        }
-        if found.has_rebooted {
-            self.say(format_args!(
-                "the machine has died or restarted since, so the last seconds before may be missing"
-            ));
-        }
-        if whole < size {
-            self.say(format_args!("{} bytes of a block that was not whole are cut off", size - whole));
-        }
+        self.say(format_args!("as it was, it is kept as {}", copy.display()));
+        Ok(copy)
     }
 
     fn say(&self, what: fmt::Arguments) {
         self.log.line(Log::Info, format_args!("journal {}: {what}", self.path.display()));
     }
-}
-
-fn open(path: &Path) -> io::Result<File> {
-    OpenOptions::new().read(true).append(true).create(true).mode(0o600).open(path)
-}
-
-fn sync_directory_of(path: &Path) -> io::Result<()> {
-    File::open(path.parent().unwrap_or(path))?.sync_all()
-}
-
-fn beside(path: &Path, suffix: &str) -> PathBuf {
-    let mut name = path.as_os_str().to_owned();
-    name.push(suffix);
-    name.into()
-}
-
-/// Locks a file for this process, and writes into it who that is.
-fn lock(path: &Path) -> io::Result<File> {
-    let named = |error: io::Error| io::Error::new(error.kind(), format!("{}: {error}", path.display()));
-    let mut options = OpenOptions::new();
-    let mut file = options.read(true).write(true).create(true).mode(0o600).open(path).map_err(named)?;
-    let is_file = file.metadata().map_err(named)?.is_file();
-    let mut holder = Vec::new();
-    if is_file {
-        let _ = (&file).take(100).read_to_end(&mut holder);
-    }
-    let holder = String::from_utf8_lossy(&holder);
-    match file.try_lock() {
-        Ok(()) => {}
-        Err(fs::TryLockError::Error(error)) => return Err(named(error)),
-        Err(fs::TryLockError::WouldBlock) => {
-            let reason = format!("{} is writing it: stop that one, or name another file", holder.trim());
-            return Err(io::Error::new(ErrorKind::ResourceBusy, reason));
-        }
-    }
-    // A power cut may leave zeros of it.
-    let is_empty = holder.trim_matches('\0').is_empty();
-    if !is_file || !is_empty && !holder.starts_with("process ") {
-        return invalid(format!("{} is something else than its lock: move it away", path.display()));
-    }
-    let who = format!("process {}\n", std::process::id());
-    file.set_len(0).and_then(|()| file.rewind()).and_then(|()| file.write_all(who.as_bytes())).map_err(named)?;
-    Ok(file)
 }

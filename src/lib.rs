@@ -39,8 +39,7 @@
 //! # Locks, outermost first
 //! | lock | held | guards |
 //! |---|---|---|
-//! | the journal, in `hub` | while events are written to it; never waited for, only tried | the file, and that one thread writes |
-//! | the order, in `hub` | from numbering an event to the last lane's queue, but not while it is written | that ids, kept events, queues have one order |
+//! | the order, in `hub` | from numbering an event to the last lane's queue, but not while it is written | that ids, kept events, queues have one order; whose turn the journal is |
 //! | the history, in `hub` | shortly, never during I/O | the kept events and the table of topics |
 //! | the state, in `connection` | during one non-blocking write | whose the socket is, and the cursor |
 //! | the tables, in `places` and `routes` | shortly, under no other lock | which connections are open; what is at a path |
@@ -69,8 +68,12 @@ mod publishing; // POST and PUT
 mod subscription; // a stream of topics, while it must be waited for
 mod stream; // a handler's stream
 mod hub; // publishing: number, write down, show
+mod unwritten; // what waits for the journal, and whose turn it is
+mod kept; // between the journal's blocks and the history
 mod journal; // the file that outlives the process
-mod recovery; // reading it at the start
+mod rewrite; // the new file that takes its place
+mod locked; // whose a file is
+mod recovery; // reading the journal at the start
 mod block; // what it is made of
 mod lane; // writing to whoever is live
 mod history; // kept events, cursors, gaps
@@ -104,3 +107,7 @@ pub use text::parse_duration;
 #[cfg(fuzzing)]
 #[path = "../tests/fuzz/reach.rs"]
 pub mod fuzzing;
+
+#[cfg(test)]
+#[path = "../tests/turn.rs"]
+mod turn;

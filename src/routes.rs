@@ -160,6 +160,9 @@ impl Routes {
                 Reply::Response(Response::new(200, "text/plain; version=0.0.4", self.metrics().into_bytes()))
             }
             None if self.core.is_stopping() => Reply::Response(self.publishing.unavailable(STOPPING)),
+            None if self.core.is_journal_failing() => {
+                Reply::Response(self.publishing.unavailable("the journal cannot be written, so nothing is published"))
+            }
             None => Reply::Response(Response::text(200, "ok")),
         })
     }

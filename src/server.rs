@@ -88,6 +88,7 @@ impl Server {
             acceptors: Vec::new(),
             lanes: threads,
         };
+        handle.shared.core.start_journal_thread()?;
         Ok(Server { handle })
     }
 

@@ -4,7 +4,7 @@
 //! leaves its data whole.
 
 use std::io;
-use std::sync::{Mutex, MutexGuard, PoisonError, TryLockError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 
 /// Address space of a thread; only pages that are touched take memory. Handlers run on it.
@@ -17,13 +17,4 @@ pub fn start_thread(name: String, work: Box<dyn FnOnce() + Send>) -> io::Result<
 /// Enters a lock, also one that a panic has poisoned: see the module's docs.
 pub fn enter<T>(lock: &Mutex<T>) -> MutexGuard<'_, T> {
     lock.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-/// Enters a lock if nobody is in it.
-pub fn try_enter<T>(lock: &Mutex<T>) -> Option<MutexGuard<'_, T>> {
-    match lock.try_lock() {
-        Ok(guard) => Some(guard),
-        Err(TryLockError::Poisoned(poisoned)) => Some(poisoned.into_inner()),
-        Err(TryLockError::WouldBlock) => None,
-    }
 }

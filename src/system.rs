@@ -67,6 +67,17 @@ pub fn boot_id() -> Option<String> {
     Some(id).filter(|id| !id.is_empty())
 }
 
+/// The process that has locked the file of this number; `None` where the system does not tell. Several file systems may have
+/// files of one number, but hardly locked ones.
+pub fn lock_holder(inode: u64) -> Option<u32> {
+    let end = format!(":{inode}");
+    read("/proc/locks").lines().find_map(|line| {
+        let fields: Vec<&str> = line.split_whitespace().collect();
+        let is_it = fields.get(1) == Some(&"FLOCK") && fields.get(5).is_some_and(|file| file.ends_with(&end));
+        fields.get(4).filter(|_| is_it)?.parse().ok()
+    })
+}
+
 fn files_left() -> usize {
     let open = match fs::read_dir("/proc/self/fd") {
         Ok(open) => open.count(),

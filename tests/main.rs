@@ -21,6 +21,7 @@ mod log;
 mod metrics;
 mod minimal;
 mod places;
+mod power;
 mod request;
 mod response;
 mod routes;

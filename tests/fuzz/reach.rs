@@ -10,16 +10,19 @@ use crate::connection::Connection;
 use crate::encoded::Framing;
 use crate::event::Id;
 use crate::history::History;
-use crate::hub::{check_topic, restore, snapshot};
+use crate::hub::check_topic;
+use crate::kept::{Kept, restore};
 use crate::lines::Lines;
 use crate::reader::Reader;
 use crate::recovery::Found;
 use crate::request::Request;
+use crate::rewrite::Snapshot;
 use crate::routes::{TOPICS_PER_STREAM, wanted_topics};
+use crate::sync::enter;
 use crate::target::{Query, Target};
 use crate::text::{parse_duration, skip_token};
 use std::net::{TcpListener, TcpStream};
-use std::sync::OnceLock;
+use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Duration;
 
 fn small() -> Config {
@@ -131,6 +134,10 @@ pub fn cursor(text: &str) {
     }
 }
 
+fn is_mark(block: &[u8]) -> bool {
+    Block::parse(block).expect("what was written").is_mark
+}
+
 /// A journal. Under `cfg(fuzzing)` no sum is compared, or hardly a block would be looked at; what is kept of it, written
 /// anew with its right sums, is read as the same.
 pub fn journal(bytes: &[u8]) {
@@ -140,19 +147,24 @@ pub fn journal(bytes: &[u8]) {
         let mut take = |block: Block, bytes: &[u8]| restore(&mut history, block, bytes);
         let found = Found::read(bytes, bytes.len() as u64, limit, false, &mut take).unwrap();
         history.remove_unused();
-        (found, history)
+        (found, Arc::new(Mutex::new(history)))
+    };
+    let snapshot = |history: &Arc<Mutex<History>>, boot: Option<&str>| {
+        let mut kept = Kept::new(history, boot);
+        let steps: Vec<_> = std::iter::from_fn(|| Some(kept.next()).filter(|blocks| !blocks.is_empty())).collect();
+        assert!(kept.last().is_empty(), "nothing was forgotten meanwhile");
+        steps.concat()
     };
     let (found, history) = read(bytes);
     assert!(found.whole <= bytes.len() as u64 && found.events + found.damaged <= found.blocks);
-    let totals = history.totals();
-    assert!(totals.bytes <= config.keep_bytes && totals.topics == history.all_forgotten().0.len());
-    assert_eq!(totals.events, history.all_events().len());
-    for event in history.all_events() {
+    let totals = enter(&history).totals();
+    assert!(totals.bytes <= config.keep_bytes && totals.topics == enter(&history).all_forgotten().0.len());
+    let boot = found.boot.as_deref();
+    for event in snapshot(&history, boot) {
         assert!(event.bytes(Framing::Chunked) == Framing::Chunked.wrap(event.bytes(Framing::Plain)));
         assert!(event.block()[1] == event.bytes(Framing::Plain));
     }
-    let boot = found.boot.as_deref();
-    let blocks = |history: &History| {
+    let blocks = |history: &Arc<Mutex<History>>| {
         let mut blocks: Vec<_> = snapshot(history, boot).iter().map(|event| event.block().concat()).collect();
         blocks[1..].sort(); // the marks are in no order of their own
         blocks
@@ -160,6 +172,8 @@ pub fn journal(bytes: &[u8]) {
     let whole: Vec<u8> = snapshot(&history, boot).iter().flat_map(|event| event.block().concat()).collect();
     let (second, again) = read(&whole);
     assert_eq!((second.damaged, second.whole, &second.boot), (0, whole.len() as u64, &found.boot));
-    assert_eq!((again.newest(), again.totals().bytes), (history.newest(), totals.bytes));
+    let known = |history: &Arc<Mutex<History>>| (enter(history).newest(), enter(history).totals().bytes);
+    assert_eq!(known(&again), known(&history));
+    assert_eq!(blocks(&history).iter().filter(|block| !is_mark(block)).count(), totals.events);
     assert!(blocks(&history) == blocks(&again), "written anew, read, and written anew again");
 }
