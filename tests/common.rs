@@ -828,7 +828,7 @@ pub fn blocks(bytes: &[u8]) -> Vec<Vec<u8>> {
 }
 
 pub fn is_event(block: &[u8]) -> bool {
-    block.windows(7).any(|w| w == b"\ndata: ")
+    block.split(|b| *b == b'\n').any(|line| line.starts_with(b"data: "))
 }
 
 /// What goes out on the wire of a block that stands in the journal.
