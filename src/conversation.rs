@@ -192,7 +192,7 @@ impl Conversation {
 
     /// Opens a stream only to say when to come back, and ends it.
     fn send_away(&self, head: &str, why: Reason) -> Reason {
-        self.shared.core.counters.sent_away.fetch_add(1, Relaxed);
+        self.shared.core.counters.rejected.fetch_add(1, Relaxed);
         self.shared.log.warn(format_args!("{} is sent away: {why}", self.c.peer));
         match self.c.write_whole(head.as_bytes(), Instant::now() + LINGER) {
             Ok(()) => self.c.end(why, spread(self.config().retry, 50, 150), None),

@@ -262,7 +262,7 @@ fn admit(shared: &Arc<Shared>, space: &AddressSpace, socket: TcpStream, peer: So
     }
     let has_way = has_space && !shared.core.is_stopping();
     let Some(c) = has_way.then(|| shared.places.admit(socket, peer)).flatten() else {
-        shared.core.counters.sent_away.fetch_add(1, Relaxed);
+        shared.core.counters.rejected.fetch_add(1, Relaxed);
         let why = if has_space { "are taken" } else { "have no address space (ulimit -v)" };
         return shared.log.warn(format_args!("no room for {peer}: all {} places {why}", shared.places.limit()));
     };
