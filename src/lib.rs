@@ -67,7 +67,7 @@ mod routes; // what each request gets
 mod publishing; // POST and PUT
 mod subscription; // a stream of topics, while it must be waited for
 mod stream; // a handler's stream
-mod hub; // publishing: number, write down, show
+mod hub; // publishing: number, write down, hand out
 mod unwritten; // what waits for the journal, and whose turn it is
 mod kept; // between the journal's blocks and the history
 mod journal; // the file that outlives the process

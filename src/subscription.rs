@@ -10,7 +10,7 @@
 //! 2. The lane hears of the subscriber before it turns live (`ToLane::Join`). The lane's queue is first in, first out: a
 //!    lane that takes an event which was queued after that knows the subscriber.
 //! 3. "Nothing newer is kept" and "live" happen in one hold of the history's lock (`Subscription::follow`).
-//! 4. Publishing keeps an event before it queues it (`Core::show`). So an event is either kept before 3, and was replayed;
+//! 4. Publishing keeps an event before it queues it (`Core::hand_out`). So an event is either kept before 3, and was replayed;
 //!    or it is kept after 3, and queued after that, for a lane to which the subscriber is live.
 //! 5. A lane skips what is not newer than the cursor (`Lane::write_run`, `Connection::deliver`): what was replayed and
 //!    still stands in the queue does not come twice.
