@@ -37,7 +37,8 @@ impl Body {
             (None, Some(_)) if is_http10 => refuse(400, "HTTP/1.0 has no Transfer-Encoding"),
             (None, Some(coding)) if coding.eq_ignore_ascii_case("chunked") => Ok(Body::chunked()),
             (None, Some(list)) => {
-                // Where chunked does not stand last, and there alone, nobody can tell where the body ends (RFC 9112 §6.3).
+                // Where chunked does not stand last, and there alone, nobody can tell where the body ends (RFC 9112
+                // §6.3).
                 let codings: Vec<&str> = list.split(',').map(|coding| coding.trim_matches([' ', '\t'])).collect();
                 let first_chunked = codings.iter().position(|coding| coding.eq_ignore_ascii_case("chunked"));
                 let status = if first_chunked == Some(codings.len() - 1) { 501 } else { 400 };

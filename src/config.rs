@@ -20,7 +20,8 @@ pub const SWEEP: Duration = Duration::from_millis(1_750);
 pub const MOST_LANES: usize = 256;
 const _: () = assert!(SWEEP.as_millis() == 1_750 && MOST_LANES == 256, "`Config::check` names both");
 
-/// Every limit of a [`Server`]; each is a flag of the command, too. [`Config::default`] has the defaults named here.
+/// Every limit of a [`Server`](crate::Server); each is a flag of the command, too. [`Config::default`] has the defaults
+/// named here.
 ///
 /// ```
 /// let small = brooklet::Config { subscribers: 100, keep_bytes: 1024 * 1024, ..Default::default() };
@@ -38,8 +39,8 @@ pub struct Config {
     /// Origins whose pages may read and publish, with the browser's cookies: `https://app.example`, `null` for pages
     /// from files; `*` lets all others read, without cookies (none).
     pub allow_origins: Vec<String>,
-    /// Streams at once (10,000). Each has a thread, which takes 4 memory mappings: at the usual limit of 65,530 mappings the
-    /// process aborts. Lowered at the start where the system has less room.
+    /// Streams at once (10,000). Each has a thread, which takes 4 memory mappings: at the usual limit of 65,530
+    /// mappings the process aborts. Lowered at the start where the system has less room.
     pub subscribers: usize,
     /// Connections beside the streams (1,000): publishing and `/health` have room also while all streams are taken.
     pub connections: usize,
@@ -53,19 +54,19 @@ pub struct Config {
     pub head_time: Duration,
     /// Time to send a whole body; of a `PUT`, a line once begun (30 s).
     pub body_time: Duration,
-    /// How long a `PUT` may be silent between two lines (12 h: a log may be, overnight). The standard library cannot turn
-    /// TCP keepalive on, so a publisher that vanished without a packet is known by its silence alone.
+    /// How long a `PUT` may be silent between two lines (12 h: a log may be, overnight). The standard library cannot
+    /// turn TCP keepalive on, so a publisher that vanished without a packet is known by its silence alone.
     pub put_idle_time: Duration,
     /// How long a connection that is kept alive may be idle between two requests (15 s).
     pub idle_time: Duration,
     /// Longest silence on a stream of topics (15 s, at least 3.5 s): proxies cut silent streams, many after 60 s, some
     /// after 30. <https://html.spec.whatwg.org/multipage/server-sent-events.html#authoring-notes>
     pub heartbeat: Duration,
-    /// How long a stream of topics lasts at most (10 min; each stream draws its own time, 80 to 100 % of this). A proxy may
-    /// keep a stream open long after its reader has gone; clients that are still there reconnect and miss nothing.
+    /// How long a stream of topics lasts at most (10 min; each stream draws its own time, 80 to 100 % of this). A proxy
+    /// may keep a stream open long after its reader has gone; clients that are still there reconnect and miss nothing.
     pub lifetime: Duration,
-    /// A subscriber that is behind and takes nothing for this long is closed (10 s; what its system has buffered may double
-    /// it).
+    /// A subscriber that is behind and takes nothing for this long is closed (10 s; what its system has buffered may
+    /// double it).
     pub stall_time: Duration,
     /// Reconnection time that streams are told (3 s); spread over 50 to 150 % where many may end at the same moment.
     pub retry: Duration,
@@ -75,16 +76,17 @@ pub struct Config {
     pub keep_bytes: usize,
     /// How long an event is kept (24 h).
     pub keep_age: Duration,
-    /// Topic names in use at once (10,000): those with subscribers or kept events. A quarter is left for publishing. With a
-    /// journal, each publisher that waits for it may bring one more.
+    /// Topic names in use at once (10,000): those with subscribers or kept events. A quarter is left for publishing.
+    /// With a journal, each publisher that waits for it may bring one more.
     pub topics: usize,
     /// The file in which events survive the process (none). An event is in it before it is published; it is read at the
     /// start.
     pub journal: Option<PathBuf>,
     /// Events survive a power cut, too: publishing returns once the disk has them (no).
     pub fsync: bool,
-    /// Lane threads. 0, the default, is one for every two cores: publishers, the network and other programs need some, too,
-    /// and every event wakes all lanes. One for each core reaches the last of a crowd sooner, for 15 % more processor time.
+    /// Lane threads. 0, the default, is one for every two cores: publishers, the network and other programs need some,
+    /// too, and every event wakes all lanes. One for each core reaches the last of a crowd sooner, for 15 % more
+    /// processor time.
     pub lanes: usize,
     /// What is written to stderr (nothing; the command's default is `info`).
     pub log: Log,
@@ -151,7 +153,8 @@ impl Config {
             }
         }
         for (is_wrong, reason) in [
-            // A heartbeat is written in the last sweep before it is due: with less time it would be in nearly every one.
+            // A heartbeat is written in the last sweep before it is due: with less time it would be in nearly every
+            // one.
             (self.heartbeat < 2 * SWEEP, "heartbeat: silence is looked for every 1750 ms: give at least 3500ms"),
             (self.head_bytes == 0, "head_bytes: no head has 0 bytes: give some KiB"),
             (self.topics == 0, "topics: without any, nothing is published: give at least 1"),
@@ -173,8 +176,9 @@ impl Config {
     }
 }
 
-/// An origin is compared with what browsers send, so it must be written as they do: in small letters, without the port that
-/// is the scheme's own, and without a path. <https://html.spec.whatwg.org/multipage/browsers.html#ascii-serialisation-of-an-origin>
+/// An origin is compared with what browsers send, so it must be written as they do: in small letters, without the port
+/// that is the scheme's own, and without a path.
+/// <https://html.spec.whatwg.org/multipage/browsers.html#ascii-serialisation-of-an-origin>
 fn check_origin(origin: &str) -> io::Result<()> {
     if ["*", "null"].contains(&origin) {
         return Ok(());

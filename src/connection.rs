@@ -276,7 +276,7 @@ pub fn write_now(mut socket: &TcpStream, bytes: &[u8]) -> io::Result<usize> {
 
 /// Whether a read or write would have to wait, or has waited for its whole timeout: the kernel reports both alike.
 pub fn would_block(error: &io::Error) -> bool {
-    error.kind() == ErrorKind::WouldBlock // not `TimedOut`: that is the kernel giving up on a peer that acknowledges nothing
+    error.kind() == ErrorKind::WouldBlock // `TimedOut` is the kernel giving up on a silent peer
 }
 
 /// In our own words, which do not differ from system to system, so that logs can be searched for them.

@@ -1,9 +1,13 @@
 //! One connection, on its own thread: requests one after another, until it ends or becomes a stream.
 //!
+//! Whatever goes wrong here ends this connection and no other: a refusal is answered, a panic closes the socket, and in
+//! each case the place is given up (`Drop` of `Conversation`). A stream that finds no room is answered with 200, a
+//! reconnection time and its end, since a browser gives up for good on anything else.
+//!
 //! # A small stack
-//! What a thread once had on its stack stays resident as long as it lives, and a subscriber's lives long. So what happens
-//! one after another (reading a head, answering it, following topics) is never inlined into one frame: each uses the
-//! same page again. Otherwise every subscriber takes 15.5 kB instead of 11.5.
+//! What a thread has touched of its stack stays resident for as long as it lives, and a subscriber's lives long. So
+//! what happens one after another (reading a head, answering it, following topics) is never inlined into one frame:
+//! each uses the same pages again. Otherwise every subscriber takes 15.5 kB instead of 11.5.
 
 use crate::clock::spread;
 use crate::config::{Config, Log};
@@ -27,16 +31,17 @@ use std::sync::atomic::Ordering::Relaxed;
 use std::thread;
 use std::time::Instant;
 
+/// Both go to the client in a comment, and may come as fast as a flood.
 const NO_ROOM: Reason = "no room for another stream";
 const NO_NAMES: Reason = "all topic names are in use";
 
-/// What all conversations share.
+/// What all conversations share. Nothing in it belongs to one of them.
 pub struct Shared {
     pub core: Arc<Core>,
     pub places: Arc<Places>,
     pub routes: Routes,
     pub log: Arc<Logger>,
-    /// A crowd that is evicted must not use up the turn of other warnings.
+    /// A crowd that is closed to make room must not use up the turn of other warnings.
     pub evicted: OncePerSecond,
 }
 
@@ -44,13 +49,14 @@ pub struct Shared {
 struct Conversation {
     shared: Arc<Shared>,
     c: Arc<Connection>,
-    /// For the log, once it is a stream.
+    /// For the log, once it is a stream: then a line is written at its end.
     path: Option<String>,
+    /// Why the stream ended, for that line. A handler's error is a text of its own.
     reason: Cow<'static, str>,
     opened: Instant,
 }
 
-/// A stream that a request has asked for.
+/// A stream that a request has asked for, and all that is kept of the request.
 struct Opening {
     path: String,
     framing: Framing,
@@ -76,6 +82,7 @@ pub fn start(shared: Arc<Shared>, c: Arc<Connection>) -> io::Result<()> {
 }
 
 impl Conversation {
+    /// The whole life of a connection.
     fn hold(mut self) {
         let c = &self.c;
         let prepared = c.socket.set_nonblocking(false).and(c.socket.set_nodelay(true));
@@ -85,7 +92,7 @@ impl Conversation {
         if let Some(Opening { path, framing, head, source }) = self.answer_requests() {
             enter(&self.c.state).framing = framing;
             self.path = Some(quoted(&path));
-            // What is logged if the next line never returns.
+            // For the log, should the call after this panic.
             self.reason =
                 if source.is_handler() { "the handler panicked" } else { "this server panicked: a fault" }.into();
             self.reason = self.stream(head, source);
@@ -96,7 +103,7 @@ impl Conversation {
         &self.shared.core.config
     }
 
-    /// Answers requests until the connection ends, or asks for a stream.
+    /// Answers requests until the connection ends, or asks for a stream. The reader's buffer goes with this frame.
     fn answer_requests(&self) -> Option<Opening> {
         let (c, places, config) = (&*self.c, &self.shared.places, self.config());
         let mut reader = Reader::new(c);
@@ -104,7 +111,7 @@ impl Conversation {
         let mut answered = Instant::now();
         loop {
             let request = Request::read(&mut reader, config);
-            let is_keen = answered.elapsed() < 2 * AWAKE_TIME; // the first of a connection counts, too: it comes at once
+            let is_keen = answered.elapsed() < 2 * AWAKE_TIME; // also the first one, which comes at once
             let turn = match request {
                 Ok(None) => Turn::End,
                 Ok(Some(request)) => self.answer(&mut reader, request),
@@ -130,6 +137,7 @@ impl Conversation {
         }
     }
 
+    /// Answers one request. Where it lost its place to a newcomer meanwhile, its socket is shut down already.
     #[inline(never)] // a small stack
     fn answer(&self, reader: &mut Reader, mut request: Request) -> Turn {
         if !self.shared.places.move_to(Place::Busy, &self.c) {
@@ -150,11 +158,12 @@ impl Conversation {
         };
         response.fields += &cors;
         self.log_request(&request, response.status);
+        // A body that was not read whole stands before the next request, which nobody could find.
         let close = request.close || response.close || !request.body.is_over() || self.shared.core.is_stopping();
         Turn::Respond { bytes: response.encode(is_head, close), close }
     }
 
-    /// The response to a head that was refused, and so still stands unread.
+    /// The response to a head that was refused, and so still stands in the reader. To HEAD it has no body.
     fn refuse(&self, reader: &Reader, refusal: &Response) -> Turn {
         let is_head = reader.unread().starts_with(b"HEAD ");
         let line = format_args!("{} {}: {}", self.c.peer, refusal.status, refusal.reason());
@@ -162,7 +171,7 @@ impl Conversation {
         Turn::Respond { bytes: refusal.encode(is_head, true), close: true }
     }
 
-    /// A stream's line is written when it closes.
+    /// One line for each response; a stream's line is written when it closes.
     fn log_request(&self, request: &Request, status: u16) {
         if self.shared.log.wants(Log::Debug) {
             let (peer, path) = (self.c.peer, quoted(&request.path));
@@ -170,28 +179,30 @@ impl Conversation {
         }
     }
 
-    /// Serves a stream to its end, and returns why it ended.
+    /// Finds a place among the streams, serves the stream to its end, and returns why it ended.
     #[inline(never)] // a small stack
     fn stream(&self, head: String, source: Source) -> Cow<'static, str> {
         let (c, core) = (&self.c, &*self.shared.core);
         let count = self.shared.places.move_to_streams(c);
+        // Looked at only now: either stopping finds this among the streams and ends it, or it is seen here.
         if core.is_stopping() {
-            return self.send_away(&head, STOPPING).into();
+            return self.reject(&head, STOPPING).into();
         }
-        let Some(count) = count else { return self.send_away(&head, NO_ROOM).into() };
+        let Some(count) = count else { return self.reject(&head, NO_ROOM).into() };
         match source {
             Source::Topics(wanted) => {
                 match Subscription::open(core, c, &core.lanes[count % core.lanes.len()], wanted) {
                     Some(subscription) => subscription.serve(head).into(),
-                    None => self.send_away(&head, NO_NAMES).into(),
+                    None => self.reject(&head, NO_NAMES).into(),
                 }
             }
             Source::Handler(handled) => handled.serve(core, c, head),
         }
     }
 
-    /// Opens a stream only to say when to come back, and ends it.
-    fn send_away(&self, head: &str, why: Reason) -> Reason {
+    /// Rejects a stream in a way that a browser comes back from: it is opened, told when to come back, and ended. The
+    /// time is spread, or all that were rejected would return at the same moment.
+    fn reject(&self, head: &str, why: Reason) -> Reason {
         self.shared.core.counters.rejected.fetch_add(1, Relaxed);
         self.shared.log.warn(format_args!("{} is sent away: {why}", self.c.peer));
         match self.c.write_whole(head.as_bytes(), Instant::now() + LINGER) {
@@ -200,6 +211,7 @@ impl Conversation {
         }
     }
 
+    /// One line for each stream, in fields that a script can read.
     fn log_closing(&self, path: &str) {
         let (open, sent) = (self.opened.elapsed(), enter(&self.c.state).sent);
         let (seconds, tenths) = (open.as_secs(), open.subsec_millis() / 100);
@@ -213,7 +225,7 @@ impl Conversation {
 
 impl Drop for Conversation {
     fn drop(&mut self) {
-        let _ = self.c.socket.shutdown(Shutdown::Write); // its lane may hold the socket for a moment longer
+        let _ = self.c.socket.shutdown(Shutdown::Write); // the lane may keep the socket open for a moment
         if let Some(path) = &self.path {
             self.log_closing(path);
         } else if thread::panicking() {

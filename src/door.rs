@@ -74,8 +74,8 @@ impl Door {
         let Some(origin) = request.origin.as_deref() else { return Ok(()) };
         let host = request.host.as_deref().unwrap_or_default();
         let is_of_host = |origin: &str| origin.split_once("://").is_some_and(|(_, own)| own.eq_ignore_ascii_case(host));
-        // Where the public origin is named with its scheme, only that counts: on its way to the browser, anybody could have
-        // changed a page that came over plain HTTP.
+        // Where the public origin is named with its scheme, only that one counts: a page that came over plain HTTP
+        // could have been changed on its way by anybody.
         let is_own = is_of_host(origin) && !self.origins.iter().any(|known| is_of_host(known));
         if is_own || self.is_allowed(origin) {
             return Ok(());

@@ -247,8 +247,8 @@ impl History {
 
     fn resume(&self, names: &[Arc<str>], asked: Option<Id>) -> (Id, Option<Encoded>) {
         // An id later than both the newest id and the clock can only be from before this server's history was lost: all
-        // that is kept is new to its owner. An id between the two means "from now on", which is after the newest: if the
-        // clock is set back, ids up to the asked one are still to come.
+        // that is kept is new to its owner. An id between the two means "from now on", which is after the newest: if
+        // the clock is set back, ids up to the asked one are still to come.
         let is_known = |asked: &Id| *asked <= self.newest || asked.ms <= now_ms();
         let known = asked.filter(is_known).map(|asked| asked.min(self.newest));
         match known {

@@ -57,8 +57,8 @@ pub struct Hub {
 }
 
 impl Hub {
-    /// Publishes one event to a topic. Returns its id once it is in the journal, if there is one, and on its way to every
-    /// subscriber.
+    /// Publishes one event to a topic. Returns its id once it is in the journal, if there is one, and on its way to
+    /// every subscriber.
     ///
     /// # Errors
     /// [`ErrorKind::InvalidInput`] for a topic or an event that may not be, [`ErrorKind::QuotaExceeded`] when all topic
@@ -177,7 +177,8 @@ impl Core {
     pub fn publish_all(&self, topic: &str, events: Vec<Event>) -> (Vec<Id>, io::Result<()>) {
         let (mut numbered, mut published) = (Vec::new(), Vec::new());
         let number_all = || {
-            let mut order = enter(&self.turns.order); // throughout: a failing journal then refuses the last of them, never one between two others
+            // Held throughout: a failing journal then refuses the last of them, never one between two others.
+            let mut order = enter(&self.turns.order);
             for event in events {
                 numbered.push(self.number(&mut order, topic, event)?);
             }

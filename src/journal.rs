@@ -159,8 +159,8 @@ impl Journal {
             let Err(error) = self.rewrite_at_once(begin) else { return Ok(()) };
             let has_its_name = Arc::ptr_eq(&found_file, &self.file);
             if has_its_name && found.boot.is_some() && !found.is_damaged() && is_trusted {
-                // Perhaps the disk is full. The file is whole, and since it names an earlier boot, the next start means a gap
-                // too many, but no hole.
+                // Perhaps the disk is full. The file is whole, and since it names an earlier boot, the next start means
+                // a gap too many, but no hole.
                 self.say(format_args!("cannot be written anew: {error}"));
                 self.take_back()?;
                 return self.note_base(begin);

@@ -34,7 +34,7 @@
 //! Each room has one idea, which its first paragraph says, and uses only rooms that stand below it in this list. One event's
 //! way goes down through them once: `routes` → `publishing` → `hub` → `journal` → `history` → `lane` → `connection`. What is
 //! `pub` in a room is for the rooms above it; what is for the world is named at the end of this file. `c` is always a
-//! [`Connection`](connection::Connection).
+//! `Connection`.
 //!
 //! # Locks, outermost first
 //! | lock | held | guards |

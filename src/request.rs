@@ -91,7 +91,7 @@ impl Request {
     pub fn parse(head: &[u8]) -> Result<Request, Response> {
         let line_end = head.iter().position(|b| *b == b'\n').map_or(head.len(), |lf| lf + 1);
         let (line, lines) = head.split_at(line_end);
-        let line = String::from_utf8_lossy(line.strip_suffix(b"\r\n").unwrap_or(line)); // in a target, other bytes are refused
+        let line = String::from_utf8_lossy(line.strip_suffix(b"\r\n").unwrap_or(line)); // a target has ASCII only
         let RequestLine { method, target, is_http10 } = RequestLine::parse(&line)?;
         let mut headers = vec![httparse::EMPTY_HEADER; HEADER_LINES];
         let headers = match httparse::parse_headers(lines, &mut headers) {

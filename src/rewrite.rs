@@ -38,7 +38,7 @@ pub enum Pause {
     Nothing,
     /// Syncs the new file, to which only the journal's thread writes.
     Sync(Arc<File>),
-    /// The old file, which is deleted when this last handle closes (that takes the disk a while), and the journal's path.
+    /// The old file, which is deleted when this last handle closes (that takes a while), and the journal's path.
     Replaced(Arc<File>, PathBuf),
 }
 

@@ -1,8 +1,11 @@
 //! What each request gets.
 //!
-//! Never strand a browser: an `EventSource` gives up for good on any answer but 200. So a stream that there is no room for
-//! is opened all the same, told when to come back, and ended (`conversation.rs`). Only what will not mend by itself, such as
-//! a path that does not exist or a query that cannot be read, is refused for good.
+//! Never strand a browser: an `EventSource` gives up for good on any answer but 200 ([the
+//! standard](https://html.spec.whatwg.org/multipage/server-sent-events.html#sse-processing-model)). So where there is
+//! no room for a stream, it is opened all the same, told when to come back, and ended (`conversation.rs`). Only what
+//! will not mend by itself, such as a path that does not exist or a query that cannot be read, is refused for good.
+//! Whatever answers a request passes through here, so hosts, origins and tokens are checked here, before anything else
+//! is done.
 
 use crate::connection::STOPPING;
 use crate::door::Door;
@@ -24,12 +27,14 @@ use std::io;
 use std::sync::atomic::Ordering::Relaxed;
 use std::sync::{Arc, Mutex};
 
+/// Most topics of one stream: each step of a replay looks at all of them.
 pub const TOPICS_PER_STREAM: usize = 16;
-/// Where the topics are.
+/// Where the topics are; programs' own paths may not begin with it.
 const EVENTS: &str = "/events/";
 const READ_METHODS: &str = "GET, HEAD, OPTIONS";
 const TOPIC_METHODS: &str = "GET, HEAD, POST, PUT, OPTIONS";
 
+/// What a program has put at a path of its own.
 #[derive(Clone)]
 pub enum Route {
     /// Of this content type, and with this body.
@@ -37,10 +42,11 @@ pub enum Route {
     Stream(Arc<Handler>),
 }
 
-/// What a request gets.
+/// What a request gets: a response now, or a stream.
 pub enum Reply {
     Response(Response),
-    /// From here on the request and its buffers are not needed any more.
+    /// From here on the request and its buffers are not needed any more, so their memory is given up before it is
+    /// served.
     Stream(Source),
 }
 
@@ -56,15 +62,16 @@ impl Source {
     }
 }
 
+/// Shared by all connections.
 pub struct Routes {
     pub door: Door,
     publishing: Publishing,
     core: Arc<Core>,
     places: Arc<Places>,
-    /// By their paths. They are few.
+    /// The program's routes by their paths: few, so a list is searched. Locked shortly, and under no other lock.
     table: Mutex<Vec<(String, Route)>>,
     log: Arc<Logger>,
-    /// A crowd that is refused must not use up the turn of other warnings.
+    /// Publishers that are refused in a flood must not use up the turn of other warnings.
     refusals: OncePerSecond,
 }
 
@@ -83,6 +90,9 @@ impl Routes {
     }
 
     /// Adds what is at a path, or replaces it.
+    ///
+    /// # Errors
+    /// [`ErrorKind::InvalidInput`](io::ErrorKind::InvalidInput) for a path or a content type that may not be.
     pub fn add(&self, path: &str, route: Route) -> io::Result<()> {
         if !path.starts_with('/') || path.starts_with(EVENTS) || ["/health", "/metrics"].contains(&path) {
             return invalid(format!("{} cannot be routed: begin with a slash, and not with /events/", quoted(path)));
@@ -101,6 +111,10 @@ impl Routes {
         Ok(())
     }
 
+    /// Checks a request, reads its body, does what it asks, and says what it gets.
+    ///
+    /// # Errors
+    /// A refusal is a response, too; it says whether the connection goes on.
     pub fn reply(&self, reader: &mut Reader, request: &mut Request) -> Result<Reply, Response> {
         self.door.check_host(request)?;
         let path = request.path.clone();
@@ -127,12 +141,13 @@ impl Routes {
         }
     }
 
+    /// Who may publish is decided before anything of the body is read.
     #[inline(never)] // see conversation.rs: a small stack
     fn publish(&self, reader: &mut Reader, request: &mut Request, topic: &str) -> Result<Response, Response> {
         self.door.check_origin(request)?;
         self.door.check_publisher(request)?;
         if self.door.knows_publishers() {
-            self.places.trust(reader.c);
+            self.places.trust(reader.c); // only where tokens exist: else everybody would be trusted
         }
         match request.method.as_str() {
             "POST" => self.publishing.post(reader, request, topic),
@@ -140,6 +155,7 @@ impl Routes {
         }
     }
 
+    /// A page, a handler's stream, `/metrics` or `/health`; `path` is known to be one of them.
     #[inline(never)] // see conversation.rs: a small stack
     fn get(&self, reader: &mut Reader, request: &mut Request, path: &str) -> Result<Reply, Response> {
         let route = enter(&self.table).iter().find(|(known, _)| known == path).map(|(_, route)| route.clone());
@@ -153,7 +169,7 @@ impl Routes {
                 Reply::Stream(Source::Handler(Handled { handler, query, last_event_id }))
             }
             Some(Route::Page(content_type, body)) => {
-                // A foreign frame around a page that publishes would borrow its origin for a click.
+                // In a frame of another site, a page that publishes could be made to take a click not meant for it.
                 Reply::Response(Response::new(200, content_type, body).field("X-Frame-Options", "SAMEORIGIN"))
             }
             None if path == "/metrics" => {
@@ -167,13 +183,14 @@ impl Routes {
         })
     }
 
+    /// Counts and logs a publisher that was refused: its operator should learn of it here, too.
     fn note_refusal(&self, reader: &Reader, refusal: &Response) {
         self.core.counters.refused.fetch_add(1, Relaxed);
         let line = format_args!("{} could not publish: {} {}", reader.c.peer, refusal.status, refusal.reason());
         self.log.warn_within(&self.refusals, line);
     }
 
-    /// The methods that a path takes, or none where there is nothing.
+    /// The methods that a path takes, for `Allow`; none where there is nothing.
     fn methods_of(&self, path: &str) -> Option<&'static str> {
         match path {
             _ if path.starts_with(EVENTS) || path == "*" => Some(TOPIC_METHODS),
@@ -182,6 +199,7 @@ impl Routes {
         }
     }
 
+    /// The gauges are taken one after another, each under its own lock.
     fn metrics(&self) -> String {
         let Counts { idle, busy, trusted, streams } = self.places.counts();
         let Totals { topics, events, bytes } = self.core.history().totals();
@@ -196,7 +214,8 @@ impl Routes {
     }
 }
 
-/// `type "/" subtype`, and perhaps parameters (RFC 9110 §8.3). It goes into a head, so it may not end its line there.
+/// `type "/" subtype`, and perhaps parameters (RFC 9110 §8.3.1). It goes into a head, so it must not contain a line
+/// break.
 fn is_content_type(text: &str) -> bool {
     let subtype = skip_token(text).and_then(|rest| rest.strip_prefix('/'));
     let parameters = subtype.and_then(skip_token).map(skip_space);
@@ -204,7 +223,10 @@ fn is_content_type(text: &str) -> bool {
         && parameters.is_some_and(|rest| rest.is_empty() || rest.starts_with(';'))
 }
 
-/// What a stream of these topics wants, by its request's query.
+/// What a request for a stream of these topics wants.
+///
+/// # Errors
+/// 400 for a topic, a time or a `since` that cannot be read. A cursor that cannot be read is no error: it gets a gap.
 pub fn wanted_topics(request: &Request, list: &str) -> Result<Wanted, Response> {
     let query = &request.query;
     let poll = match query.get("poll") {
@@ -221,7 +243,7 @@ pub fn wanted_topics(request: &Request, list: &str) -> Result<Wanted, Response> 
             _ => return decline(400, format!("since is earliest, a time such as 10m, or an id; not {}", quoted(text))),
         },
     };
-    // A page opened anew says `since`; one that comes back says where it was, and that wins.
+    // `since` is in the page's URL for good; a browser that reconnects adds its cursor, which is newer and wins.
     let parameters = CURSOR_PARAMETERS.map(|name| query.get(name));
     let cursors = [request.last_event_id.as_deref(), parameters[0], parameters[1]];
     let cursor = cursors.into_iter().flatten().find(|text| !text.is_empty());
@@ -229,7 +251,7 @@ pub fn wanted_topics(request: &Request, list: &str) -> Result<Wanted, Response> 
     Ok(Wanted { names: topic_names(list)?, start, poll })
 }
 
-/// The names of a list, each once.
+/// The names of a list, each once: a topic that is named twice would send every event twice.
 fn topic_names(list: &str) -> Result<Vec<String>, Response> {
     let mut names: Vec<String> = Vec::new();
     for name in list.split(',') {
