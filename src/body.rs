@@ -77,6 +77,8 @@ impl Body {
         if self.coming(reader)? == 0 {
             return Ok(false);
         }
+        // What came with the head is used first; `unread` may also hold the next request, so only `left` bytes are
+        // taken.
         if reader.unread().is_empty() {
             reader.fill_body()?;
         }

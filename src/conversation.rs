@@ -66,8 +66,11 @@ struct Opening {
 
 /// What comes of one request.
 enum Turn {
+    /// These bytes go out; then the next request is read, or the connection ends.
     Respond { bytes: Vec<u8>, close: bool },
+    /// No more requests: the connection becomes a stream.
     Open(Opening),
+    /// Nothing is answered: the peer has gone, or has made room.
     End,
 }
 
@@ -85,6 +88,9 @@ impl Conversation {
     /// The whole life of a connection.
     fn hold(mut self) {
         let c = &self.c;
+        // An accepted socket may have its listener's mode, and an embedder's listener may not block. Without `nodelay`
+        // small events wait for the peer to acknowledge the one before (RFC 896). The write timeout is what
+        // `write_whole` takes for the stall time.
         let prepared = c.socket.set_nonblocking(false).and(c.socket.set_nodelay(true));
         if prepared.and(c.socket.set_write_timeout(Some(self.config().stall_time))).is_err() {
             return; // it has gone already
@@ -121,6 +127,7 @@ impl Conversation {
                 Turn::End => return None,
                 Turn::Open(opening) => return Some(opening),
                 Turn::Respond { bytes, close } => {
+                    // A response gets as long as a body does: some are a page of many KiB over a slow link.
                     if c.write_whole(&bytes, Instant::now() + config.body_time).is_err() {
                         return None;
                     } else if close {
@@ -130,6 +137,8 @@ impl Conversation {
                 }
             }
             reader.wait_at_most(config.idle_time);
+            // Only a client that has just shown that it asks at once is waited for awake; for all others that would
+            // burn the processor for nothing.
             if !places.move_to(Place::Idle, c) || is_keen && c.stay_awake().is_err() {
                 return None;
             }
@@ -156,7 +165,7 @@ impl Conversation {
                 return Turn::Open(Opening { path: request.path, framing, head, source });
             }
         };
-        response.fields += &cors;
+        response.fields += &cors; // refusals, too: without these lines no page of another origin could read why
         self.log_request(&request, response.status);
         // A body that was not read whole stands before the next request, which nobody could find.
         let close = request.close || response.close || !request.body.is_over() || self.shared.core.is_stopping();
@@ -191,6 +200,7 @@ impl Conversation {
         let Some(count) = count else { return self.reject(&head, NO_ROOM).into() };
         match source {
             Source::Topics(wanted) => {
+                // The lanes take turns. A stream stays with its lane, or its events could overtake each other.
                 match Subscription::open(core, c, &core.lanes[count % core.lanes.len()], wanted) {
                     Some(subscription) => subscription.serve(head).into(),
                     None => self.reject(&head, NO_NAMES).into(),
@@ -226,6 +236,8 @@ impl Conversation {
 impl Drop for Conversation {
     fn drop(&mut self) {
         let _ = self.c.socket.shutdown(Shutdown::Write); // the lane may keep the socket open for a moment
+        // A stream's line names a panic, too; a connection without a stream is worth a line only where something is
+        // wrong.
         if let Some(path) = &self.path {
             self.log_closing(path);
         } else if thread::panicking() {

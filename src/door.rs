@@ -53,6 +53,7 @@ impl Door {
     /// Every request is checked, or a rebound name could read. 403 otherwise.
     pub fn check_host(&self, request: &Request) -> Result<(), Response> {
         let Some(host) = request.host.as_deref().map(|host| split_port(host).0) else { return Ok(()) };
+        // Without its port: a proxy may pass the request on from another one.
         let names_it = |origin: &String| {
             origin.split_once("://").is_some_and(|(_, authority)| split_port(authority).0.eq_ignore_ascii_case(host))
         };

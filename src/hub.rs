@@ -233,6 +233,7 @@ impl Core {
         check_topic(topic)?;
         self.check(&event)?;
         let key: Option<Arc<str>> = event.key.as_deref().map(Arc::from);
+        // Under the order lock: of two publishers with one key, the second sees the first one's event.
         let history = self.history();
         if let Some(first) = key.as_ref().and_then(|key| order.find_key(&history, topic, key)) {
             return Ok(first);
@@ -345,7 +346,7 @@ impl Core {
         if count == 0 {
             return;
         }
-        let kept_bytes = enter(&self.history).block_bytes();
+        let kept_bytes = enter(&self.history).block_bytes(); // tells the journal whether it has grown too large
         let result = turn.journal().append(&bytes, kept_bytes, &|boot| self.snapshot(boot));
         self.is_journal_failing.store(result.is_err(), Relaxed);
         let result = result.map_err(|error| error.to_string());
@@ -411,6 +412,7 @@ fn recover(path: &Path, shared: &Arc<Mutex<History>>, config: &Config, log: &Arc
     if found.may_lack_events() {
         history.count_as_forgotten(after_what_is_lost(newest_event, newest_mark));
     }
+    // The lock is given up before the file is repaired: a snapshot takes it.
     let Totals { topics, events, .. } = history.totals();
     log.line(Log::Info, format_args!("kept {events} events of {topics} topics"));
     let kept_bytes = history.block_bytes();

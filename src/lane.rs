@@ -147,6 +147,7 @@ impl Lane {
 
     /// With a crowd to write to, waits a moment for the next event of a burst.
     fn wait_for_company(&self, queue: &Receiver<ToLane>, until: Instant) -> Option<ToLane> {
+        // With nothing to write, the lane sleeps in its queue instead, where the next message wakes it.
         if self.run.bytes.is_empty() || self.everyone.len() < CROWD || Instant::now() >= until {
             return None;
         }
@@ -187,10 +188,12 @@ impl Lane {
             if state.phase != Phase::Live || state.cursor >= self.run.newest() {
                 continue;
             } else if state.is_poll {
+                // Not written here: its thread replays all that is kept, in one go, and ends the stream.
                 state.phase = Phase::Behind;
             } else {
                 let run = match state.framing {
                     Framing::Chunked => &self.run,
+                    // Made once for the run, and only where a peer of HTTP/1.0 follows the topic.
                     Framing::Plain => plain.get_or_insert_with(|| self.run.in_framing(Framing::Plain)),
                 };
                 delivered += c.deliver(&mut state, run, now);
@@ -210,6 +213,7 @@ impl Lane {
             if state.phase != Phase::Live {
                 continue;
             }
+            // At the next sweep it would be overdue.
             if now.duration_since(state.wrote) + SWEEP > self.heartbeat {
                 c.beat(&mut state, now); // a write looks at the socket, too
             } else if let Some(reason) = c.look(&mut state.stray) {

@@ -72,7 +72,7 @@ impl<'a, 'b> Lines<'a, 'b> {
     /// Waits for the next line. The last one may lack its LF, but only where the body ends whole: of a body that was
     /// cut off, half a line must not be published.
     pub fn next(&mut self) -> Result<Option<Vec<u8>>, Response> {
-        let mut searched = self.start;
+        let mut searched = self.start; // what was searched for a line's end is not searched again
         loop {
             let lf = self.text[searched..].iter().position(|b| *b == b'\n').map(|at| searched + at);
             self.check_length(lf.unwrap_or(self.text.len()))?;

@@ -33,6 +33,7 @@ impl Publishing {
         let mut event = self.describe(request, topic, &["event", "retry", "key"])?;
         let body =
             request.read_body(reader, &self.hub.core.config, true).map_err(|refusal| self.explain(refusal, ""))?;
+        // Event streams are UTF-8 and nothing else (the standard): a page would see replacement characters.
         event.data = String::from_utf8(body).map_err(|error| {
             Response::text(400, format!("the body is not UTF-8 from byte {} on", error.utf8_error().valid_up_to()))
         })?;
@@ -78,6 +79,7 @@ impl Publishing {
             let (ids, published) = self.hub.core.publish_all(topic, events);
             *count += ids.len();
             *last = ids.last().copied().or(*last);
+            // What is left of the body is not read any more, so the connection must end.
             published.map_err(|error| Response { close: true, ..self.not_published(&error) })?;
             if !more? {
                 return Ok(());
@@ -99,7 +101,8 @@ impl Publishing {
         checked.map_err(|error| self.not_published(&error)).map(|()| event)
     }
 
-    /// The answer to an error of the hub. 507 and 503 say when to try again.
+    /// The answer to an error of the hub: 400 where the request is wrong, 507 where the disk takes nothing, else 503.
+    /// Only the latter two are worth another try, and say when.
     fn not_published(&self, error: &io::Error) -> Response {
         match error.kind() {
             ErrorKind::InvalidInput => Response::text(400, error),
@@ -108,8 +111,9 @@ impl Publishing {
         }
     }
 
-    /// Adds to a refusal how far it came. A body that stopping has cut off is not its sender's fault.
+    /// Adds to a refusal how many lines were published before it.
     fn explain(&self, refusal: Response, so_far: &str) -> Response {
+        // Stopping ends the reading side of the socket, which looks as if the sender had stopped in the middle.
         if self.hub.core.is_stopping() {
             return Response { close: true, ..self.unavailable(format!("{STOPPING}{so_far}")) };
         }

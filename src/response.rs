@@ -71,9 +71,9 @@ impl Response {
     }
 }
 
-/// The head of every stream, up to and with the blank line. `no-transform` keeps proxies from compressing it, which
-/// would hold events back; nginx buffers a stream to its end unless `X-Accel-Buffering` tells it not to. `cors` are
-/// whole lines.
+/// The head of every stream, up to and with the blank line. Nothing follows a stream on its connection. `no-transform`
+/// keeps proxies from compressing it, which would hold events back; nginx buffers a stream to its end unless
+/// `X-Accel-Buffering` tells it not to. `cors` are whole lines.
 pub fn stream_head(framing: Framing, cors: &str) -> String {
     let coding = match framing {
         Framing::Chunked => "Transfer-Encoding: chunked\r\n",
@@ -87,6 +87,8 @@ pub fn stream_head(framing: Framing, cors: &str) -> String {
         + "\r\n"
 }
 
+/// With the date, which every response has (RFC 9110 §6.6.1). The reason is for people only; any status that is used
+/// here must be in the list, or it has none.
 fn status_line(status: u16) -> String {
     let reason = match status {
         200 => "OK",

@@ -39,6 +39,7 @@ const TOPIC_METHODS: &str = "GET, HEAD, POST, PUT, OPTIONS";
 pub enum Route {
     /// Of this content type, and with this body.
     Page(String, Vec<u8>),
+    /// Called once for each stream, on the stream's thread, so by several at the same time.
     Stream(Arc<Handler>),
 }
 
@@ -122,6 +123,7 @@ impl Routes {
             return decline(404, format!("there is nothing at {}: topics are at /events/NAME", quoted(&path)));
         };
         match (request.method.as_str(), path.strip_prefix(EVENTS)) {
+            // Before any token is looked at: browsers send none with a preflight. The door adds what it allows.
             ("OPTIONS", _) => Ok(Reply::Response(Response::text(204, "").field("Allow", allow))),
             ("POST" | "PUT", Some(topic)) => {
                 let published = self.publish(reader, request, topic);
@@ -129,10 +131,12 @@ impl Routes {
             }
             ("GET" | "HEAD", Some(names)) => {
                 self.door.check_subscriber(request)?;
+                // A GET may have a body, which means nothing (RFC 9110 §9.3.1), but has to be out of the way.
                 request.read_body(reader, &self.core.config, false)?;
                 Ok(Reply::Stream(Source::Topics(wanted_topics(request, names)?)))
             }
             ("GET" | "HEAD", None) => self.get(reader, request, &path),
+            // A known method that is not for this path is 405, an unknown one 501 (RFC 9110 §9.1).
             (method @ ("POST" | "PUT" | "DELETE" | "PATCH" | "TRACE"), _) => {
                 let reason = format!("{method} is not for {}: use one of {allow}", quoted(&path));
                 Err(Response::text(405, reason).field("Allow", allow))
@@ -158,6 +162,7 @@ impl Routes {
     /// A page, a handler's stream, `/metrics` or `/health`; `path` is known to be one of them.
     #[inline(never)] // see conversation.rs: a small stack
     fn get(&self, reader: &mut Reader, request: &mut Request, path: &str) -> Result<Reply, Response> {
+        // Cloned, so that the table is not locked while a body is read or a page is sent.
         let route = enter(&self.table).iter().find(|(known, _)| known == path).map(|(_, route)| route.clone());
         if path == "/metrics" || matches!(route, Some(Route::Stream(_))) {
             self.door.check_subscriber(request)?;
@@ -175,6 +180,8 @@ impl Routes {
             None if path == "/metrics" => {
                 Reply::Response(Response::new(200, "text/plain; version=0.0.4", self.metrics().into_bytes()))
             }
+            // From here on it is `/health`. 503 tells a load balancer to send nobody else here; streams go on all the
+            // same.
             None if self.core.is_stopping() => Reply::Response(self.publishing.unavailable(STOPPING)),
             None if self.core.is_journal_failing() => {
                 Reply::Response(self.publishing.unavailable("the journal cannot be written, so nothing is published"))
@@ -238,12 +245,14 @@ pub fn wanted_topics(request: &Request, list: &str) -> Result<Wanted, Response> 
         None => Start::Now,
         Some("earliest") => Start::Earliest,
         Some(text) => match (parse_duration(text), text.parse()) {
+            // A time needs its unit, so that `10` is an id and `10s` is not.
             (Ok(time), _) => Start::Ago(time),
             (_, Ok(id)) => Start::After(Some(id)),
             _ => return decline(400, format!("since is earliest, a time such as 10m, or an id; not {}", quoted(text))),
         },
     };
     // `since` is in the page's URL for good; a browser that reconnects adds its cursor, which is newer and wins.
+    // An empty cursor says that the client has seen no id yet.
     let parameters = CURSOR_PARAMETERS.map(|name| query.get(name));
     let cursors = [request.last_event_id.as_deref(), parameters[0], parameters[1]];
     let cursor = cursors.into_iter().flatten().find(|text| !text.is_empty());

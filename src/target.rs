@@ -72,6 +72,7 @@ impl Target {
         }
         let (path, query) = origin_form.split_once('?').unwrap_or((origin_form, ""));
         let query = Query::parse(query)?;
+        // Before decoding, which would hide it.
         if path.to_ascii_lowercase().contains("%2f") {
             return refuse(400, format!("{} hides a slash, which a proxy may take for none", quoted(path)));
         }
@@ -105,5 +106,6 @@ fn percent_decode(text: &str) -> Result<String, Response> {
         }
         bytes.push(byte);
     }
+    // Bytes that are not UTF-8 would have to be replaced, and two names would become one.
     String::from_utf8(bytes).map_err(|_| bad())
 }
