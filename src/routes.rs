@@ -84,8 +84,11 @@ impl Routes {
 
     /// Adds what is at a path, or replaces it.
     pub fn add(&self, path: &str, route: Route) -> io::Result<()> {
-        if !path.starts_with('/') || path.starts_with(EVENTS) || ["/health", "/metrics"].contains(&path) {
-            return invalid(format!("{} cannot be routed: begin with a slash, and not with /events/", quoted(path)));
+        if !path.starts_with('/') {
+            return invalid(format!("{} cannot be routed: begin it with a slash", quoted(path)));
+        }
+        if path.starts_with(EVENTS) || ["/health", "/metrics"].contains(&path) {
+            return invalid(format!("{} cannot be routed: it is the server's own; choose another", quoted(path)));
         }
         if let Some(c) = path.chars().find(|c| c.is_control() || "?#".contains(*c)) {
             return invalid(format!("{} cannot be routed: no path has {c:?}", quoted(path)));
