@@ -102,7 +102,7 @@ pub fn read_block(reader: &mut impl BufRead, block: &mut Vec<u8>, limit: usize) 
             return Ok(Some(read));
         }
         at_start = ended;
-        if block.len() > limit + limit / 4 + 64 * 1024 {
+        if block.len() > limit.saturating_add(limit / 4 + 64 * 1024) {
             block.drain(..block.len() - limit); // not each time, or much damage would take for ever
         }
     }

@@ -60,7 +60,11 @@ struct Opening {
 
 /// What comes of one request.
 enum Turn {
-    Respond { bytes: Vec<u8>, close: bool },
+    /// Both parts are written, one after the other.
+    Respond {
+        parts: (Vec<u8>, Arc<[u8]>),
+        close: bool,
+    },
     Open(Opening),
     End,
 }
@@ -113,8 +117,9 @@ impl Conversation {
             match turn {
                 Turn::End => return None,
                 Turn::Open(opening) => return Some(opening),
-                Turn::Respond { bytes, close } => {
-                    if c.write_whole(&bytes, Instant::now() + config.body_time).is_err() {
+                Turn::Respond { parts: (first, rest), close } => {
+                    let deadline = Instant::now() + config.body_time;
+                    if c.write_whole(&first, deadline).and_then(|()| c.write_whole(&rest, deadline)).is_err() {
                         return None;
                     } else if close {
                         reader.linger();
@@ -141,7 +146,8 @@ impl Conversation {
             Ok(Reply::Response(response)) | Err(response) => response,
             Ok(Reply::Stream(_)) if is_head => {
                 self.log_request(&request, 200);
-                return Turn::Respond { bytes: stream_head(framing, &cors).into_bytes(), close: true };
+                let head = stream_head(framing, &cors).into_bytes();
+                return Turn::Respond { parts: (head, Arc::default()), close: true };
             }
             Ok(Reply::Stream(source)) => {
                 let head = stream_head(framing, &cors);
@@ -151,7 +157,7 @@ impl Conversation {
         response.fields += &cors;
         self.log_request(&request, response.status);
         let close = request.close || response.close || !request.body.is_over() || self.shared.core.is_stopping();
-        Turn::Respond { bytes: response.encode(is_head, close), close }
+        Turn::Respond { parts: response.encode(is_head, close), close }
     }
 
     /// The response to a head that was refused, and so still stands unread.
@@ -159,7 +165,7 @@ impl Conversation {
         let is_head = reader.unread().starts_with(b"HEAD ");
         let line = format_args!("{} {}: {}", self.c.peer, refusal.status, refusal.reason());
         self.shared.log.line(Log::Debug, line);
-        Turn::Respond { bytes: refusal.encode(is_head, true), close: true }
+        Turn::Respond { parts: refusal.encode(is_head, true), close: true }
     }
 
     /// A stream's line is written when it closes.
@@ -178,7 +184,10 @@ impl Conversation {
         if core.is_stopping() {
             return self.send_away(&head, STOPPING).into();
         }
-        let Some(count) = count else { return self.send_away(&head, NO_ROOM).into() };
+        let Some(count) = count else {
+            let was_cut = c.cut.get(); // since its request was read
+            return was_cut.copied().unwrap_or_else(|| self.send_away(&head, NO_ROOM)).into();
+        };
         match source {
             Source::Topics(wanted) => {
                 match Subscription::open(core, c, &core.lanes[count % core.lanes.len()], wanted) {
@@ -214,13 +223,13 @@ impl Conversation {
 impl Drop for Conversation {
     fn drop(&mut self) {
         let _ = self.c.socket.shutdown(Shutdown::Write); // its lane may hold the socket for a moment longer
-        if let Some(path) = &self.path {
+        if self.c.cut.get() == Some(&MADE_ROOM) {
+            self.shared.core.counters.evicted.fetch_add(1, Relaxed);
+            self.shared.log.warn_within(&self.shared.evicted, format_args!("{} was closed: {MADE_ROOM}", self.c.peer));
+        } else if let Some(path) = &self.path {
             self.log_closing(path);
         } else if thread::panicking() {
             self.shared.log.warn(format_args!("{}: this server panicked: a fault", self.c.peer));
-        } else if let Some(MADE_ROOM) = self.c.cut.get().copied() {
-            self.shared.core.counters.evicted.fetch_add(1, Relaxed);
-            self.shared.log.warn_within(&self.shared.evicted, format_args!("{} was closed: {MADE_ROOM}", self.c.peer));
         }
         self.shared.places.leave(&self.c);
     }

@@ -33,7 +33,7 @@ const TOPIC_METHODS: &str = "GET, HEAD, POST, PUT, OPTIONS";
 #[derive(Clone)]
 pub enum Route {
     /// Of this content type, and with this body.
-    Page(String, Vec<u8>),
+    Page(String, Arc<[u8]>),
     Stream(Arc<Handler>),
 }
 
