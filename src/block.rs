@@ -115,7 +115,7 @@ pub fn read_block(reader: &mut impl BufRead, block: &mut Vec<u8>, limit: usize) 
             return Ok(Some(read));
         }
         at_start = ended;
-        if block.len() > limit + limit / 4 + 64 * 1024 {
+        if block.len() > limit.saturating_add(limit / 4 + 64 * 1024) {
             block.drain(..block.len() - limit); // some more at once: moving the rest each time takes for ever
         }
     }

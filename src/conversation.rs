@@ -66,8 +66,8 @@ struct Opening {
 
 /// What comes of one request.
 enum Turn {
-    /// These bytes go out; then the next request is read, or the connection ends.
-    Respond { bytes: Vec<u8>, close: bool },
+    /// Both parts are written, one after the other; then the next request is read, or the connection ends.
+    Respond { parts: (Vec<u8>, Arc<[u8]>), close: bool },
     /// No more requests: the connection becomes a stream.
     Open(Opening),
     /// Nothing is answered: the peer has gone, or has made room.
@@ -126,9 +126,10 @@ impl Conversation {
             match turn {
                 Turn::End => return None,
                 Turn::Open(opening) => return Some(opening),
-                Turn::Respond { bytes, close } => {
+                Turn::Respond { parts: (first, rest), close } => {
                     // A response gets as long as a body does: some are a page of many KiB over a slow link.
-                    if c.write_whole(&bytes, Instant::now() + config.body_time).is_err() {
+                    let deadline = Instant::now() + config.body_time;
+                    if c.write_whole(&first, deadline).and_then(|()| c.write_whole(&rest, deadline)).is_err() {
                         return None;
                     } else if close {
                         reader.linger();
@@ -158,7 +159,8 @@ impl Conversation {
             Ok(Reply::Response(response)) | Err(response) => response,
             Ok(Reply::Stream(_)) if is_head => {
                 self.log_request(&request, 200);
-                return Turn::Respond { bytes: stream_head(framing, &cors).into_bytes(), close: true };
+                let head = stream_head(framing, &cors).into_bytes();
+                return Turn::Respond { parts: (head, Arc::default()), close: true };
             }
             Ok(Reply::Stream(source)) => {
                 let head = stream_head(framing, &cors);
@@ -169,7 +171,7 @@ impl Conversation {
         self.log_request(&request, response.status);
         // A body that was not read whole stands before the next request, which nobody could find.
         let close = request.close || response.close || !request.body.is_over() || self.shared.core.is_stopping();
-        Turn::Respond { bytes: response.encode(is_head, close), close }
+        Turn::Respond { parts: response.encode(is_head, close), close }
     }
 
     /// The response to a head that was refused, and so still stands in the reader. To HEAD it has no body.
@@ -177,7 +179,7 @@ impl Conversation {
         let is_head = reader.unread().starts_with(b"HEAD ");
         let line = format_args!("{} {}: {}", self.c.peer, refusal.status, refusal.reason());
         self.shared.log.line(Log::Debug, line);
-        Turn::Respond { bytes: refusal.encode(is_head, true), close: true }
+        Turn::Respond { parts: refusal.encode(is_head, true), close: true }
     }
 
     /// One line for each response; a stream's line is written when it closes.
@@ -197,7 +199,10 @@ impl Conversation {
         if core.is_stopping() {
             return self.reject(&head, STOPPING).into();
         }
-        let Some(count) = count else { return self.reject(&head, NO_ROOM).into() };
+        let Some(count) = count else {
+            let was_cut = c.cut.get(); // since its request was read
+            return was_cut.copied().unwrap_or_else(|| self.reject(&head, NO_ROOM)).into();
+        };
         match source {
             Source::Topics(wanted) => {
                 // The lanes take turns. A stream stays with its lane, or its events could overtake each other.
@@ -238,13 +243,13 @@ impl Drop for Conversation {
         let _ = self.c.socket.shutdown(Shutdown::Write); // the lane may keep the socket open for a moment
         // A stream's line names a panic, too; a connection without a stream is worth a line only where something is
         // wrong.
-        if let Some(path) = &self.path {
+        if self.c.cut.get() == Some(&MADE_ROOM) {
+            self.shared.core.counters.evicted.fetch_add(1, Relaxed);
+            self.shared.log.warn_within(&self.shared.evicted, format_args!("{} was closed: {MADE_ROOM}", self.c.peer));
+        } else if let Some(path) = &self.path {
             self.log_closing(path);
         } else if thread::panicking() {
             self.shared.log.warn(format_args!("{}: this server panicked: a fault", self.c.peer));
-        } else if let Some(MADE_ROOM) = self.c.cut.get().copied() {
-            self.shared.core.counters.evicted.fetch_add(1, Relaxed);
-            self.shared.log.warn_within(&self.shared.evicted, format_args!("{} was closed: {MADE_ROOM}", self.c.peer));
         }
         self.shared.places.leave(&self.c);
     }

@@ -75,8 +75,8 @@ mod rewrite; // the new file that takes its place
 mod locked; // whose a file is
 mod recovery; // reading the journal at the start
 mod block; // what it is made of
-mod lane; // writing to whoever is live
 mod history; // kept events, cursors, gaps
+mod lane; // writing to whoever is live
 mod door; // who may do what: hosts, origins, tokens
 mod lines; // the lines of a PUT
 mod request; // a request's head, read strictly

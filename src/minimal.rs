@@ -23,13 +23,13 @@ use std::thread::{Builder, sleep};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 // Whatever can grow has a limit, and every wait has an end (to set them: `config.rs`). So memory is bounded: KEPT_BYTES, and
-// for each connection its request or the event it is at, which is 448 KiB if 64 KiB of newlines were posted.
+// for each connection a queue of 16 bytes for each kept event, and its request or the event it is at (448 KiB at most).
 const STREAMS: usize = 1_000; // a thread each; nobody is woken to deliver: `lane.rs`
 const CONNECTIONS: usize = STREAMS + 100; // so that one can publish when all streams are taken
 const HEAD_BYTES: usize = 16 * 1024; // browsers send 1 KiB, and cookies
 const BODY_BYTES: usize = 64 * 1024; // events are notices, not files
-const KEPT_BYTES: usize = 16 * 1024 * 1024; // of all topics: what a page may miss and still resume (of each: `history.rs`)
-const EVENT_BYTES: usize = 200; // what an event takes beside its text
+const KEPT_EVENTS: usize = 4_000; // of all topics: what a page may miss and still resume (of each topic: `history.rs`)
+const KEPT_BYTES: usize = 16 * 1024 * 1024;
 const QUEUED_EVENTS: usize = 64; // how far a subscriber may fall behind
 const REQUEST_TIME: Duration = Duration::from_secs(10); // for all of it: a byte now and then must not hold a thread
 const WRITE_TIME: Duration = Duration::from_secs(10); // in which a peer must take something
@@ -177,9 +177,9 @@ impl Server {
         ended
     }
 
-    /// A slow reader overflows its queue. It is dropped then: it still gets what is in the queue, and then its end. Or it
-    /// comes to an event that is not kept any more, which ends its stream, too. The browser comes back, and resumes. A
-    /// closed tab is noticed as in `count`; on a quiet topic that is at the second heartbeat (sooner: `lane.rs`).
+    /// A slow reader is closed in one of three ways: its queue overflows, so that `publish` drops the sending end, and the
+    /// stream ends after what stands in the queue; or the next event in the queue is not kept any more; or it takes nothing for
+    /// WRITE_TIME. The browser comes back, and resumes. A closed tab is noticed as in `count`, at the second write.
     fn deliver(&self, queue: &Receiver<Weak<Event>>, socket: &mut TcpStream) -> io::Result<&'static str> {
         loop {
             select! {
@@ -224,11 +224,11 @@ impl Hub {
         let event = Arc::new(Event { id, topic: topic.into(), text: format!("data: {data}\nid: {id}\n\n") });
         // References in queues are weak, so that only what is kept takes memory. A queue that is full is dropped.
         self.subscribers.retain(|_, (name, queue)| name != topic || queue.try_send(Arc::downgrade(&event)).is_ok());
-        self.kept_bytes += event.text.len() + EVENT_BYTES;
+        self.kept_bytes += event.text.len();
         self.kept.push_back(event);
-        while self.kept_bytes > KEPT_BYTES {
+        while self.kept.len() > KEPT_EVENTS || self.kept_bytes > KEPT_BYTES {
             let Some(oldest) = self.kept.pop_front() else { break };
-            self.kept_bytes -= oldest.text.len() + EVENT_BYTES;
+            self.kept_bytes -= oldest.text.len();
             self.forgotten = oldest.id;
         }
         id
@@ -238,9 +238,12 @@ impl Hub {
     /// says where to resume, should the stream break before the first event; and it is a `gap` where events after
     /// `last_event_id` may be lost.
     fn subscribe(&mut self, topic: &str, last_event_id: Option<&str>) -> (u64, String, Receiver<Weak<Event>>) {
-        self.newest = now_us().max(self.newest + 1); // a number is an id, too: above all so far
-        let number = self.newest;
-        let asked = last_event_id.map_or(Some(number), |id| id.parse().ok());
+        self.newest = now_us().max(self.newest + 1);
+        let number = self.newest; // above all events so far
+        let asked = match last_event_id {
+            None => Some(number), // from now on
+            Some(id) => id.parse().ok(),
+        };
         let (cursor, gap) = match asked.filter(|id| (self.forgotten..=number).contains(id)) {
             Some(cursor) => (cursor, ""),
             None => (self.forgotten, "event: gap\ndata: events may be missing here\n"),

@@ -45,7 +45,7 @@ pub struct Places {
 #[derive(Default)]
 struct Table {
     /// Three quarters of the places beside the streams. If publishers with a token held all of them, each newcomer
-    /// would be closed for the next one before it could show its own.
+    /// would be closed for the next one.
     trusted_limit: usize,
     next_serial: u64,
     /// Rises with each move, so that the lowest turn at a place is whoever came to it first.

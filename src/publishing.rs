@@ -117,7 +117,7 @@ impl Publishing {
         if self.hub.core.is_stopping() {
             return Response { close: true, ..self.unavailable(format!("{STOPPING}{so_far}")) };
         }
-        Response { body: format!("{}{so_far}\n", refusal.reason()).into_bytes(), ..refusal }
+        Response { body: format!("{}{so_far}\n", refusal.reason()).into_bytes().into(), ..refusal }
     }
 
     /// 503, with the seconds after which to try again.

@@ -8,6 +8,10 @@ use crate::clock::date;
 use crate::encoded::Framing;
 use std::borrow::Cow;
 use std::fmt::{self, Write};
+use std::sync::Arc;
+
+/// A body up to this size is copied behind its head, so that one write takes both.
+const COPIED_BYTES: usize = 4096;
 
 /// Not encoded yet, so that the rooms on its way can add fields: CORS, `Allow`, `Retry-After`.
 pub struct Response {
@@ -16,7 +20,8 @@ pub struct Response {
     /// More fields, each line with its CRLF. What goes into them must be checked before: a line break would begin a
     /// field.
     pub fields: String,
-    pub body: Vec<u8>,
+    /// Shared: a large page would otherwise be copied for each slow reader.
+    pub body: Arc<[u8]>,
     /// The connection ends after it: nobody can tell where its request ends.
     pub close: bool,
 }
@@ -33,8 +38,9 @@ pub fn decline<T>(status: u16, reason: impl fmt::Display) -> Result<T, Response>
 
 impl Response {
     /// The `content_type` must be one, since it goes into the head as it is.
-    pub fn new(status: u16, content_type: impl Into<Cow<'static, str>>, body: Vec<u8>) -> Response {
-        Response { status, content_type: content_type.into(), fields: String::new(), body, close: false }
+    pub fn new(status: u16, content_type: impl Into<Cow<'static, str>>, body: impl Into<Arc<[u8]>>) -> Response {
+        let (content_type, body) = (content_type.into(), body.into());
+        Response { status, content_type, fields: String::new(), body, close: false }
     }
 
     /// One line of text, to which the line's end is added.
@@ -53,21 +59,25 @@ impl Response {
         String::from_utf8_lossy(&self.body).trim_end().to_string()
     }
 
-    /// The bytes on the wire; a response to HEAD is the head only, with the length that the body would have (RFC 9110
-    /// §9.3.2). 204 has neither body nor length (RFC 9110 §8.6). `nosniff` keeps browsers from taking a line that
-    /// quotes a request for a page.
-    pub fn encode(&self, head_only: bool, close: bool) -> Vec<u8> {
+    /// What is written first, and what after that: a large body is not copied, a small one goes out with its head in
+    /// one write. A response to HEAD is the head only, with the length that the body would have (RFC 9110 §9.3.2); 204
+    /// has neither body nor length (RFC 9110 §8.6). `nosniff` keeps browsers from taking a line that quotes a request
+    /// for a page.
+    pub fn encode(&self, head_only: bool, close: bool) -> (Vec<u8>, Arc<[u8]>) {
         let mut head = status_line(self.status);
         if self.status != 204 {
             let _ = write!(head, "Content-Type: {}\r\nContent-Length: {}\r\n", self.content_type, self.body.len());
         }
         let connection = if close { "Connection: close\r\n" } else { "" };
         head.extend(["X-Content-Type-Options: nosniff\r\n", &self.fields, connection, "\r\n"]);
-        let mut bytes = head.into_bytes();
-        if !head_only && self.status != 204 {
-            bytes.extend_from_slice(&self.body);
+        let mut first = head.into_bytes();
+        if head_only || self.status == 204 {
+            return (first, Arc::default());
+        } else if self.body.len() > COPIED_BYTES {
+            return (first, self.body.clone());
         }
-        bytes
+        first.extend_from_slice(&self.body);
+        (first, Arc::default())
     }
 }
 

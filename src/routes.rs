@@ -38,7 +38,7 @@ const TOPIC_METHODS: &str = "GET, HEAD, POST, PUT, OPTIONS";
 #[derive(Clone)]
 pub enum Route {
     /// Of this content type, and with this body.
-    Page(String, Vec<u8>),
+    Page(String, Arc<[u8]>),
     /// Called once for each stream, on the stream's thread, so by several at the same time.
     Stream(Arc<Handler>),
 }
@@ -95,8 +95,11 @@ impl Routes {
     /// # Errors
     /// [`ErrorKind::InvalidInput`](io::ErrorKind::InvalidInput) for a path or a content type that may not be.
     pub fn add(&self, path: &str, route: Route) -> io::Result<()> {
-        if !path.starts_with('/') || path.starts_with(EVENTS) || ["/health", "/metrics"].contains(&path) {
-            return invalid(format!("{} cannot be routed: begin with a slash, and not with /events/", quoted(path)));
+        if !path.starts_with('/') {
+            return invalid(format!("{} cannot be routed: begin it with a slash", quoted(path)));
+        }
+        if path.starts_with(EVENTS) || ["/health", "/metrics"].contains(&path) {
+            return invalid(format!("{} cannot be routed: it is the server's own; choose another", quoted(path)));
         }
         if let Some(c) = path.chars().find(|c| c.is_control() || "?#".contains(*c)) {
             return invalid(format!("{} cannot be routed: no path has {c:?}", quoted(path)));

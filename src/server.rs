@@ -104,7 +104,7 @@ impl Server {
     /// [`ErrorKind::InvalidInput`] for a path that does not begin with a slash, that is the server's own, or that has
     /// control characters, `?` or `#` in it; and for what is no content type.
     pub fn page(&self, path: &str, content_type: &str, body: impl Into<Vec<u8>>) -> io::Result<()> {
-        self.handle.shared.routes.add(path, Route::Page(content_type.into(), body.into()))
+        self.handle.shared.routes.add(path, Route::Page(content_type.into(), body.into().into()))
     }
 
     /// Answers `GET path` with a stream that `handler` writes, on the connection's own thread, until it returns or the

@@ -920,7 +920,13 @@ fn what_is_published_and_forgotten_while_the_journal_is_written_anew_is_kept_or_
                 let answer = blocks(&Wire::stream(server.addr().unwrap(), &target, "").rest());
                 let found: Vec<Id> = answer.iter().filter(|block| is_event(block)).map(|block| id_of(block)).collect();
                 let has_gap = answer.iter().any(|block| block.starts_with(b"event: gap\n"));
-                assert!(has_gap || found == ids[at + 1..], "round {round}, topic {topic}, after {}: {:?} of {:?}", ids[at], found, &ids[at + 1..]);
+                assert!(
+                    has_gap || found == ids[at + 1..],
+                    "round {round}, topic {topic}, after {}: {:?} of {:?}",
+                    ids[at],
+                    found,
+                    &ids[at + 1..]
+                );
             }
         }
     }
