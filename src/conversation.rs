@@ -31,7 +31,8 @@ use std::sync::atomic::Ordering::Relaxed;
 use std::thread;
 use std::time::Instant;
 
-/// Both go to the client in a comment, and may come as fast as a flood.
+/// Why a stream is rejected. The client is told in a comment; in the log both need the debug level, or a flood would
+/// fill it.
 const NO_ROOM: Reason = "no room for another stream";
 const NO_NAMES: Reason = "all topic names are in use";
 
@@ -195,7 +196,7 @@ impl Conversation {
     fn stream(&self, head: String, source: Source) -> Cow<'static, str> {
         let (c, core) = (&self.c, &*self.shared.core);
         let count = self.shared.places.move_to_streams(c);
-        // Looked at only now: either stopping finds this among the streams and ends it, or it is seen here.
+        // Checked after the move: a server that begins to stop from here on finds this connection among its streams.
         if core.is_stopping() {
             return self.reject(&head, STOPPING).into();
         }

@@ -97,8 +97,8 @@ pub fn stream_head(framing: Framing, cors: &str) -> String {
         + "\r\n"
 }
 
-/// With the date, which every response has (RFC 9110 §6.6.1). The reason is for people only; any status that is used
-/// here must be in the list, or it has none.
+/// With the date, which every response has (RFC 9110 §6.6.1). The reason is for people only; a status that is missing
+/// in this list has an empty one.
 fn status_line(status: u16) -> String {
     let reason = match status {
         200 => "OK",
