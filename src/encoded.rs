@@ -57,7 +57,7 @@ pub struct Encoded {
 impl Encoded {
     /// `fields` are what the journal says of it; without a journal, nothing.
     pub fn new(id: Id, fields: &[u8], frame: &[u8]) -> Encoded {
-        let size = size_line(frame);
+        let size = size_line(frame); // in hexadecimal, as RFC 9112 §7.1 has it
         let (chunk_at, frame_at) = (fields.len(), fields.len() + size.len());
         let buffer = [fields, size.as_bytes(), frame, CHUNK_END].concat().into();
         Encoded { id, buffer, chunk_at, frame_at }

@@ -119,7 +119,7 @@ impl Core {
         let history = Arc::new(Mutex::new(History::new(base, &config)));
         let journal = config.journal.as_deref().map(|path| open_journal(path, &history, &config, log)).transpose()?;
         counters.journal_bytes.store(journal.as_ref().map_or(0, Journal::length), Relaxed);
-        let newest = enter(&history).newest();
+        let newest = enter(&history).newest(); // the next id is above all that the journal knows of
         let order = Mutex::new(Order::new(newest, journal));
         Ok(Core {
             lanes,
@@ -271,7 +271,7 @@ impl Core {
                 order = enter(&self.turns.order);
                 continue;
             }
-            self.turns.work.notify_one();
+            self.turns.work.notify_one(); // with `--fsync` its own thread writes, and may be asleep
             let left = self.stopped_at.get().map(|at| (*at + STOP_WAIT).saturating_duration_since(Instant::now()));
             let ended = &self.turns.ended;
             order = match left {
@@ -335,6 +335,7 @@ impl Core {
                 order.is_claimed = false;
                 return journal;
             }
+            // Somebody is writing: claimed, the journal is ours next, and the end of that turn wakes us.
             order.is_claimed |= has_work;
             let left = if has_work { LOOK_TIME } else { left };
             order = self.turns.work.wait_timeout(order, left).unwrap_or_else(PoisonError::into_inner).0;

@@ -85,6 +85,7 @@ struct Lane {
     /// Neighbouring events of one topic that have not been written yet. Empty between two batches.
     run: Run,
     topic_of_run: Option<Arc<str>>,
+    /// The longest silence that subscribers may see.
     heartbeat: Duration,
     counters: Arc<Counters>,
 }
@@ -112,6 +113,7 @@ impl Lane {
 
     /// Takes what stands in the queue, up to one batch, and writes it. A flood must not keep the lane from its sweep.
     fn drain(&mut self, first: ToLane, queue: &Receiver<ToLane>, sweep_at: Instant) -> ControlFlow<()> {
+        // From the first message on, so that no event waits longer than this for company.
         let alone_until = Instant::now() + COMPANY_TIME;
         let mut next = Some(first);
         while let Some(message) = next {

@@ -50,6 +50,7 @@ impl Publishing {
     pub fn put(&self, reader: &mut Reader, request: &mut Request, topic: &str) -> Result<Response, Response> {
         let event = self.describe(request, topic, &["event", "retry"])?;
         request.invite_body(reader)?;
+        // Outside of the loop over the lines, since an error needs them, too.
         let (mut count, mut last) = (0, None);
         let result = self.put_lines(reader, request, topic, &event, &mut count, &mut last);
         let summary = format!("published {count}{}", last.map_or(String::new(), |id| format!(", last id {id}")));

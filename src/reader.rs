@@ -70,6 +70,7 @@ impl<'a> Reader<'a> {
             self.c.socket.set_read_timeout(timeout)?;
             self.timeout = Some(timeout);
         }
+        // Only when more is read: a burst of pipelined requests is not moved for each of them.
         self.buffer.drain(..self.start);
         self.start = 0;
         let old = self.buffer.len();

@@ -52,6 +52,7 @@ impl Request {
     /// 400, 408 (the head was not whole in time), 414, 417, 431, 501 or 505; the connection must be closed after any of
     /// them.
     pub fn read(reader: &mut Reader, config: &Config) -> Result<Option<Request>, Response> {
+        // Both belong to the head that is being read; pipelined requests each begin anew.
         let (mut searched, mut has_begun) = (0, false);
         loop {
             // The time for a head runs from its first byte: before that, the connection is idle.

@@ -73,6 +73,7 @@ impl Server {
         let address = listener.local_addr()?;
         check_reach(&config, address)?;
         let doorbell = TcpStream::from(std::os::fd::OwnedFd::from(listener.try_clone()?));
+        // The log's thread and the listener first: what is left of the system's limits is for connections.
         let log = Arc::new(Logger::start(config.log)?);
         let lane_count = if config.lanes == 0 { default_lanes() } else { config.lanes };
         let config = system::fit(config, lane_count, &log)?;
@@ -84,6 +85,7 @@ impl Server {
         }
         let core = Arc::new(Core::new(config, lanes, counters, &log)?);
         let places = Arc::new(Places::new(core.config.subscribers, core.config.connections));
+        // Only a server on loopback knows all of its names; the door needs its port to tell them from other servers'.
         let door = Door::new(&core.config, Some(address.port()).filter(|_| address.ip().is_loopback()));
         let routes = Routes::new(Hub { core: core.clone() }, door, places.clone(), log.clone());
         let handle = Handle {
@@ -212,7 +214,7 @@ impl Handle {
         for acceptor in self.acceptors.drain(..) {
             let _ = acceptor.join();
         }
-        let deadline = Instant::now() + STOP_TIME;
+        let deadline = Instant::now() + STOP_TIME; // for connections and journal together
         let left = end_connections(&self.shared.places, log, deadline);
         for lane in &core.lanes {
             let _ = lane.send(ToLane::Stop);

@@ -88,7 +88,7 @@ impl Stream<'_> {
     /// # Errors
     /// The peer closed the connection, or the server is stopping: return the error from the handler.
     pub fn sleep(&mut self, time: Duration) -> io::Result<()> {
-        let until = Instant::now() + time.min(LONGEST);
+        let until = Instant::now() + time.min(LONGEST); // a longer time may overflow, which panics
         loop {
             self.check_open()?;
             let left = until.saturating_duration_since(Instant::now());

@@ -65,6 +65,7 @@ impl Target {
         if let Some(c) = target.chars().find(|c| !c.is_ascii_graphic() || "\"<>\\^`{|}".contains(*c)) {
             return refuse(400, format!("{} is no target: {c:?} must be percent-encoded", quoted(target)));
         }
+        // Servers must accept the absolute form, too, though only proxies are sent it (RFC 9112 §3.2.2).
         let (authority, origin_form) = split_authority(target);
         let begins_well = authority.map_or(origin_form.starts_with('/'), is_authority);
         if !begins_well || target.contains('#') {
