@@ -1,7 +1,9 @@
 //! Hosts and ports, as requests and settings write them.
 //!
 //! An authority is a host and perhaps a port ([RFC 3986 §3.2](https://www.rfc-editor.org/rfc/rfc3986#section-3.2)). The
-//! settings need it to read origins, and HTTP needs it to read requests: so it stands below both.
+//! settings need it to read origins, and HTTP needs it to read requests: so it stands below both. User information
+//! (`user@host`) is no part of it, since HTTP forbids it (RFC 9110 §4.2.4). On loopback these functions decide which
+//! names are this server's: too generous a reading would open it to DNS rebinding.
 
 use std::net::{IpAddr, Ipv6Addr};
 
@@ -9,12 +11,14 @@ use std::net::{IpAddr, Ipv6Addr};
 pub fn is_authority(text: &str) -> bool {
     let (host, port) = split_port(text);
     let inner = host.strip_prefix('[').and_then(|rest| rest.strip_suffix(']'));
+    // Percent-encoded names are left out, too: two readers could disagree about which host one means.
     let is_name = |host: &str| host.bytes().all(|b| b.is_ascii_alphanumeric() || b"-._~".contains(&b));
     let is_host = inner.map_or_else(|| is_name(host), |inner| inner.parse::<Ipv6Addr>().is_ok());
     !host.is_empty() && is_host && port.is_none_or(|port| port.is_empty() || port.parse::<u16>().is_ok())
 }
 
-/// The host and the port of an authority.
+/// The host and the port of an authority. A colon inside the brackets of an IPv6 address begins no port: what follows
+/// it ends with `]`, which is no digit.
 pub fn split_port(authority: &str) -> (&str, Option<&str>) {
     match authority.rsplit_once(':') {
         Some((host, port)) if port.bytes().all(|b| b.is_ascii_digit()) => (host, Some(port)),
@@ -22,6 +26,8 @@ pub fn split_port(authority: &str) -> (&str, Option<&str>) {
     }
 }
 
+/// Whether a host, in brackets if it is an IPv6 address, always means this machine. `localhost` and every name below it
+/// do (RFC 6761 §6.3), and so do the IPv4 addresses of loopback mapped into IPv6.
 pub fn is_loopback(host: &str) -> bool {
     let name = host.strip_suffix('.').unwrap_or(host).to_ascii_lowercase(); // names may end in the root's dot
     let address = host.strip_prefix('[').and_then(|rest| rest.strip_suffix(']')).unwrap_or(host);

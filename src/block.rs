@@ -1,37 +1,43 @@
 //! A block of the journal, which is a block of an event stream.
 //!
-//! Its first lines are fields that readers of event streams ignore: the topic, perhaps the key, and a sum over the rest.
-//! Then come the very bytes that go out. A block without data says up to which id a topic has forgotten; without a topic,
-//! it speaks of every topic that is not in the file, and perhaps names the boot.
+//! Its first lines are fields that readers of event streams ignore, as the standard demands of unknown ones: the topic,
+//! perhaps the key, and a checksum of everything else. Then come the very bytes that go out on the wire. A block
+//! without data is a mark: it says up to which id a topic has forgotten; without a topic, it speaks of every topic that
+//! is not in the file, and perhaps names the boot. A block whose sum does not fit is never taken: half-written bytes
+//! must not become an event.
+//! <https://html.spec.whatwg.org/multipage/server-sent-events.html#event-stream-interpretation>
 
 use crate::encoded::Encoded;
 use crate::event::Id;
 use std::fmt::Write;
 use std::io::{self, BufRead, Read};
 
-/// A key may hold the word that a block begins with, so that more than one beginning is tried; but each costs a sum.
+/// A key may contain the word that a block begins with, so more than one beginning is tried; but each try costs a
+/// checksum of the rest, and a damaged file may hold that word everywhere.
 const TRIED_BEGINNINGS: usize = 4;
 
-/// What a block of the journal says.
+/// What a block of the journal says; its bytes stay where they were read.
 pub struct Block<'a> {
     pub id: Id,
+    /// The boot of the machine that the file was begun in (`journal.rs`).
     pub boot: Option<&'a str>,
     pub topic: Option<&'a str>,
     pub key: Option<&'a str>,
     /// It has no data: everything up to its id is forgotten.
     pub is_mark: bool,
-    /// Where the frame begins, after what only the journal needs.
+    /// Where the frame begins, after the fields of the journal.
     pub frame_at: usize,
 }
 
-/// The last block of a journal whose server has ended in order. It says nothing that is not known: no id is as low.
+/// The last block of a journal whose server has ended in order. It forgets nothing: no event has an id this low.
 pub fn end_mark() -> Encoded {
     encode_block(Id::default(), &[], "id: 0-0\n\n")
 }
 
 impl Block<'_> {
-    /// Finds the good block that stands behind damage. Where a block has lost its blank line, it is read as one with the
-    /// next; that one is whole, and has the last line `sum:` of them all, with its key and its topic just before.
+    /// Finds a good block at the end of damage, and where it begins. A block that has lost its blank line is read
+    /// together with the next one. That next one is whole, so the last line `sum:` is its own, with its topic and
+    /// perhaps its key just before.
     pub fn parse_after_damage(bytes: &[u8]) -> Option<(usize, Block<'_>)> {
         let sum_at = bytes.windows(6).rposition(|window| window == b"\nsum: ")? + 1;
         let line_before = |end: usize| bytes[..end - 1].iter().rposition(|b| *b == b'\n').map_or(0, |at| at + 1);
@@ -47,6 +53,8 @@ impl Block<'_> {
         None
     }
 
+    /// Reads a block with its blank line; `None` where its sum does not fit, or it could not be one of ours. The fuzzer
+    /// has no use for sums.
     pub fn parse(bytes: &[u8]) -> Option<Block<'_>> {
         let text = str::from_utf8(bytes).ok()?;
         let (boot, rest) = field(text, "boot: ");
@@ -59,14 +67,15 @@ impl Block<'_> {
         }
         let (id, is_mark) = id_of(frame)?;
         let frame_at = text.len() - frame.len();
+        // Only a mark without a topic names the boot, and it has no key.
         let good = if topic.is_some() { boot.is_none() } else { is_mark && key.is_none() };
         let leaves_room = id.seq <= u64::MAX / 2; // for the ids of all that may ever follow it
         Some(Block { id, boot, topic, key, is_mark, frame_at }).filter(|_| good && leaves_room)
     }
 }
 
-/// The id of a frame, and whether there is nothing else in it. In an event it is the last line; in journals of before it
-/// stood before the data.
+/// The id of a frame, and whether there is nothing else in it. In an event the id is the last line; older journals have
+/// it before the data.
 fn id_of(frame: &str) -> Option<(Id, bool)> {
     let (first, rest) = field(field(frame, "event: ").1, "id: ");
     let last = || frame.strip_suffix("\n\n")?.rsplit_once('\n')?.1.strip_prefix("id: ");
@@ -74,7 +83,7 @@ fn id_of(frame: &str) -> Option<(Id, bool)> {
     Some((id, first.is_some() && rest == "\n"))
 }
 
-/// A block of these fields and this frame, with its sum.
+/// A block of these fields, those that have a value, and this frame, with its sum.
 pub fn encode_block(id: Id, fields: &[(&str, Option<&str>)], frame: &str) -> Encoded {
     let mut block = String::with_capacity(frame.len() + 96);
     for (field, value) in fields {
@@ -87,8 +96,12 @@ pub fn encode_block(id: Id, fields: &[(&str, Option<&str>)], frame: &str) -> Enc
     Encoded::new(id, block.as_bytes(), frame.as_bytes())
 }
 
-/// Reads up to and with the next blank line, and returns how much that was; `None` where the file ends before. Of more
-/// than `limit` bytes, which is damage, the last are left: a good block may stand at their end.
+/// Reads up to and with the next blank line, and returns how many bytes that was; `None` where the file ends before. Of
+/// a block longer than `limit`, which is damage, only the last bytes stay in `block`: a good block may stand at their
+/// end.
+///
+/// # Errors
+/// The file cannot be read.
 pub fn read_block(reader: &mut impl BufRead, block: &mut Vec<u8>, limit: usize) -> io::Result<Option<u64>> {
     block.clear();
     let (mut read, mut at_start) = (0, true);
@@ -103,7 +116,7 @@ pub fn read_block(reader: &mut impl BufRead, block: &mut Vec<u8>, limit: usize) 
         }
         at_start = ended;
         if block.len() > limit.saturating_add(limit / 4 + 64 * 1024) {
-            block.drain(..block.len() - limit); // not each time, or much damage would take for ever
+            block.drain(..block.len() - limit); // some more at once: moving the rest each time takes for ever
         }
     }
 }
@@ -114,12 +127,13 @@ pub fn field<'a>(text: &'a str, name: &str) -> (Option<&'a str>, &'a str) {
     line.map_or((None, text), |(value, rest)| (Some(value), rest))
 }
 
-/// The check sum of zip, PNG and Ethernet, over both parts.
+/// The checksum of zip, PNG and Ethernet (CRC-32), over both parts as one. It finds accidents, not forgeries.
 pub fn crc32(parts: [&[u8]; 2]) -> u32 {
     let step = |sum: u32, byte: &u8| CRC_TABLE[usize::from(sum as u8 ^ byte)] ^ (sum >> 8);
     !parts.into_iter().flatten().fold(!0, step)
 }
 
+/// What eight steps of the division make of each byte, computed by the compiler.
 pub const CRC_TABLE: [u32; 256] = {
     let mut table = [0; 256];
     let mut n = 0;

@@ -1,7 +1,9 @@
 //! Every limit that an operator may want to move, with its default and the reason for it.
 //!
-//! Whatever comes from outside has a bound: bytes, counts and waits. Those that follow from the protocol or from the
-//! design stand as constants in the room that they bind.
+//! Whatever comes from outside has a bound: bytes, counts and waits. A limit that operators need is a field here and a
+//! flag of the command; one that follows from the protocol or the design is a constant in the room that it binds.
+//! [`Config::check`] rejects what makes no sense before anything else sees it, so the other rooms take every value as
+//! sensible.
 
 use crate::authority::{is_authority, split_port};
 use crate::text::{LONGEST, invalid, quoted};
@@ -11,12 +13,15 @@ use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
 
-/// How often a lane looks at its subscribers, so that who closes is noticed within two seconds. A look costs about
+/// How often a lane looks at its subscribers, so that a closed tab is noticed within two seconds. A look costs about
 /// 0.7 µs: at 10,000 subscribers that is half a percent of a core.
 pub const SWEEP: Duration = Duration::from_millis(1_750);
-/// More than any machine has cores.
+/// More than any machine has cores; each lane is a thread and wakes for every event.
 pub const MOST_LANES: usize = 256;
-/// Every limit of a [`Server`]; each is a flag of the command, too. [`Config::default`] has the defaults named here.
+const _: () = assert!(SWEEP.as_millis() == 1_750 && MOST_LANES == 256, "`Config::check` names both");
+
+/// Every limit of a [`Server`](crate::Server); each is a flag of the command, too. [`Config::default`] has the defaults
+/// named here.
 ///
 /// ```
 /// let small = brooklet::Config { subscribers: 100, keep_bytes: 1024 * 1024, ..Default::default() };
@@ -34,10 +39,10 @@ pub struct Config {
     /// Origins whose pages may read and publish, with the browser's cookies: `https://app.example`, `null` for pages
     /// from files; `*` lets all others read, without cookies (none).
     pub allow_origins: Vec<String>,
-    /// Streams at once (10,000). A thread takes 4 memory mappings, and at the usual 65,530 of them a process aborts.
+    /// Streams at once (10,000). Each has a thread, which takes 4 memory mappings: at the usual limit of 65,530
+    /// mappings the process aborts. Lowered at the start where the system has less room.
     pub subscribers: usize,
-    /// Places for connections that streams cannot take (1,000), so that publishing and health have room when streams
-    /// are full.
+    /// Connections beside the streams (1,000): publishing and `/health` have room also while all streams are taken.
     pub connections: usize,
     /// Bytes of a request's head (16 KiB): cookies and proxies make heads of several KiB.
     pub head_bytes: usize,
@@ -49,21 +54,21 @@ pub struct Config {
     pub head_time: Duration,
     /// Time to send a whole body; of a `PUT`, a line once begun (30 s).
     pub body_time: Duration,
-    /// How long a `PUT` may be silent between two lines (12 h: a log may be, overnight). The standard library cannot turn
-    /// TCP keepalive on, so a publisher that vanished without a packet is known by its silence alone.
+    /// How long a `PUT` may be silent between two lines (12 h: a log may be, overnight). The standard library cannot
+    /// turn TCP keepalive on, so a publisher that vanished without a packet is known by its silence alone.
     pub put_idle_time: Duration,
-    /// Time between the requests of a connection that is kept alive (15 s).
+    /// How long a connection that is kept alive may be idle between two requests (15 s).
     pub idle_time: Duration,
     /// Longest silence on a stream of topics (15 s, at least 3.5 s): proxies cut silent streams, many after 60 s, some
     /// after 30. <https://html.spec.whatwg.org/multipage/server-sent-events.html#authoring-notes>
     pub heartbeat: Duration,
-    /// How long a stream of topics lasts at most (10 min; each stream draws its own time, 80 to 100 % of this): a proxy may
-    /// hold a stream open whose reader has long gone.
+    /// How long a stream of topics lasts at most (10 min; each stream draws its own time, 80 to 100 % of this). A proxy
+    /// may keep a stream open long after its reader has gone; clients that are still there reconnect and miss nothing.
     pub lifetime: Duration,
-    /// A subscriber that is behind and takes nothing in this time is closed (10 s; what its system had buffered may double
-    /// it).
+    /// A subscriber that is behind and takes nothing for this long is closed (10 s; what its system has buffered may
+    /// double it).
     pub stall_time: Duration,
-    /// Reconnection time that streams are told (3 s); spread over 50 to 150 % where many are sent away at once.
+    /// Reconnection time that streams are told (3 s); spread over 50 to 150 % where many may end at the same moment.
     pub retry: Duration,
     /// Newest events kept of each topic (1,000).
     pub keep_events: usize,
@@ -71,15 +76,16 @@ pub struct Config {
     pub keep_bytes: usize,
     /// How long an event is kept (24 h).
     pub keep_age: Duration,
-    /// Topic names in use at once (10,000): those with subscribers or kept events. A quarter is left for publishing. With a
-    /// journal, each publisher that waits for it may bring one more.
+    /// Topic names in use at once (10,000): those with subscribers or kept events. A quarter is left for publishing.
+    /// With a journal, each publisher that waits for it may bring one more.
     pub topics: usize,
-    /// The file in which events survive the process (none). What is published is in it, and it is read at the start.
+    /// The file in which events survive the process (none). An event is in it before it is published; it is read at the
+    /// start.
     pub journal: Option<PathBuf>,
-    /// Events survive the machine, too: publishing returns once the disk has them (no).
+    /// Events survive a power cut, too: publishing returns once the disk has them (no).
     pub fsync: bool,
-    /// Lane threads (0, the default: one for every two cores, since publishers, the network and whatever else the machine
-    /// is for need some, too, and an event wakes every lane). One a core brings a crowd's last event sooner, for 15 % more
+    /// Lane threads. 0, the default, is one for every two cores: publishers, the network and other programs need some,
+    /// too, and every event wakes all lanes. One for each core reaches the last of a crowd sooner, for 15 % more
     /// processor time.
     pub lanes: usize,
     /// What is written to stderr (nothing; the command's default is `info`).
@@ -120,8 +126,13 @@ impl Default for Config {
 }
 
 impl Config {
-    /// What is wrong is said behind the name of its field.
+    /// Rejects limits that make no sense.
+    ///
+    /// # Errors
+    /// [`ErrorKind::InvalidInput`](io::ErrorKind::InvalidInput), with the name of the field, what is wrong with it, and
+    /// what would be right. The command turns the field's name into its flag's.
     pub(crate) fn check(&self) -> io::Result<()> {
+        // // The standard library refuses a read timeout of 0, which to the kernel means none at all.
         let limits = [
             ("head_time", self.head_time),
             ("body_time", self.body_time),
@@ -142,6 +153,8 @@ impl Config {
             }
         }
         for (is_wrong, reason) in [
+            // A heartbeat is written in the last sweep before it is due: with less time it would be in nearly every
+            // one.
             (self.heartbeat < 2 * SWEEP, "heartbeat: silence is looked for every 1750 ms: give at least 3500ms"),
             (self.head_bytes == 0, "head_bytes: no head has 0 bytes: give some KiB"),
             (self.topics == 0, "topics: without any, nothing is published: give at least 1"),
@@ -156,14 +169,16 @@ impl Config {
         self.allow_origins.iter().try_for_each(|origin| check_origin(origin))
     }
 
-    /// The most data that one event may have.
+    /// The most data that one event may have, in bytes. On the wire it may be seven times as much, where each byte of
+    /// it is a newline and becomes a `data:` line.
     pub(crate) fn data_bytes(&self) -> usize {
         self.body_bytes.max(self.line_bytes)
     }
 }
 
-/// An origin is compared with what browsers send, so it must be written as they do: in small letters, without the port that
-/// is the scheme's own, and without a path. <https://html.spec.whatwg.org/multipage/browsers.html#ascii-serialisation-of-an-origin>
+/// An origin is compared with what browsers send, so it must be written as they do: in small letters, without the port
+/// that is the scheme's own, and without a path.
+/// <https://html.spec.whatwg.org/multipage/browsers.html#ascii-serialisation-of-an-origin>
 fn check_origin(origin: &str) -> io::Result<()> {
     if ["*", "null"].contains(&origin) {
         return Ok(());
@@ -201,8 +216,10 @@ fn check_origin(origin: &str) -> io::Result<()> {
 pub struct Token(String);
 
 impl Token {
-    /// Compares in a time that does not depend on where they differ.
+    /// Whether this is the token that was presented. Takes the same time wherever the two differ, or the time would
+    /// tell an attacker how many of the first characters were right.
     pub(crate) fn is(&self, presented: &str) -> bool {
+        // `black_box` keeps the compiler from leaving the loop early. Only the length shows, which is no secret.
         let differ =
             self.0.bytes().zip(presented.bytes()).fold(0, |differ, (a, b)| std::hint::black_box(differ | (a ^ b)));
         differ == 0 && self.0.len() == presented.len()
@@ -230,7 +247,7 @@ impl fmt::Debug for Token {
 /// How much is written to stderr.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Log {
-    /// Nothing.
+    /// Nothing: a library stays silent unless it is asked.
     #[default]
     Off,
     /// Streams that closed, and what limits did.

@@ -1,9 +1,13 @@
 //! One connection, on its own thread: requests one after another, until it ends or becomes a stream.
 //!
+//! Whatever goes wrong here ends this connection and no other: a refusal is answered, a panic closes the socket, and in
+//! each case the place is given up (`Drop` of `Conversation`). A stream that finds no room is answered with 200, a
+//! reconnection time and its end, since a browser gives up for good on anything else.
+//!
 //! # A small stack
-//! What a thread once had on its stack stays resident as long as it lives, and a subscriber's lives long. So what happens
-//! one after another (reading a head, answering it, following topics) is never inlined into one frame: each uses the
-//! same page again. Otherwise every subscriber takes 15.5 kB instead of 11.5.
+//! What a thread has touched of its stack stays resident for as long as it lives, and a subscriber's lives long. So
+//! what happens one after another (reading a head, answering it, following topics) is never inlined into one frame:
+//! each uses the same pages again. Otherwise every subscriber takes 15.5 kB instead of 11.5.
 
 use crate::clock::spread;
 use crate::config::{Config, Log};
@@ -27,16 +31,18 @@ use std::sync::atomic::Ordering::Relaxed;
 use std::thread;
 use std::time::Instant;
 
+/// Why a stream is rejected. The client is told in a comment; in the log both need the debug level, or a flood would
+/// fill it.
 const NO_ROOM: Reason = "no room for another stream";
 const NO_NAMES: Reason = "all topic names are in use";
 
-/// What all conversations share.
+/// What all conversations share. Nothing in it belongs to one of them.
 pub struct Shared {
     pub core: Arc<Core>,
     pub places: Arc<Places>,
     pub routes: Routes,
     pub log: Arc<Logger>,
-    /// A crowd that is evicted must not use up the turn of other warnings.
+    /// A crowd that is closed to make room must not use up the turn of other warnings.
     pub evicted: OncePerSecond,
 }
 
@@ -44,13 +50,14 @@ pub struct Shared {
 struct Conversation {
     shared: Arc<Shared>,
     c: Arc<Connection>,
-    /// For the log, once it is a stream.
+    /// For the log, once it is a stream: then a line is written at its end.
     path: Option<String>,
+    /// Why the stream ended, for that line. A handler's error is a text of its own.
     reason: Cow<'static, str>,
     opened: Instant,
 }
 
-/// A stream that a request has asked for.
+/// A stream that a request has asked for, and all that is kept of the request.
 struct Opening {
     path: String,
     framing: Framing,
@@ -60,12 +67,11 @@ struct Opening {
 
 /// What comes of one request.
 enum Turn {
-    /// Both parts are written, one after the other.
-    Respond {
-        parts: (Vec<u8>, Arc<[u8]>),
-        close: bool,
-    },
+    /// Both parts are written, one after the other; then the next request is read, or the connection ends.
+    Respond { parts: (Vec<u8>, Arc<[u8]>), close: bool },
+    /// No more requests: the connection becomes a stream.
     Open(Opening),
+    /// Nothing is answered: the peer has gone, or has made room.
     End,
 }
 
@@ -80,8 +86,12 @@ pub fn start(shared: Arc<Shared>, c: Arc<Connection>) -> io::Result<()> {
 }
 
 impl Conversation {
+    /// The whole life of a connection.
     fn hold(mut self) {
         let c = &self.c;
+        // An accepted socket may have its listener's mode, and an embedder's listener may not block. Without `nodelay`
+        // small events wait for the peer to acknowledge the one before (RFC 896). The write timeout is what
+        // `write_whole` takes for the stall time.
         let prepared = c.socket.set_nonblocking(false).and(c.socket.set_nodelay(true));
         if prepared.and(c.socket.set_write_timeout(Some(self.config().stall_time))).is_err() {
             return; // it has gone already
@@ -89,7 +99,7 @@ impl Conversation {
         if let Some(Opening { path, framing, head, source }) = self.answer_requests() {
             enter(&self.c.state).framing = framing;
             self.path = Some(quoted(&path));
-            // What is logged if the next line never returns.
+            // For the log, should the call after this panic.
             self.reason =
                 if source.is_handler() { "the handler panicked" } else { "this server panicked: a fault" }.into();
             self.reason = self.stream(head, source);
@@ -100,7 +110,7 @@ impl Conversation {
         &self.shared.core.config
     }
 
-    /// Answers requests until the connection ends, or asks for a stream.
+    /// Answers requests until the connection ends, or asks for a stream. The reader's buffer goes with this frame.
     fn answer_requests(&self) -> Option<Opening> {
         let (c, places, config) = (&*self.c, &self.shared.places, self.config());
         let mut reader = Reader::new(c);
@@ -108,7 +118,7 @@ impl Conversation {
         let mut answered = Instant::now();
         loop {
             let request = Request::read(&mut reader, config);
-            let is_keen = answered.elapsed() < 2 * AWAKE_TIME; // the first of a connection counts, too: it comes at once
+            let is_keen = answered.elapsed() < 2 * AWAKE_TIME; // also the first one, which comes at once
             let turn = match request {
                 Ok(None) => Turn::End,
                 Ok(Some(request)) => self.answer(&mut reader, request),
@@ -118,6 +128,7 @@ impl Conversation {
                 Turn::End => return None,
                 Turn::Open(opening) => return Some(opening),
                 Turn::Respond { parts: (first, rest), close } => {
+                    // A response gets as long as a body does: some are a page of many KiB over a slow link.
                     let deadline = Instant::now() + config.body_time;
                     if c.write_whole(&first, deadline).and_then(|()| c.write_whole(&rest, deadline)).is_err() {
                         return None;
@@ -128,6 +139,8 @@ impl Conversation {
                 }
             }
             reader.wait_at_most(config.idle_time);
+            // Only a client that has just shown that it asks at once is waited for awake; for all others that would
+            // burn the processor for nothing.
             if !places.move_to(Place::Idle, c) || is_keen && c.stay_awake().is_err() {
                 return None;
             }
@@ -135,6 +148,7 @@ impl Conversation {
         }
     }
 
+    /// Answers one request. Where it lost its place to a newcomer meanwhile, its socket is shut down already.
     #[inline(never)] // a small stack
     fn answer(&self, reader: &mut Reader, mut request: Request) -> Turn {
         if !self.shared.places.move_to(Place::Busy, &self.c) {
@@ -154,13 +168,14 @@ impl Conversation {
                 return Turn::Open(Opening { path: request.path, framing, head, source });
             }
         };
-        response.fields += &cors;
+        response.fields += &cors; // refusals, too: without these lines no page of another origin could read why
         self.log_request(&request, response.status);
+        // A body that was not read whole stands before the next request, which nobody could find.
         let close = request.close || response.close || !request.body.is_over() || self.shared.core.is_stopping();
         Turn::Respond { parts: response.encode(is_head, close), close }
     }
 
-    /// The response to a head that was refused, and so still stands unread.
+    /// The response to a head that was refused, and so still stands in the reader. To HEAD it has no body.
     fn refuse(&self, reader: &Reader, refusal: &Response) -> Turn {
         let is_head = reader.unread().starts_with(b"HEAD ");
         let line = format_args!("{} {}: {}", self.c.peer, refusal.status, refusal.reason());
@@ -168,7 +183,7 @@ impl Conversation {
         Turn::Respond { parts: refusal.encode(is_head, true), close: true }
     }
 
-    /// A stream's line is written when it closes.
+    /// One line for each response; a stream's line is written when it closes.
     fn log_request(&self, request: &Request, status: u16) {
         if self.shared.log.wants(Log::Debug) {
             let (peer, path) = (self.c.peer, quoted(&request.path));
@@ -176,32 +191,35 @@ impl Conversation {
         }
     }
 
-    /// Serves a stream to its end, and returns why it ended.
+    /// Finds a place among the streams, serves the stream to its end, and returns why it ended.
     #[inline(never)] // a small stack
     fn stream(&self, head: String, source: Source) -> Cow<'static, str> {
         let (c, core) = (&self.c, &*self.shared.core);
         let count = self.shared.places.move_to_streams(c);
+        // Checked after the move: a server that begins to stop from here on finds this connection among its streams.
         if core.is_stopping() {
-            return self.send_away(&head, STOPPING).into();
+            return self.reject(&head, STOPPING).into();
         }
         let Some(count) = count else {
             let was_cut = c.cut.get(); // since its request was read
-            return was_cut.copied().unwrap_or_else(|| self.send_away(&head, NO_ROOM)).into();
+            return was_cut.copied().unwrap_or_else(|| self.reject(&head, NO_ROOM)).into();
         };
         match source {
             Source::Topics(wanted) => {
+                // The lanes take turns. A stream stays with its lane, or its events could overtake each other.
                 match Subscription::open(core, c, &core.lanes[count % core.lanes.len()], wanted) {
                     Some(subscription) => subscription.serve(head).into(),
-                    None => self.send_away(&head, NO_NAMES).into(),
+                    None => self.reject(&head, NO_NAMES).into(),
                 }
             }
             Source::Handler(handled) => handled.serve(core, c, head),
         }
     }
 
-    /// Opens a stream only to say when to come back, and ends it.
-    fn send_away(&self, head: &str, why: Reason) -> Reason {
-        self.shared.core.counters.sent_away.fetch_add(1, Relaxed);
+    /// Rejects a stream in a way that a browser comes back from: it is opened, told when to come back, and ended. The
+    /// time is spread, or all that were rejected would return at the same moment.
+    fn reject(&self, head: &str, why: Reason) -> Reason {
+        self.shared.core.counters.rejected.fetch_add(1, Relaxed);
         self.shared.log.warn(format_args!("{} is sent away: {why}", self.c.peer));
         match self.c.write_whole(head.as_bytes(), Instant::now() + LINGER) {
             Ok(()) => self.c.end(why, spread(self.config().retry, 50, 150), None),
@@ -209,6 +227,7 @@ impl Conversation {
         }
     }
 
+    /// One line for each stream, in fields that a script can read.
     fn log_closing(&self, path: &str) {
         let (open, sent) = (self.opened.elapsed(), enter(&self.c.state).sent);
         let (seconds, tenths) = (open.as_secs(), open.subsec_millis() / 100);
@@ -222,7 +241,9 @@ impl Conversation {
 
 impl Drop for Conversation {
     fn drop(&mut self) {
-        let _ = self.c.socket.shutdown(Shutdown::Write); // its lane may hold the socket for a moment longer
+        let _ = self.c.socket.shutdown(Shutdown::Write); // the lane may keep the socket open for a moment
+        // A stream's line names a panic, too; a connection without a stream is worth a line only where something is
+        // wrong.
         if self.c.cut.get() == Some(&MADE_ROOM) {
             self.shared.core.counters.evicted.fetch_add(1, Relaxed);
             self.shared.log.warn_within(&self.shared.evicted, format_args!("{} was closed: {MADE_ROOM}", self.c.peer));

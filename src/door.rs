@@ -1,9 +1,10 @@
 //! Who may do what: hosts, origins, tokens.
 //!
-//! A browser lends its address to every page that it shows: a page from elsewhere could publish to a server behind the same
-//! wall, or have its own name resolved to it (DNS rebinding) and read as if it came from there. So a page of another origin
-//! may publish only where that is allowed, and a server on loopback answers only to names that it knows. What does not
-//! come from a browser has no origin.
+//! A browser sends requests for every page that it shows, from inside the user's own network. So a page from anywhere
+//! could publish to a server that its author cannot reach; or its author could have a name of theirs resolved to the
+//! server's address (DNS rebinding), and the page would read as if it came from there. Therefore a page of another
+//! origin may publish only where that is allowed, and a server on loopback answers only to names that it knows. What
+//! does not come from a browser has no origin: against that, only tokens help.
 
 use crate::authority::{is_authority, is_loopback, split_port};
 use crate::config::{Config, Token};
@@ -11,11 +12,15 @@ use crate::request::Request;
 use crate::response::{Response, decline, refuse};
 use crate::text::quoted;
 
+/// Set at the start; every check reads it without a lock.
 pub struct Door {
-    /// The port, if the server is on loopback.
+    /// The port, if the server listens on loopback only. Elsewhere it cannot know its own names.
     loopback_port: Option<u16>,
+    /// As `Config::allow_origins` has them, `*` included.
     origins: Vec<String>,
+    /// Without any, everybody may publish.
     publish_tokens: Vec<Token>,
+    /// Without any, everybody may read.
     subscribe_tokens: Vec<Token>,
 }
 
@@ -34,17 +39,21 @@ impl Door {
         !self.publish_tokens.is_empty()
     }
 
+    /// 401 without a token, 403 with a wrong one.
     pub fn check_publisher(&self, request: &Request) -> Result<(), Response> {
         check_token(&self.publish_tokens, "publishing", request)
     }
 
+    /// The same for streams and `/metrics`. Both are final: a browser does not reconnect after them.
     pub fn check_subscriber(&self, request: &Request) -> Result<(), Response> {
         check_token(&self.subscribe_tokens, "reading", request)
     }
 
-    /// On loopback, only names of loopback are this server's, and those of allowed origins.
+    /// On loopback only names of loopback are this server's, and the hosts of allowed origins, which a proxy passes on.
+    /// Every request is checked, or a rebound name could read. 403 otherwise.
     pub fn check_host(&self, request: &Request) -> Result<(), Response> {
         let Some(host) = request.host.as_deref().map(|host| split_port(host).0) else { return Ok(()) };
+        // Without its port: a proxy may pass the request on from another one.
         let names_it = |origin: &String| {
             origin.split_once("://").is_some_and(|(_, authority)| split_port(authority).0.eq_ignore_ascii_case(host))
         };
@@ -60,12 +69,14 @@ impl Door {
         )
     }
 
-    /// Whether the page that this request comes from may publish.
+    /// Whether the page that sends this request may publish; 403 otherwise. A `POST` of plain text needs no preflight,
+    /// so the browser alone would not ask (<https://fetch.spec.whatwg.org/#cors-safelisted-method>).
     pub fn check_origin(&self, request: &Request) -> Result<(), Response> {
         let Some(origin) = request.origin.as_deref() else { return Ok(()) };
         let host = request.host.as_deref().unwrap_or_default();
         let is_of_host = |origin: &str| origin.split_once("://").is_some_and(|(_, own)| own.eq_ignore_ascii_case(host));
-        // Where the public origin is named, its scheme counts: what came over plain HTTP, somebody else may have written.
+        // Where the public origin is named with its scheme, only that one counts: a page that came over plain HTTP
+        // could have been changed on its way by anybody.
         let is_own = is_of_host(origin) && !self.origins.iter().any(|known| is_of_host(known));
         if is_own || self.is_allowed(origin) {
             return Ok(());
@@ -73,8 +84,9 @@ impl Door {
         decline(403, format!("pages of {} may not publish: allow them with --allow-origin", quoted(origin)))
     }
 
-    /// The header lines that let a page of another origin read an answer;
-    /// <https://fetch.spec.whatwg.org/#http-cors-protocol>
+    /// The header lines, each with its CRLF, that let a page of another origin read a response:
+    /// <https://fetch.spec.whatwg.org/#http-cors-protocol>. `Vary` keeps a cache from giving one origin what another
+    /// was allowed.
     pub fn cors(&self, request: &Request) -> String {
         let origin = request.origin.as_deref().unwrap_or_default();
         let is_open_to_all = self.origins.iter().any(|known| known == "*");
@@ -88,13 +100,15 @@ impl Door {
             _ => return if self.origins.is_empty() { String::new() } else { "Vary: Origin\r\n".into() },
         };
         if request.method == "OPTIONS" {
+            // A preflight asks for these; ten minutes, so that a change of the settings is soon seen.
             lines += &format!("Access-Control-Allow-Methods: {methods}\r\nAccess-Control-Allow-Headers: {fields}\r\n");
             lines += "Access-Control-Max-Age: 600\r\n";
         }
         lines + "Vary: Origin\r\n"
     }
 
-    /// Named as allowed, or one of ours: all names of loopback at this server's own port are one origin.
+    /// Named as allowed, or one of ours: all names of loopback at this server's own port are one origin. `*` allows
+    /// nobody to publish.
     fn is_allowed(&self, origin: &str) -> bool {
         let authority = origin.strip_prefix("http://").unwrap_or_default();
         let (host, port) = split_port(authority);
@@ -104,7 +118,8 @@ impl Door {
     }
 }
 
-/// Checks that one of these tokens is presented. All are compared, whichever fits.
+/// Checks that one of these tokens is presented. All are compared, also after one fits: the time says nothing about
+/// which.
 fn check_token(known: &[Token], what: &str, request: &Request) -> Result<(), Response> {
     let fitting = |presented: &String| known.iter().filter(|token| token.is(presented)).count();
     if known.is_empty() || request.tokens.iter().map(fitting).sum::<usize>() > 0 {

@@ -1,16 +1,17 @@
 //! An event as it is kept, queued and written: encoded once, its bytes shared by all who get it.
 //!
-//! A stream goes out in chunks, so that its reader can tell its end from a cut, and each event from the next; a peer of
-//! HTTP/1.0, which knows no chunks, gets the same bytes without them. An event is one chunk, made once: what the journal
-//! says of it, the chunk's size, the frame and the chunk's end stand beside each other in one buffer, and each form is a
-//! slice of it.
+//! A stream goes out in chunks (RFC 9112 §7.1), so that its reader can tell its end from a cut, and each event from the
+//! next; a peer of HTTP/1.0, which knows no chunks, gets the same bytes without them. An event is one chunk, made once:
+//! what the journal says of it, the chunk's size, the frame and the chunk's end stand beside each other in one buffer,
+//! and each form is a slice of it. Nobody changes a buffer once it is made.
 
 use crate::event::Id;
 use std::sync::Arc;
 
-/// One write to a live subscriber takes at most this much: loopback buffers megabytes, but a real link only about 65
-/// kB, so larger batches would push every distant subscriber behind.
+/// One write to a live subscriber takes at most this much, unless a single event is larger. Loopback buffers megabytes,
+/// but a real link only about 65 kB: larger batches would push every distant subscriber behind.
 pub const BATCH_BYTES: usize = 32 * 1024;
+const _: () = assert!(BATCH_BYTES < 65_000, "a batch fits into the buffer of a real link");
 /// What ends a chunk.
 const CHUNK_END: &[u8] = b"\r\n";
 
@@ -24,7 +25,7 @@ pub enum Framing {
 }
 
 impl Framing {
-    /// Some bytes of a stream. Never none: an empty chunk would be the last.
+    /// Some bytes of a stream, in this framing. Must never be called with none: an empty chunk would end the stream.
     pub fn wrap(self, frame: &[u8]) -> Vec<u8> {
         match self {
             Framing::Chunked => [size_line(frame).as_bytes(), frame, CHUNK_END].concat(),
@@ -32,7 +33,7 @@ impl Framing {
         }
     }
 
-    /// What ends a stream after a whole frame. Without it, the stream was cut.
+    /// What ends a stream after a whole frame. A stream that ends without it was cut, and curl says so (exit code 18).
     pub fn end(self) -> &'static [u8] {
         match self {
             Framing::Chunked => b"0\r\n\r\n",
@@ -47,7 +48,9 @@ pub struct Encoded {
     pub id: Id,
     /// What only the journal needs, the chunk's size, the frame, the chunk's end.
     buffer: Arc<[u8]>,
+    /// Where the chunk begins with its size line: `..chunk_at` are the journal's fields.
     chunk_at: usize,
+    /// Where the frame begins, which is the event as the standard defines it.
     frame_at: usize,
 }
 
@@ -73,11 +76,12 @@ impl Encoded {
         [&self.buffer[..self.chunk_at], self.frame()]
     }
 
+    /// How many bytes of the journal it takes.
     pub fn block_len(&self) -> usize {
         self.block().iter().map(|part| part.len()).sum()
     }
 
-    /// What its bytes take of the memory.
+    /// What its bytes take of memory, counted once however many share them: budgets of memory go by this.
     pub fn memory(&self) -> usize {
         self.buffer.len()
     }
@@ -91,10 +95,13 @@ fn size_line(chunk: &[u8]) -> String {
     format!("{:x}\r\n", chunk.len())
 }
 
-/// Encoded events in the order of their ids, one after another in one buffer, so that one write can take them all.
+/// Encoded events in the order of their ids, one after another in one buffer, so that one write can send them all.
+/// Where that write stops half-way, the offsets tell how many events are out whole.
 pub struct Run {
     framing: Framing,
-    pub events: Vec<(Encoded, usize)>, // with the offset in `bytes` where it ends
+    /// Each with the offset in `bytes` where it ends.
+    pub events: Vec<(Encoded, usize)>,
+    /// All of them in this run's framing.
     pub bytes: Vec<u8>,
 }
 
@@ -103,7 +110,7 @@ impl Run {
         Run { framing, events: Vec::new(), bytes: Vec::new() }
     }
 
-    /// The same events for peers of another framing.
+    /// The same events for peers of another framing. Copies them all, so it is made only where such a peer is there.
     pub fn in_framing(&self, framing: Framing) -> Run {
         let mut run = Run::new(framing);
         self.events.iter().for_each(|(event, _)| run.push(event));
@@ -115,6 +122,7 @@ impl Run {
         self.events.push((event.clone(), self.bytes.len()));
     }
 
+    /// Whether the event still fits into one write; an empty run takes any event, however large.
     pub fn has_room_for(&self, event: &Encoded) -> bool {
         self.bytes.is_empty() || self.bytes.len() + event.bytes(self.framing).len() <= BATCH_BYTES
     }
@@ -124,6 +132,7 @@ impl Run {
         if count == 0 { 0 } else { self.events[count - 1].1 }
     }
 
+    /// The id of the last event; of an empty run, the lowest id.
     pub fn newest(&self) -> Id {
         self.events.last().map_or(Id::default(), |(event, _)| event.id)
     }

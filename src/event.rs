@@ -1,9 +1,9 @@
 //! An event and its id, and the bytes that a subscriber gets.
 //!
-//! What 29 clients make of these bytes decided their form: LF alone ends a line, one blank line ends an event, nothing
-//! else stands between. In a topic's event the id stands last: some clients take an id at once, and one that was cut off
-//! between the id and the data would never see that event. A handler's event has the order of the article that this
-//! server is born from.
+//! The form of these bytes was decided by what 29 clients make of them: LF alone ends a line, one blank line ends an
+//! event, nothing else stands between. In a topic's event the id stands last: some clients take an id at once, and a
+//! client that was cut off between the id and the data would resume after an event that it never saw. A handler's event
+//! has the order of the article that this server is born from.
 //! <https://html.spec.whatwg.org/multipage/server-sent-events.html#event-stream-interpretation>
 
 use crate::text::{invalid, quoted, with_lf};
@@ -12,7 +12,9 @@ use std::io;
 use std::str::FromStr;
 use std::time::Duration;
 
+/// A name is a word for `addEventListener`, not a place for data: beside the data, this bounds an event's bytes.
 pub const EVENT_NAME_BYTES: usize = 256;
+
 /// One event, to be published to a topic or sent on a handler's stream.
 ///
 /// ```
@@ -22,9 +24,11 @@ pub const EVENT_NAME_BYTES: usize = 256;
 #[derive(Clone, Debug, Default)]
 pub struct Event {
     pub(crate) name: Option<String>,
+    /// For handlers' streams; a topic's event gets its [`Id`] from the hub.
     pub(crate) id: Option<String>,
     pub(crate) data: String,
     pub(crate) retry: Option<Duration>,
+    /// Never sent: only the hub and the journal know it.
     pub(crate) key: Option<String>,
 }
 
@@ -59,6 +63,12 @@ impl Event {
         self
     }
 
+    /// Rejects an event that would break its stream: a line break in a field begins another field, and browsers ignore
+    /// an id with NUL in it (the standard's "id" field). `gap` is how the server says that events may be missing, so
+    /// nobody else may say it.
+    ///
+    /// # Errors
+    /// [`ErrorKind::InvalidInput`](io::ErrorKind::InvalidInput), with the field.
     pub(crate) fn check(&self) -> io::Result<()> {
         let length = self.name.as_ref().map_or(0, String::len);
         if length > EVENT_NAME_BYTES {
@@ -85,7 +95,10 @@ impl Event {
         self.lines(None, Some(id))
     }
 
+    /// The lines of an event, with the blank line that ends it. An empty name is left out: browsers take it for
+    /// `message`, as they do a missing one.
     fn lines(&self, id_before: Option<&str>, id_after: Option<Id>) -> String {
+        // For the names of the fields; data of many lines grows it.
         let mut out = String::with_capacity(self.data.len() + 96);
         if let Some(name) = self.name.as_deref().filter(|n| !n.is_empty()) {
             out.extend(["event: ", name, "\n"]);
@@ -127,15 +140,17 @@ impl Id {
     /// Above every id that is ever issued.
     pub(crate) const MAX: Id = Id { ms: u64::MAX, seq: u64::MAX };
 
-    /// The id for an event published now: above this one, also when the clock has gone back.
+    /// The id for an event published now: above this one, also when the clock has gone back. Where it has, ids go on
+    /// counting in the newest millisecond until the clock has passed it.
     pub(crate) fn next(self, now_ms: u64) -> Id {
         match self.seq.checked_add(1) {
             Some(seq) if now_ms <= self.ms => Id { ms: self.ms, seq },
+            // A later millisecond; or this one's sequence numbers are used up.
             _ => Id { ms: now_ms.max(self.ms.saturating_add(1)), seq: 0 },
         }
     }
 
-    /// The position just before this one; it need not belong to any event.
+    /// The position just before this one: who resumes from it gets this one first. It need not belong to any event.
     pub(crate) fn before(self) -> Id {
         match self.seq {
             0 => Id { ms: self.ms.saturating_sub(1), seq: u64::MAX },

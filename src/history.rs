@@ -1,13 +1,14 @@
 //! What each topic keeps, and what it has forgotten.
 //!
-//! A topic keeps its newest events, bounded by count and age; all topics together stay inside a budget of bytes, and the
-//! oldest event of all goes first. A topic remembers the newest id that it has forgotten: whoever resumes from before
-//! that may have missed something, and is told so by a `gap`. A topic that nobody follows and that keeps nothing leaves
-//! the table; the newest id that such topics had forgotten is one number, which counts for every topic that is not in the
-//! table. At the start that number is the base, so whatever an earlier process had is a gap, too.
+//! A topic keeps its newest events, bounded by count and age; all topics together stay inside a budget of bytes, and
+//! the oldest event of all goes first. A topic remembers the newest id that it has forgotten: whoever resumes from
+//! before that may have missed something, and is told so by a `gap`. A topic that nobody follows and that keeps nothing
+//! leaves the table; the newest id that such topics have forgotten is one number, which counts for every topic that is
+//! not in the table. At the start that number is the base, so whatever an earlier process had is a gap, too.
 //!
-//! Ids come from the clock, but never go back with it, so an id does not tell an age: each event has its moment beside it
-//! ([`Steady`]). Moments and ids rise together, in each topic and over all.
+//! Ids never go back, also when the clock does, so an id does not tell an age: each event has its moment beside it
+//! ([`Steady`]). Moments and ids rise together, in each topic and over all. Nothing here waits: the caller has the
+//! lock.
 
 use crate::clock::{Steady, now_ms};
 use crate::config::Config;
@@ -18,19 +19,21 @@ use std::io::{self, ErrorKind};
 use std::sync::Arc;
 use std::time::Duration;
 
-/// What a kept event costs beside its bytes: its part of the queue, its counted pointer, its part of the indexes.
+/// Bytes that a kept event costs beside its own: its part of the queue, its counted pointer, its part of the indexes.
 const EVENT_OVERHEAD: usize = 136;
+/// The same for a key, whose text is counted twice: in the map and in the event.
 const KEY_OVERHEAD: usize = 96;
 
 pub struct History {
     topics: HashMap<Arc<str>, Topic>,
-    /// The oldest event of each topic that keeps any: the next to be forgotten is the first.
+    /// The oldest event of each topic that keeps any. The first of them is the oldest of all: the next to be forgotten.
     oldest: BTreeMap<Point, Arc<str>>,
     events: usize,
+    /// As [`KeptEvent::cost`] counts; at most `keep_bytes`.
     bytes: usize,
     /// The newest id that subscribers may have seen, over all topics.
     newest: Id,
-    /// The newest that was forgotten by topics which are not in the table any more.
+    /// The newest that was forgotten by topics which have left the table; a topic that enters it begins with this.
     forgotten: Point,
     clock: Steady,
     keep_events: usize,
@@ -43,6 +46,7 @@ pub struct History {
 struct Topic {
     name: Arc<str>,
     events: VecDeque<KeptEvent>,
+    /// The event of each key that is kept; forgotten with it.
     keys: HashMap<Arc<str>, Id>,
     forgotten: Point,
     subscribers: usize,
@@ -61,28 +65,28 @@ struct Point {
     moment_ms: u64,
 }
 
-/// Where a new stream wants to begin.
+/// Where a new stream wants to begin: now, with all that is kept, some time ago, or after an id.
 #[derive(Clone, Copy)]
 pub enum Start {
     Now,
     Earliest,
     Ago(Duration),
-    /// None where it cannot be read: a refusal would strand the browser, so it is answered with a gap.
+    /// None where it cannot be read. It gets a gap: a browser gives up for good on a refusal.
     After(Option<Id>),
 }
 
 /// What a subscriber that is behind gets next.
 pub enum Next {
-    /// The event that says that others before it may have been forgotten.
+    /// The event that says that events before the next one may have been forgotten.
     Gap(Encoded),
     Events(Run),
     Nothing,
 }
 
-/// A walk over the kept events, some at a time, so that nobody waits long for the history meanwhile. What is forgotten before
-/// it comes by is left out, and so is what is published after it began.
+/// A walk over the kept events, some at a time, so that nobody waits long for the lock meanwhile. What is forgotten
+/// before the walk reaches it is left out, and so is what is published after it began.
 pub struct Walk {
-    /// Where each topic goes on.
+    /// The next event of each topic.
     heads: BTreeMap<Id, Arc<str>>,
     until: Id,
 }
@@ -122,7 +126,7 @@ impl History {
         Totals { topics: self.topics.len(), events: self.events, bytes: self.bytes }
     }
 
-    /// How many bytes the blocks of all kept events have, and a little more.
+    /// How many bytes of the journal all kept events take, and a little more.
     pub fn block_bytes(&self) -> u64 {
         (self.bytes - EVENT_OVERHEAD * self.events) as u64
     }
@@ -132,7 +136,7 @@ impl History {
         self.topics.get(name)?.keys.get(key).copied()
     }
 
-    /// Whether an event may be published to this topic.
+    /// Whether an event may be published to this topic, or all names are in use.
     pub fn check_room(&self, name: &str) -> io::Result<()> {
         self.check_room_within(self.topic_limit, name)
     }
@@ -145,14 +149,14 @@ impl History {
         Ok(())
     }
 
-    /// Keeps an event that is published now. Returns its topic's name if anyone follows it: only then need a lane know of
-    /// the event, since whoever follows the topic later finds it kept.
+    /// Keeps an event that is published now; ids must rise from call to call. Returns its topic's name if anyone
+    /// follows it: only then must the lanes know of the event, since whoever follows the topic later finds it kept.
     pub fn insert(&mut self, name: &str, event: Encoded, key: Option<Arc<str>>) -> Option<Arc<str>> {
         let moment_ms = self.clock.now_ms();
         self.keep(name, KeptEvent { event, key, moment_ms })
     }
 
-    /// Keeps an event that an earlier process has published. What is too old goes at once, or a long journal would fill memory.
+    /// Keeps an event of an earlier process. What is too old goes at once, or a long journal would fill memory.
     pub fn restore(&mut self, name: &str, event: Encoded, key: Option<Arc<str>>) {
         self.expire();
         let moment_ms = self.clock.before_start(event.id.ms);
@@ -181,7 +185,7 @@ impl History {
         is_followed.then_some(name)
     }
 
-    /// Forgets what is too old. Whoever looks at the history does this first, so nobody sees an event too old.
+    /// Forgets what is too old. Whoever looks at the history calls this first (`Core::history`).
     pub fn expire(&mut self) {
         let limit_ms = self.ago_ms(self.keep_age);
         while let Some((point, name)) = self.oldest.first_key_value() {
@@ -192,8 +196,8 @@ impl History {
         }
     }
 
-    /// Counts a new subscriber of these topics. The last quarter of the names is for publishing: whoever may only read
-    /// must not use them up with invented ones.
+    /// Counts a new subscriber of these topics, or of none of them. The last quarter of the names is for publishing:
+    /// whoever may only read must not use them up with invented ones.
     pub fn subscribe(&mut self, names: &[String]) -> io::Result<Arc<[Arc<str>]>> {
         let limit = self.topic_limit - self.topic_limit / 4;
         let mut taken: Vec<Arc<str>> = Vec::with_capacity(names.len());
@@ -228,6 +232,7 @@ impl History {
         }
     }
 
+    /// From that long ago. By moments, not ids; only what the gap says of it is by the clock on the wall.
     fn start_ago(&self, names: &[Arc<str>], time: Duration) -> (Id, Option<Encoded>) {
         let limit_ms = self.ago_ms(time);
         let first = self.topics(names).filter_map(|topic| topic.first_since(limit_ms)).min();
@@ -241,9 +246,9 @@ impl History {
     }
 
     fn resume(&self, names: &[Arc<str>], asked: Option<Id>) -> (Id, Option<Encoded>) {
-        // Later than both the newest id and the clock is only an id of an earlier life of this server: all that is kept is
-        // new to its owner. Between the two it means from now on, which is after the newest: should the clock be set back,
-        // ids up to the asked one are still to come.
+        // An id later than both the newest id and the clock can only be from before this server's history was lost: all
+        // that is kept is new to its owner. An id between the two means "from now on", which is after the newest: if
+        // the clock is set back, ids up to the asked one are still to come.
         let is_known = |asked: &Id| *asked <= self.newest || asked.ms <= now_ms();
         let known = asked.filter(is_known).map(|asked| asked.min(self.newest));
         match known {
@@ -255,7 +260,7 @@ impl History {
         }
     }
 
-    /// Whether these topics have anything for a subscriber at `cursor`: see [`History::next`].
+    /// Whether [`History::next`] has anything for a subscriber at `cursor`.
     pub fn has_news(&self, names: &[Arc<str>], cursor: Id, told: &[Id]) -> bool {
         self.has_untold(names, cursor, told) || self.oldest_after(names, cursor).is_some()
     }
@@ -264,9 +269,9 @@ impl History {
         self.topics(names).zip(told).any(|(topic, told)| topic.forgotten.id > cursor.max(*told))
     }
 
-    /// What comes after `cursor` in all of these topics, in one order, up to one run. A gap comes first where a topic has
-    /// forgotten something after the cursor that the subscriber was not told of. `told` is an id for each topic: with one
-    /// for all, a gap told for one topic would hide what another forgets later.
+    /// What comes after `cursor` in all of these topics, in one order, up to one run. A gap comes first where a topic
+    /// has forgotten something after the cursor that the subscriber was not told of. `told` has an id for each topic:
+    /// with one for all, a gap told for one topic would hide what another forgets later.
     pub fn next(&self, names: &[Arc<str>], cursor: Id, told: &[Id], framing: Framing) -> Next {
         if self.has_untold(names, cursor, told) {
             return Next::Gap(self.gap(names, Some(cursor), cursor));
@@ -284,12 +289,12 @@ impl History {
         if run.bytes.is_empty() { Next::Nothing } else { Next::Events(run) }
     }
 
-    /// The newest id that each of these topics has forgotten.
+    /// What each of these topics has forgotten by now: kept by a subscriber that has just been told of a gap.
     pub fn told(&self, names: &[Arc<str>]) -> Vec<Id> {
         self.topics(names).map(|topic| topic.forgotten.id).collect()
     }
 
-    /// Takes note of what an earlier process has forgotten: of one topic, or of all that are not in the table.
+    /// Notes what an earlier process has forgotten: of one topic, or of all that are not in the table.
     pub fn restore_forgotten(&mut self, name: Option<&str>, id: Id) {
         let point = Point { id, moment_ms: self.clock.before_start(id.ms) };
         match name {
@@ -309,7 +314,7 @@ impl History {
         names.iter().for_each(|name| self.remove_if_unused(name));
     }
 
-    /// Of every topic something up to `id` may be missing.
+    /// Counts everything up to `id` as forgotten, in every topic.
     pub fn count_as_forgotten(&mut self, id: Id) {
         self.newest = self.newest.max(id);
         self.forgotten = Point { id: self.newest, moment_ms: self.clock.now_ms() };
@@ -322,7 +327,7 @@ impl History {
         Walk { heads, until: self.newest }
     }
 
-    /// The next events of a walk, in the order of the ids: some that take about `bytes` of memory. None are left at its end.
+    /// The next events of a walk, in the order of their ids, of about `bytes` bytes together. None at its end.
     pub fn walk_on(&self, walk: &mut Walk, bytes: usize) -> Vec<Encoded> {
         let (mut events, mut taken) = (Vec::new(), 0);
         while taken < bytes
@@ -334,7 +339,7 @@ impl History {
                 let id = kept.event.id;
                 let is_next = walk.heads.first_key_value().is_none_or(|(other, _)| id < *other);
                 if id > walk.until {
-                    break;
+                    break; // this topic's walk is over
                 } else if !is_next || taken >= bytes {
                     walk.heads.insert(id, name);
                     break;
@@ -351,15 +356,15 @@ impl History {
         self.topics.get(name).map_or(self.forgotten, |topic| topic.forgotten).id
     }
 
-    /// The topics that keep events, with what each has forgotten; and the newest id that any other topic has.
+    /// The topics that keep events, with what each has forgotten; and the newest id that any other topic has forgotten.
     pub fn all_forgotten(&self) -> (Vec<(Arc<str>, Id)>, Id) {
         let (used, unused): (Vec<_>, Vec<_>) = self.topics.values().partition(|topic| !topic.events.is_empty());
         let others = unused.iter().map(|topic| topic.forgotten).fold(self.forgotten, Point::max);
         (used.iter().map(|topic| (topic.name.clone(), topic.forgotten.id)).collect(), others.id)
     }
 
-    /// The topic, which is put into the table where it is not there. The caller uses it at once, by an event or a
-    /// subscriber: an unused one would stay.
+    /// The topic, put into the table if it is not there. The caller must keep an event or count a subscriber at once:
+    /// nothing removes a topic that was never used.
     fn topic(&mut self, name: &str) -> &mut Topic {
         let name: Arc<str> = name.into();
         let new = Topic { name: name.clone(), forgotten: self.forgotten, ..Topic::default() };
@@ -381,7 +386,7 @@ impl History {
         if let Some(key) = kept.key.filter(|key| topic.keys.get(key) == Some(&point.id)) {
             topic.keys.remove(&key);
         }
-        // What a busier hour has reserved is given back, or the budget would not bound it.
+        // Room that a busier hour has reserved is given back: the budget does not count it.
         if topic.events.len() * 4 < topic.events.capacity() {
             topic.events.shrink_to(topic.events.len() * 2);
             topic.keys.shrink_to(topic.keys.len() * 2);
@@ -392,6 +397,7 @@ impl History {
         }
     }
 
+    /// What it had forgotten goes into the one number first, or a later subscriber would hear no gap.
     fn remove_if_unused(&mut self, name: &str) {
         if let Some(topic) = self.topics.get(name).filter(|t| t.subscribers == 0 && t.events.is_empty()) {
             self.forgotten = self.forgotten.max(topic.forgotten);
@@ -412,9 +418,9 @@ impl History {
         self.topics(names).filter_map(|topic| topic.after(cursor).next()).map(|event| event.id).min()
     }
 
-    /// The event that says that something may be missing after the asked cursor, and before the event that it calls the
-    /// oldest: from that on, all of these topics are whole. Its id is just before everything that is kept after the cursor,
-    /// so whoever resumes from it gets that, though one topic may keep what is older than something that another forgot.
+    /// The event that says that something may be missing between `after`, the id that was asked for, and `oldest`, from
+    /// which on all of these topics are whole. Its own id is just before all that is kept after the cursor, so whoever
+    /// resumes from it gets all of that, though one topic may keep what is older than something that another forgot.
     fn gap(&self, names: &[Arc<str>], asked: Option<Id>, cursor: Id) -> Encoded {
         let forgotten = self.forgotten_of(names).id;
         let id = self.oldest_after(names, cursor).map_or(forgotten, Id::before);

@@ -1,11 +1,11 @@
-//! Publishing: number an event, write it down, show it.
+//! Publishing: give an event its id, write it down, hand it out.
 //!
-//! The order lock is held from numbering an event to the last lane's queue, but not while the journal is written; so ids,
-//! journal, history and queues all have one order. Whoever finds the journal at rest writes it for all who wait, so that
-//! they share the cost of it and nobody is woken for it. With `--fsync` the journal's own thread does, which costs little
-//! beside a sync: so a disk that is stuck never holds a publisher, who can be answered when the server stops. A lane takes
-//! neither the order lock nor that of the history, so a publisher that waits for room in its queue is never waited for in
-//! turn.
+//! The order lock is held from numbering an event to the last lane's queue, but not while the journal is written; so
+//! ids, journal, history and queues all have one order, and one cursor resumes any set of topics. Whoever finds the
+//! journal idle writes it for all who wait, so that they share the cost and nobody is woken to write. With `--fsync`
+//! the journal's own thread writes, which costs little beside a sync: a disk that is stuck never holds a publisher, who
+//! can be answered when the server stops. A lane takes neither the order lock nor that of the history, so a publisher
+//! that waits for room in its queue always gets it.
 
 use crate::block::{Block, encode_block};
 use crate::clock::now_ms;
@@ -32,17 +32,21 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
+/// A name stands in paths, logs and the journal, and is kept for as long as it is in use.
 const TOPIC_NAME_BYTES: usize = 64;
+/// A key is kept as long as its event.
 const KEY_BYTES: usize = 128;
-/// What waits for the journal takes at most this much (and one event a publisher), so that a stuck disk does not fill
-/// memory.
+/// What waits for the journal takes at most this much memory (and one event for each publisher), so that a stuck disk
+/// does not fill it.
 const UNWRITTEN_BYTES: usize = 16 * 1024 * 1024;
-/// Stopping: publishers whose events the disk does not take are told so after this long, which leaves time for the answer.
-const STOP_WAIT: Duration = Duration::from_millis(400);
-/// More than the kernel holds back what is to be written, which is 30 s and a little.
+/// When stopping, publishers whose events the disk has not taken are told so after this time, which leaves enough for
+/// the answer to go out.
+pub const STOP_WAIT: Duration = Duration::from_millis(400);
+/// Longer than the kernel keeps written data before it begins to write it to the disk, which is some 30 s; in ms.
 /// <https://docs.kernel.org/admin-guide/sysctl/vm.html#dirty-expire-centisecs>
 const HELD_BACK_MS: u64 = 60_000;
 
+/// Said instead of a plain refusal: nobody knows yet, and only a key makes it safe to try again.
 const NOT_TAKEN: &str =
     "the disk has not taken the event yet: it may be published, or not; publish it again with the same key";
 
@@ -53,16 +57,16 @@ pub struct Hub {
 }
 
 impl Hub {
-    /// Publishes one event to a topic, and returns its id once the journal has it, if there is one, and every lane's
-    /// queue.
+    /// Publishes one event to a topic. Returns its id once it is in the journal, if there is one, and on its way to
+    /// every subscriber.
     ///
     /// # Errors
     /// [`ErrorKind::InvalidInput`] for a topic or an event that may not be, [`ErrorKind::QuotaExceeded`] when all topic
     /// names are in use, [`ErrorKind::ResourceBusy`] when too much waits for the journal's disk,
     /// [`ErrorKind::StorageFull`] when the journal cannot be written (the message has the system's reason),
-    /// [`ErrorKind::NotConnected`] once the server is stopping. Nothing is published then; but where the message says that
-    /// the event may be published, since the disk had not answered when the server stopped: with the same
-    /// [`key`](Event::key), publishing it again is safe.
+    /// [`ErrorKind::NotConnected`] once the server is stopping. Nothing is published then, with one exception: if the
+    /// disk had not answered when the server stopped, the event may be published, and the message says so. With the
+    /// same [`key`](Event::key), publishing it again is safe.
     ///
     /// ```
     /// # fn main() -> std::io::Result<()> {
@@ -83,20 +87,27 @@ impl Hub {
 
 /// What all hubs share.
 pub struct Core {
+    /// As the system allows it (`system.rs`).
     pub config: Config,
+    /// The queue of each lane.
     pub lanes: Vec<Sender<ToLane>>,
     pub counters: Arc<Counters>,
     /// Set without any lock: stopping must not stand in line behind all who want to publish.
     stopped_at: OnceLock<Instant>,
+    /// The outermost lock, and the events that wait for the journal.
     turns: Turns,
     /// The last try to write the journal has failed.
     is_journal_failing: AtomicBool,
+    /// Locked shortly, under the order lock or alone. A snapshot for the journal has a share of it.
     history: Arc<Mutex<History>>,
     log: Arc<Logger>,
 }
 
 impl Core {
-    /// Takes the journal into use, if there is one.
+    /// Opens the journal, if there is one, and restores what is in it.
+    ///
+    /// # Errors
+    /// The journal cannot be used: see [`Server::bind`](crate::Server::bind).
     pub fn new(
         config: Config,
         lanes: Vec<Sender<ToLane>>,
@@ -122,7 +133,10 @@ impl Core {
         })
     }
 
-    /// Starts the journal's own thread, if there is a journal. It ends once the server has stopped.
+    /// Starts the journal's own thread, if there is a journal. It ends once the server has stopped and nothing waits.
+    ///
+    /// # Errors
+    /// No thread can be started.
     pub fn start_journal_thread(self: &Arc<Core>) -> io::Result<()> {
         if self.config.journal.is_some() {
             let core = self.clone();
@@ -131,36 +145,42 @@ impl Core {
         Ok(())
     }
 
+    /// Whether the server is stopping. It never starts again.
     pub fn is_stopping(&self) -> bool {
         self.stopped_at.get().is_some()
     }
 
-    /// Whether publishing was refused when the journal was last written, or would be.
+    /// Whether the last try to write the journal failed, so that publishing would be refused: then `/health` is 503.
     pub fn is_journal_failing(&self) -> bool {
         self.is_journal_failing.load(Relaxed)
     }
 
-    /// From here on nothing is numbered. False if it had been called before.
+    /// From here on no event gets an id. False if the server was stopping already.
     pub fn stop(&self) -> bool {
         let is_first = self.stopped_at.set(Instant::now()).is_ok();
-        drop(enter(&self.turns.order)); // or whoever is just falling asleep would miss it
+        drop(enter(&self.turns.order)); // or whoever has just looked, and is falling asleep, would miss it
         self.turns.ended.notify_all();
         self.turns.work.notify_one();
         is_first
     }
 
-    /// The history, without what is too old.
+    /// The history, without what is too old. Whoever holds it may take a connection's state, but not the order lock.
     pub fn history(&self) -> MutexGuard<'_, History> {
         let mut history = enter(&self.history);
         history.expire();
         history
     }
 
-    /// Publishes events that follow one another. Where one cannot be, nor are those after it.
+    /// Publishes events that follow one another, as the lines of a `PUT` do. Where one cannot be published, those after
+    /// it are not either. Returns the ids of those that were.
+    ///
+    /// # Errors
+    /// As for [`Hub::publish`], for the first that was not.
     pub fn publish_all(&self, topic: &str, events: Vec<Event>) -> (Vec<Id>, io::Result<()>) {
         let (mut numbered, mut published) = (Vec::new(), Vec::new());
         let number_all = || {
-            let mut order = enter(&self.turns.order); // held throughout, so that no failure of the journal comes in between
+            // Held throughout: a failing journal then refuses the last of them, never one between two others.
+            let mut order = enter(&self.turns.order);
             for event in events {
                 numbered.push(self.number(&mut order, topic, event)?);
             }
@@ -174,7 +194,8 @@ impl Core {
         (published, all_settled.and(all_numbered))
     }
 
-    /// Whether this may be published, but for its topic.
+    /// Whether this event may be published to a topic. Its data may still be missing: queries are checked before bodies
+    /// are read.
     pub fn check(&self, event: &Event) -> io::Result<()> {
         event.check()?;
         let limit = self.config.data_bytes();
@@ -191,8 +212,9 @@ impl Core {
         }
     }
 
-    /// Waits until the journal is closed, which it is once nothing waits for it; then another server may have it, though the
-    /// program still holds a hub. Where the disk takes longer than stopping may, the journal's thread closes it afterwards.
+    /// Waits until the journal is closed, which it is once nothing waits for it. Then another server may have it,
+    /// though the program still holds a hub. Where the disk takes longer than stopping may, the journal's thread closes
+    /// it afterwards.
     pub fn close_journal(&self, deadline: Instant) {
         let mut order = enter(&self.turns.order);
         while self.config.journal.is_some() && !order.is_closed {
@@ -204,7 +226,8 @@ impl Core {
         }
     }
 
-    /// Gives an event its id. Without a journal, it is published at once.
+    /// Gives an event its id. Without a journal, it is published at once; else it waits, and the caller must
+    /// [`Core::settle`] it.
     fn number(&self, order: &mut Order, topic: &str, event: Event) -> io::Result<Numbered> {
         if self.is_stopping() {
             return Err(stopped());
@@ -212,6 +235,7 @@ impl Core {
         check_topic(topic)?;
         self.check(&event)?;
         let key: Option<Arc<str>> = event.key.as_deref().map(Arc::from);
+        // Under the order lock: of two publishers with one key, the second sees the first one's event.
         let history = self.history();
         if let Some(first) = key.as_ref().and_then(|key| order.find_key(&history, topic, key)) {
             return Ok(first);
@@ -225,7 +249,7 @@ impl Core {
         order.newest = id;
         let frame = event.encode_with_id(id);
         if self.config.journal.is_none() {
-            self.show(topic, Encoded::new(id, b"", frame.as_bytes()), key);
+            self.hand_out(topic, Encoded::new(id, b"", frame.as_bytes()), key);
             return Ok((id, None));
         }
         let event = encode_block(id, &[("topic", Some(topic)), ("key", key.as_deref())], &frame);
@@ -234,7 +258,7 @@ impl Core {
         Ok((id, Some(outcome)))
     }
 
-    /// Waits until an event is in the journal and shown.
+    /// Waits until an event is in the journal and handed out, writing the journal itself where nobody else does.
     fn settle(&self, (id, outcome): Numbered) -> io::Result<Id> {
         let Some(outcome) = outcome else { return Ok(id) };
         let mut order = enter(&self.turns.order);
@@ -264,19 +288,20 @@ impl Core {
         }
     }
 
-    /// What the journal's own thread does: with `--fsync` all of the writing, and else what nobody who publishes should have
-    /// to wait for. It looks after the file, writes a new one step by step, and closes it.
+    /// The journal's own thread. With `--fsync` it does all of the writing; else only what no publisher should have to
+    /// wait for: it checks the file's name, writes a new one step by step, and closes it.
     fn tend_journal(&self) {
         let (mut look_at, mut failed) = (Instant::now() + LOOK_TIME, None);
         while !enter(&self.turns.order).is_closed {
             let tended = catch_unwind(AssertUnwindSafe(|| self.take_turn(&mut look_at, &mut failed)));
             if tended.is_err() {
                 self.log.line(Log::Info, format_args!("the journal's thread has panicked, and goes on"));
-                thread::sleep(LOOK_TIME); // it may panic again
+                thread::sleep(LOOK_TIME); // what made it panic may do so again: not in a loop
             }
         }
     }
 
+    /// One turn of the journal's own thread. `failed` is what went wrong since the last one, when it had no journal.
     fn take_turn(&self, look_at: &mut Instant, failed: &mut Option<io::Error>) {
         let mut turn = Turn::new(&self.turns, self.wait_for_work(*look_at));
         self.write_batch(&mut turn);
@@ -294,11 +319,11 @@ impl Core {
         if has_ended {
             return turn.close();
         }
-        drop(turn);
+        drop(turn); // the pause may take a while, in which others append
         *failed = pause.pass().err();
     }
 
-    /// Waits until there is something to do, and then for the journal.
+    /// Waits until there is something to do, claims the next turn, and waits for the journal.
     fn wait_for_work(&self, look_at: Instant) -> Journal {
         let mut order = enter(&self.turns.order);
         loop {
@@ -316,35 +341,38 @@ impl Core {
         }
     }
 
-    /// Numbering goes on meanwhile: the order lock is not held while the file is written.
+    /// Writes what waits, one batch, and settles it. Numbering goes on meanwhile, for the order lock is not held while
+    /// the disk works.
     fn write_batch(&self, turn: &mut Turn) {
         let (bytes, mut count) = enter(&self.turns.order).batch();
         if count == 0 {
             return;
         }
-        let kept_bytes = enter(&self.history).block_bytes();
+        let kept_bytes = enter(&self.history).block_bytes(); // tells the journal whether it has grown too large
         let result = turn.journal().append(&bytes, kept_bytes, &|boot| self.snapshot(boot));
         self.is_journal_failing.store(result.is_err(), Relaxed);
         let result = result.map_err(|error| error.to_string());
         self.counters.journal_bytes.store(turn.journal().length(), Relaxed);
         let mut order = enter(&self.turns.order);
         if result.is_err() {
-            count = order.unwritten.len(); // what came later must not be published before it
+            count = order.unwritten.len(); // all that wait: none may be published after one that was refused
         }
         for unwritten in order.take(count) {
             if result.is_ok() {
-                self.show(&unwritten.topic, unwritten.event.clone(), unwritten.key.clone());
+                self.hand_out(&unwritten.topic, unwritten.event.clone(), unwritten.key.clone());
             }
             let _ = unwritten.outcome.set(result.clone());
         }
     }
 
+    /// What a new journal has to hold, as it is kept now.
     fn snapshot(&self, boot: Option<&str>) -> Box<dyn Snapshot> {
         Box::new(Kept::new(&self.history, boot))
     }
 
-    /// Keeps an event, and hands it to every lane. Called in the order of the ids, under the order lock.
-    fn show(&self, topic: &str, event: Encoded, key: Option<Arc<str>>) {
+    /// Keeps an event, and then queues it for every lane, in this order: leg 4 of the proof in `subscription.rs`.
+    /// Called in the order of the ids, under the order lock; it may wait for room in a queue.
+    fn hand_out(&self, topic: &str, event: Encoded, key: Option<Arc<str>>) {
         let followed = enter(&self.history).insert(topic, event.clone(), key);
         self.counters.published.fetch_add(1, Relaxed);
         if let Some(topic) = followed {
@@ -353,6 +381,7 @@ impl Core {
     }
 }
 
+/// Topic names need no escaping in paths, in lists with commas, in logs or in the journal.
 pub fn check_topic(name: &str) -> io::Result<()> {
     let fits = |b: u8| b.is_ascii_alphanumeric() || b"._~-".contains(&b);
     if (1..=TOPIC_NAME_BYTES).contains(&name.len()) && name.bytes().all(fits) {
@@ -371,6 +400,7 @@ fn open_journal(path: &Path, history: &Arc<Mutex<History>>, config: &Config, log
     recover(path, history, config, log).map_err(named)
 }
 
+/// Restores the history from the journal, then makes the file fit to be appended to.
 fn recover(path: &Path, shared: &Arc<Mutex<History>>, config: &Config, log: &Arc<Logger>) -> io::Result<Journal> {
     let mut history = enter(shared);
     let (mut newest_event, mut newest_mark) = (Id::default(), Id::default());
@@ -384,6 +414,7 @@ fn recover(path: &Path, shared: &Arc<Mutex<History>>, config: &Config, log: &Arc
     if found.may_lack_events() {
         history.count_as_forgotten(after_what_is_lost(newest_event, newest_mark));
     }
+    // The lock is given up before the file is repaired: a snapshot takes it.
     let Totals { topics, events, .. } = history.totals();
     log.line(Log::Info, format_args!("kept {events} events of {topics} topics"));
     let kept_bytes = history.block_bytes();
@@ -392,10 +423,10 @@ fn recover(path: &Path, shared: &Arc<Mutex<History>>, config: &Config, log: &Arc
     Ok(journal)
 }
 
-/// An id above all that may have been published and lost. What came before, or stood there, is not known, so that is up to now;
-/// where the clock has gone back, also for a while after the newest event. But this rule itself puts ids ahead of the clock:
-/// they have the millisecond of the mark that a start has written, until the clock passes it. To add the while again at each
-/// start would put them ahead without end.
+/// An id above all that may have been published and lost. What is lost was written before now; so it is now, unless the
+/// clock has gone back: then it is a while after the newest event. But this rule itself puts ids ahead of the clock:
+/// they have the millisecond of the mark that a start has written, until the clock passes it. To add the while again at
+/// each start would put them ahead without end, so after a mark it is added to the clock, not to the mark.
 fn after_what_is_lost(newest_event: Id, newest_mark: Id) -> Id {
     let now = now_ms();
     let lost_until = match newest_event.ms > newest_mark.ms {

@@ -1,21 +1,18 @@
 //! The file that outlives the process: an event stream itself, so `cat`, `grep` and `tail -F` read it.
 //!
-//! - *Nothing in it is changed in place.* Blocks are appended. What was forgotten disappears when the file is written anew
-//!   beside itself and renamed (`rewrite.rs`), so whenever the process or the machine dies, one whole journal has the name.
-//! - *What was refused is not there.* Where a write or a sync fails, the file is cut back before anybody is answered; where
-//!   it cannot be cut, what was refused is overwritten with blank lines, which are nothing.
-//! - *The kernel forgets what it could not sync*: the next sync succeeds, with the data lost. So after a failed one only a new
-//!   file, written from memory, is trusted. <https://wiki.postgresql.org/wiki/Fsync_Errors> The same holds for what an
-//!   earlier process wrote: whether it died in the middle of a failing sync, nobody knows. So who ends in order, with everything
-//!   synced, ends the file with a mark; with `--fsync` a file without it is written anew at the start.
-//! - *Unsynced, only its end may be missing* after the machine's death, which nothing in the file shows: so its first block names
-//!   the boot, and after another one all topics count as forgotten up to now.
-//! - *The lock is on the file itself*, and a new one is locked before it gets the name: nothing lies beside it that could be
-//!   deleted. Once a second, and before the first event after a second of silence, the name is looked at: a file that was
-//!   moved, cut or deleted is written anew; where another server's file has the name, nothing is published any more.
+//! - *Nothing in it is changed in place.* Blocks are appended; what was forgotten disappears when a new file is written
+//!   beside it and renamed (`rewrite.rs`). So whenever the process or the machine dies, one whole journal has the name.
+//! - *What was refused is not there.* Where a write or a sync fails, the file is cut back before anybody is answered;
+//!   where it cannot be cut, what was refused is overwritten with blank lines, which mean nothing.
+//! - *The kernel forgets what it could not sync*: the next sync succeeds, with the data lost. So after a failed one
+//!   only a new file, written from memory, is trusted. <https://wiki.postgresql.org/wiki/Fsync_Errors> An earlier
+//!   process may have died during a failing sync: so with `--fsync`, a start trusts only a file that was ended in order.
+//! - *Unsynced, the end may be missing* after the machine has died, and nothing in the file shows it. So its first
+//!   block names the boot, and after another boot all topics count as forgotten up to now.
+//! - *The lock is on the file itself*, and once a second its name is checked: a file that was moved, cut or deleted is
+//!   written anew; where another server's file has the name, nothing is published any more.
 //!
-//! The journal takes and gives encoded blocks, and knows no history: whoever uses it says what a new file has to hold. It waits
-//! for the disk, so no lock may be held by who calls it.
+//! The journal takes and gives encoded blocks, and knows no history. It waits for the disk: call it without a lock.
 
 use crate::block::{Block, end_mark};
 use crate::clock::now_ms;
@@ -34,48 +31,52 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// What a journal may grow beyond twice what is kept before it is written anew: a small one is not worth it.
+/// How much a journal may grow beyond twice what is kept before it is written anew: a small one is not worth it.
 const SLACK_BYTES: u64 = 1024 * 1024;
-/// A journal that failed is tried again this often, so that a broken disk is not kept busy with rewriting.
+/// A lost journal is written anew at most this often, so that a broken disk is not kept busy with it.
 const RETRY_TIME: Duration = Duration::from_secs(1);
 /// How long events may go into a file that has lost its name.
 pub const LOOK_TIME: Duration = Duration::from_secs(1);
-/// A journal that could not be written is tried with so much, which is the largest body of a `POST` by default.
+/// Written to see whether a full disk has room again: as much as a large event, or that would fail all the same.
 const TRIAL_BYTES: usize = 64 * 1024;
 
 pub struct Journal {
     path: PathBuf,
-    /// Opened for appending: after the file was cut, the next block stands at its end. Locked.
+    /// Locked. Opened for appending, so that the next block stands at the end also after the file was cut.
     file: Arc<File>,
-    /// Up to here, the file is whole blocks that were published.
+    /// Up to here the file is whole blocks that were published; what stands after it was refused.
     length: u64,
     /// How long it was when it held nothing but what was kept.
     needed: u64,
-    /// How many bytes are kept, as far as was heard last.
+    /// How many bytes are kept, as the caller last said.
     kept_bytes: u64,
     health: Health,
     /// Why nothing can be written, as publishers are told.
     reason: String,
+    /// When a lost file was last written anew, or tried.
     tried_at: Option<Instant>,
     looked_at: Instant,
+    /// A new file that is being written, step by step.
     rewrite: Option<Rewrite>,
+    /// Everything is synced before it is published (`--fsync`).
     is_synced: bool,
-    /// The run of the machine that it was begun in, unless everything is synced: should the machine die, the kernel may
-    /// not have written the end of it.
+    /// The boot that it is written in; none if everything is synced.
     boot: Option<String>,
     log: Arc<Logger>,
     /// A flood of refused connections must not use up the journal's turn.
     warned: OncePerSecond,
+    /// Keeps servers of older versions out.
     old_lock: Option<File>,
 }
 
 /// Begins a snapshot for a new file, whose first block names this boot.
 pub type Begin<'a> = &'a dyn Fn(Option<&str>) -> Box<dyn Snapshot>;
 
+/// Whether the file may be appended to: only if it is whole. `make_fit` mends what it can.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Health {
     Whole,
-    /// A write failed, perhaps half-way, and the file could not be cut back.
+    /// A write failed, perhaps half-way, and the file could not be cut back yet.
     Torn,
     /// The file is gone, or what is in it is not sure: a new one must be written first.
     Lost,
@@ -147,8 +148,8 @@ impl Journal {
     }
 
     /// Makes the file one that can be appended to. What a dying process left half-written at its end is cut off. Where
-    /// more than that is damaged, the file is kept aside, and what could be read of it is written anew; so is a file whose
-    /// first block must say something else of the boot from here on, and with `--fsync` one that may not be on the disk.
+    /// more is damaged, the file is kept aside, and what could be read of it is written anew. So is a file whose first
+    /// block must name another boot from here on, and with `--fsync` one that may not be on the disk.
     pub fn repair(&mut self, found: &Found, kept_bytes: u64, begin: Begin) -> io::Result<()> {
         (self.needed, self.kept_bytes) = (kept_bytes, kept_bytes);
         let copy = if found.is_damaged() { Some(self.keep_aside("damaged")?) } else { None };
@@ -158,8 +159,8 @@ impl Journal {
             let Err(error) = self.rewrite_at_once(begin) else { return Ok(()) };
             let has_its_name = Arc::ptr_eq(&found_file, &self.file);
             if has_its_name && found.boot.is_some() && !found.is_damaged() && is_trusted {
-                // Perhaps the disk is full. The file is whole, and as it tells of an earlier boot, the next start brings a
-                // gap too many, but no hole.
+                // Perhaps the disk is full. The file is whole, and since it names an earlier boot, the next start means
+                // a gap too many, but no hole.
                 self.say(format_args!("cannot be written anew: {error}"));
                 self.take_back()?;
                 return self.note_base(begin);
@@ -172,20 +173,20 @@ impl Journal {
         if found.whole < found.size { self.take_back() } else { Ok(()) }
     }
 
-    /// Writes down from where on ids are given, as the first block of a new file would: or after yet another death of the
-    /// machine they might be given once more.
+    /// Appends from where on ids are given, as a new file's first block would: or yet another death might repeat them.
     fn note_base(&mut self, begin: Begin) -> io::Result<()> {
         begin(None).next().iter().try_for_each(|mark| self.write(&mark.block().concat()))?;
         self.file.sync_data()
     }
 
-    /// Whether all that was read has been synced. Only then may it be shown without being written again.
+    /// Whether all that was read has been synced. Only then may it be published again without being written again.
     fn is_on_the_disk(&self, found: &Found) -> bool {
         let ended = found.has_ended && !found.is_damaged() && found.boot.is_none() && found.whole == found.size;
         ended && self.file.sync_data().is_ok()
     }
 
-    /// Appends whole blocks. Where that fails, none of them is published.
+    /// Appends whole blocks, and syncs them with `--fsync`. Where that fails, none of them is published, nor will a
+    /// later start find them, unless the error says so.
     pub fn append(&mut self, blocks: &[u8], kept_bytes: u64, begin: Begin) -> io::Result<()> {
         self.kept_bytes = kept_bytes;
         let result = self.make_fit(begin).and_then(|()| self.write(blocks));
@@ -196,8 +197,8 @@ impl Journal {
         result
     }
 
-    /// Looks whether the file still has its name; to be called once in `LOOK_TIME`, also where nobody publishes. Where the
-    /// journal has failed, tries whether it can be written again.
+    /// Checks that the file still has its name; to be called once in `LOOK_TIME`, also where nobody publishes. Where
+    /// the journal has failed, tries whether it can be written again.
     pub fn look_after(&mut self, has_failed: bool, begin: Begin) -> io::Result<()> {
         self.make_fit(begin)?;
         if has_failed { self.write(&[b'\n'; TRIAL_BYTES]).and_then(|()| self.take_back_trial()) } else { Ok(()) }
@@ -213,7 +214,7 @@ impl Journal {
         self.rewrite.is_some() || self.has_grown()
     }
 
-    /// Writes some more of a new file, if the old one has grown large. Others may append between two steps.
+    /// Writes some more of a new file, if the old one has grown too large. Others may append before the next step.
     pub fn step(&mut self, begin: Begin) -> Pause {
         self.try_step(begin).unwrap_or_else(|error| {
             self.abandon(&error);
@@ -221,20 +222,20 @@ impl Journal {
         })
     }
 
-    /// Gives up a new file that is being written; the old one grows on.
+    /// Gives up the new file that is being written; the old one grows on.
     pub fn abandon(&mut self, error: &io::Error) {
         self.rewrite = None;
         self.needed = self.length; // not again before it has doubled
         self.say(format_args!("cannot be written anew, and grows on: {error}"));
     }
 
-    /// Whatever was being done has not come to its end.
+    /// After a panic nobody knows how far a write came: the file is written anew before anything else.
     pub fn distrust(&mut self) {
         self.rewrite = None;
         self.lose(Health::Lost);
     }
 
-    /// Ends the file in order, if everything in it is sure, so that the next start need not write it anew.
+    /// Ends the file in order, if everything in it is sure, so that the next start can trust it.
     pub fn close(mut self) {
         self.rewrite = None;
         if self.health == Health::Torn {
@@ -295,7 +296,7 @@ impl Journal {
         }
     }
 
-    /// Finds out whether the name is still that of this file, and the file as long as it was.
+    /// Finds out whether the file still has the name, and is as long as it was. A change is logged once.
     fn look(&mut self) {
         self.looked_at = Instant::now();
         let what = match self.find_change() {
@@ -352,11 +353,13 @@ impl Journal {
         open_locked(&self.path)
     }
 
+    /// A new file that is being written goes, too: it copies from this one.
     fn lose(&mut self, health: Health) {
         self.rewrite = None;
         self.health = health;
     }
 
+    /// Writes a lost file anew, at most once in `RETRY_TIME`; between two tries, the last error stands.
     fn replace_lost(&mut self, begin: Begin) -> io::Result<()> {
         if self.tried_at.is_some_and(|at| at.elapsed() < RETRY_TIME) {
             return Err(io::Error::other(format!("it must be written anew, and cannot be: {}", self.reason)));
@@ -365,7 +368,7 @@ impl Journal {
         self.rewrite_at_once(begin).inspect_err(|error| self.reason = error.to_string())
     }
 
-    /// Writes a new file without a pause: nothing can be published before it is there.
+    /// Writes a new file in one go: nothing can be published before it is there.
     fn rewrite_at_once(&mut self, begin: Begin) -> io::Result<()> {
         self.lose(Health::Lost);
         let mut rewrite = self.begin(begin)?;
@@ -380,13 +383,13 @@ impl Journal {
                 if other.metadata()?.len() > 0 {
                     self.keep_aside("replaced")?;
                 }
-                _other = Some(other); // locked until ours has its place
+                _other = Some(other); // stays locked until ours has the name
             }
         }
         self.change_to(rewrite, replaces, true).map(drop)
     }
 
-    /// Gives a new file the journal's name, and returns the old one. Until its name is on the disk, too, it is not trusted.
+    /// Gives a new file the journal's name, and returns the old one. It is trusted once the name is on the disk, too.
     fn change_to(&mut self, mut rewrite: Rewrite, replaces: bool, is_synced: bool) -> io::Result<Arc<File>> {
         rewrite.take_name(&self.path, replaces)?;
         let old = std::mem::replace(&mut self.file, rewrite.file().clone());
@@ -399,6 +402,7 @@ impl Journal {
         Ok(old)
     }
 
+    /// Appends, and syncs with `--fsync`. A failed write can be cut back; after a failed sync the file is lost.
     fn write(&mut self, blocks: &[u8]) -> io::Result<()> {
         let result = (&*self.file).write_all(blocks).map_err(|error| (error, Health::Whole));
         let synced = || self.file.sync_data().map_err(|error| (error, Health::Lost));
@@ -406,7 +410,7 @@ impl Journal {
             self.length += blocks.len() as u64;
             return Ok(());
         };
-        let undone = self.take_back(); // at once: neither a later start nor those who follow the file may see it
+        let undone = self.take_back(); // at once: neither a later start nor `tail -F` may see it
         if health == Health::Lost {
             self.lose(health);
         }
@@ -415,7 +419,7 @@ impl Journal {
         Err(io::Error::new(error.kind(), reason))
     }
 
-    /// Takes out of the file what was refused, at its end. Where it cannot be cut, it stays torn, but harmless.
+    /// Takes what was refused out of the file. Where it cannot be cut, it is overwritten and the file stays torn.
     fn take_back(&mut self) -> io::Result<()> {
         self.health = Health::Torn;
         let size = self.file.metadata()?.len();
@@ -435,7 +439,7 @@ impl Journal {
         Ok(())
     }
 
-    /// Overwrites the end of the file with blank lines. A handle for appending writes at the end only, so it takes another.
+    /// Overwrites the end of the file with blank lines, by another handle: one for appending writes at the end only.
     fn blot_out(&self, size: u64) -> io::Result<()> {
         let file = OpenOptions::new().write(true).open(&self.path)?;
         if !is_same(&file.metadata(), &self.file.metadata()) {
@@ -444,7 +448,7 @@ impl Journal {
         file.write_all_at(&vec![b'\n'; (size - self.length) as usize], self.length)
     }
 
-    /// Gives the file that has the journal's name a second one, which it keeps when a new file gets the first.
+    /// Gives the file that has the journal's name a second name, which it keeps when a new file gets the first.
     fn keep_aside(&self, why: &str) -> io::Result<PathBuf> {
         let copy = beside(&self.path, &format!(".{why}.{}", now_ms()));
         if fs::hard_link(&self.path, &copy).is_err() {

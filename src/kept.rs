@@ -1,4 +1,9 @@
-//! Between the journal's blocks and the history: taking blocks in at the start, and giving what is kept out for a new file.
+//! Between the journal's blocks and the history: restoring blocks at the start, and giving out what is kept for a new
+//! file.
+//!
+//! The journal knows no history and the history no blocks, so that each can be read, and replaced, alone; what one must
+//! know of the other is here. A snapshot is taken in steps, each in one short hold of the history's lock, since
+//! publishing and replays wait for that lock.
 
 use crate::block::{Block, encode_block};
 use crate::encoded::Encoded;
@@ -8,12 +13,12 @@ use crate::rewrite::Snapshot;
 use crate::sync::enter;
 use std::sync::{Arc, Mutex};
 
-/// What a step of a snapshot takes of memory, with the history locked: that is about half a millisecond.
+/// How much memory one step of a snapshot takes, which holds the history's lock for about half a millisecond.
 const STEP_BYTES: usize = 256 * 1024;
-/// The marks of a step.
+/// How many marks one step gives.
 const STEP_MARKS: usize = 1_000;
 
-/// Takes in a block of the journal.
+/// Restores one block of the journal. `bytes` are the whole block, and the blocks come in the order of the file.
 pub fn restore(history: &mut History, block: Block, bytes: &[u8]) {
     let Block { id, topic, key, is_mark, frame_at, .. } = block;
     match topic {
@@ -25,19 +30,23 @@ pub fn restore(history: &mut History, block: Block, bytes: &[u8]) {
     }
 }
 
-/// What a journal holds that was written anew: what each topic has forgotten, and every event that is kept when its turn
-/// comes.
+/// What a journal that is written anew holds: first what each topic has forgotten, then every event that is still kept
+/// when the walk reaches it.
 pub struct Kept {
     history: Arc<Mutex<History>>,
+    /// For the first block.
     boot: Option<String>,
+    /// What topics that keep nothing have forgotten; none once the first block was given.
     others: Option<Id>,
+    /// The topics that kept events when the snapshot began, with what each had forgotten by then.
     topics: Vec<(Arc<str>, Id)>,
-    /// How many of the topics' marks were given out.
+    /// How many of the topics' marks were given.
     marked: usize,
     walk: Walk,
 }
 
 impl Kept {
+    /// Begins a snapshot, in one hold of the lock. What is published after this is not in it: the journal copies that.
     pub fn new(shared: &Arc<Mutex<History>>, boot: Option<&str>) -> Kept {
         let history = enter(shared);
         let (topics, others) = history.all_forgotten();
@@ -61,6 +70,7 @@ impl Snapshot for Kept {
 
     fn last(&mut self) -> Vec<Encoded> {
         let history = enter(&self.history);
+        // // `forgotten` also answers for a topic that has left the table meanwhile.
         let now = |(name, before): &(Arc<str>, Id)| {
             Some((name.clone(), history.forgotten(name))).filter(|(_, forgotten)| forgotten > before)
         };
@@ -70,6 +80,7 @@ impl Snapshot for Kept {
     }
 }
 
+/// A block without data: everything up to `id` is forgotten.
 fn mark(field: &str, value: Option<&str>, id: Id) -> Encoded {
     encode_block(id, &[(field, value)], &format!("id: {id}\n\n"))
 }

@@ -34,7 +34,7 @@
 //! Each room has one idea, which its first paragraph says, and uses only rooms that stand below it in this list. One event's
 //! way goes down through them once: `routes` → `publishing` → `hub` → `journal` → `history` → `lane` → `connection`. What is
 //! `pub` in a room is for the rooms above it; what is for the world is named at the end of this file. `c` is always a
-//! [`Connection`](connection::Connection).
+//! `Connection`.
 //!
 //! # Locks, outermost first
 //! | lock | held | guards |
@@ -67,7 +67,7 @@ mod routes; // what each request gets
 mod publishing; // POST and PUT
 mod subscription; // a stream of topics, while it must be waited for
 mod stream; // a handler's stream
-mod hub; // publishing: number, write down, show
+mod hub; // publishing: number, write down, hand out
 mod unwritten; // what waits for the journal, and whose turn it is
 mod kept; // between the journal's blocks and the history
 mod journal; // the file that outlives the process

@@ -1,7 +1,9 @@
 //! The lines of a body that is still arriving.
 //!
-//! A line once begun must end in time. Between lines silence is fine, for hours: but a publisher that has vanished without a
-//! packet says nothing either, so it ends at last.
+//! `tail -F app.log | curl -T -` sends one request for days: each line must be published as it comes, and neither the
+//! lines nor the silence between them may take memory or time without a bound. A line once begun must end in time.
+//! Between lines silence may last for hours, as it does overnight; but a publisher that has vanished without a packet
+//! is silent, too, so it ends at last.
 
 use crate::body::Body;
 use crate::config::Config;
@@ -9,26 +11,31 @@ use crate::reader::Reader;
 use crate::response::{Response, refuse};
 use std::time::Duration;
 
-/// Lines that are published together. An empty line is one byte of the request but hundreds as an event, so 4 KiB of
+/// Most lines that are published together. An empty line is one byte of the request but hundreds as an event: 4 KiB of
 /// newlines from each of many connections would take much memory at the same time.
 const LINES_AT_ONCE: usize = 128;
 
+/// Reads the body for as long as it lasts; nobody else may use the reader meanwhile.
 pub struct Lines<'a, 'b> {
     reader: &'a mut Reader<'b>,
     body: &'a mut Body,
     line_limit: usize,
+    /// For a line from its first byte to its end.
     line_time: Duration,
+    /// For the silence between two lines.
     idle_time: Duration,
+    /// What has been read of the body and is not dropped: the rest of one read, and the line that has begun.
     text: Vec<u8>,
-    /// Where the line that is looked for begins in `text`.
+    /// Where the next line begins in `text`.
     start: usize,
-    /// The time of a line that has begun is running; else that of the silence before it.
+    /// Which time is running: that of a line that has begun, or that of the silence before it.
     has_begun: bool,
-    /// How many lines have been taken.
+    /// How many lines have been taken, to name the one that is wrong.
     count: usize,
 }
 
 impl<'a, 'b> Lines<'a, 'b> {
+    /// The lines of a body of which nothing has been read.
     pub fn new(reader: &'a mut Reader<'b>, body: &'a mut Body, config: &Config) -> Lines<'a, 'b> {
         Lines {
             reader,
@@ -44,7 +51,10 @@ impl<'a, 'b> Lines<'a, 'b> {
     }
 
     /// Waits for a line, and takes those that came with it, too: they are published together, with one write of the
-    /// journal, before anyone waits for more. False with the last ones. What was taken before an error counts.
+    /// journal. False with the last ones.
+    ///
+    /// # Errors
+    /// 400, 408 or 413. What is in `texts` by then came before the fault, and is to be published.
     pub fn take_some(&mut self, texts: &mut Vec<String>) -> Result<bool, Response> {
         while let Some(line) = self.next()? {
             self.count += 1;
@@ -59,9 +69,10 @@ impl<'a, 'b> Lines<'a, 'b> {
         Ok(false)
     }
 
-    /// Waits for the next line. The last one may lack its LF, if the body ends whole.
+    /// Waits for the next line. The last one may lack its LF, but only where the body ends whole: of a body that was
+    /// cut off, half a line must not be published.
     pub fn next(&mut self) -> Result<Option<Vec<u8>>, Response> {
-        let mut searched = self.start;
+        let mut searched = self.start; // what was searched for a line's end is not searched again
         loop {
             let lf = self.text[searched..].iter().position(|b| *b == b'\n').map(|at| searched + at);
             self.check_length(lf.unwrap_or(self.text.len()))?;
@@ -85,6 +96,7 @@ impl<'a, 'b> Lines<'a, 'b> {
         line
     }
 
+    /// Refuses a line as soon as it is too long, not only when it ends. Its CR does not count.
     fn check_length(&self, end: usize) -> Result<(), Response> {
         let has_cr = self.text[..end].ends_with(b"\r");
         if end - self.start > self.line_limit.saturating_add(has_cr.into()) {
@@ -93,7 +105,8 @@ impl<'a, 'b> Lines<'a, 'b> {
         Ok(())
     }
 
-    /// Leaves in `text` only the line that has begun; its time runs from when it was first seen.
+    /// Leaves in `text` only the line that has begun, and sets the time for the read that follows. The time of a line
+    /// runs from when its beginning was first seen; more bytes of it do not extend it.
     fn drop_taken(&mut self) {
         self.has_begun &= self.start == 0;
         self.text.drain(..self.start);
@@ -106,6 +119,7 @@ impl<'a, 'b> Lines<'a, 'b> {
         self.has_begun = !self.text.is_empty();
     }
 
+    /// Says which of the two times was over, and names its flag.
     fn explain(&self, refusal: Response) -> Response {
         match refusal.status {
             408 if !self.has_begun => {

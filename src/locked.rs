@@ -1,7 +1,9 @@
 //! Whose a file is: the lock on the file itself, and what else belongs to giving it a name.
 //!
-//! A lock is on a file, not on its name. So whoever has locked a file looks whether it still has the name, and whoever gives
-//! the name to another file locks that one first. The lock goes with the process, and nothing lies beside the file.
+//! Two servers that append to one journal would give the same ids twice, and each would cut off what the other writes.
+//! So whoever uses it holds a lock on it. A lock is on a file and not on its name: whoever has locked a file checks
+//! that it still has the name, and whoever gives the name to another file locks that one first. The lock ends with the
+//! process, and nothing lies beside the file that somebody could delete.
 
 use crate::system;
 use std::fs::{self, File, Metadata, OpenOptions, TryLockError};
@@ -23,12 +25,17 @@ pub fn open_locked(path: &Path) -> io::Result<File> {
     }
 }
 
+/// Opens a file for reading and appending, and makes it where there is none, for its owner alone.
 pub fn open(path: &Path) -> io::Result<File> {
     OpenOptions::new().read(true).append(true).create(true).mode(0o600).open(path)
 }
 
-/// Versions before this one lock a file `FILE.lock` beside the journal, and not the journal. Where one of them runs, it has the
-/// journal; where one has left its file, that is locked, too, so that none of them starts beside us. It is never made.
+/// Older versions lock a file `FILE.lock` beside the journal, and not the journal. If it is there, it is locked, too:
+/// so we do not start beside a running older version, nor one beside us. It is never made. `held` is our lock on it, if
+/// we have one.
+///
+/// # Errors
+/// [`ErrorKind::ResourceBusy`]: an older version has it.
 pub fn lock_as_before(path: &Path, held: Option<&File>) -> io::Result<Option<File>> {
     let path = beside(path, ".lock");
     let found = fs::metadata(&path);
@@ -40,6 +47,7 @@ pub fn lock_as_before(path: &Path, held: Option<&File>) -> io::Result<Option<Fil
     Ok(Some(file))
 }
 
+/// Takes the lock without waiting.
 fn lock(file: &File) -> io::Result<()> {
     match file.try_lock() {
         Ok(()) => Ok(()),
@@ -53,16 +61,17 @@ fn lock(file: &File) -> io::Result<()> {
     }
 }
 
-/// Whether both are the same file.
+/// Whether both are the same file: the inode and the device, whatever the names.
 pub fn is_same(one: &io::Result<Metadata>, other: &io::Result<Metadata>) -> bool {
     matches!((one, other), (Ok(one), Ok(other)) if (one.dev(), one.ino()) == (other.dev(), other.ino()))
 }
 
-/// A name is on the disk once its directory is.
+/// A new name is sure to outlive a power cut only once its directory is synced, not only the file.
 pub fn sync_directory_of(path: &Path) -> io::Result<()> {
     File::open(path.parent().unwrap_or(path))?.sync_all()
 }
 
+/// The path with something added to the file's name, so that both are on one file system, as renaming needs.
 pub fn beside(path: &Path, suffix: &str) -> PathBuf {
     let mut name = path.as_os_str().to_owned();
     name.push(suffix);

@@ -1,7 +1,8 @@
 //! Lines for stderr, written by a thread of their own.
 //!
-//! A pipe that takes nothing must hold up neither streams nor stopping. So lines wait in a bounded queue, and what does
-//! not fit into it is left out and counted: the next line that fits says how many.
+//! A pipe that nobody reads must hold up neither streams nor stopping. So lines wait in a bounded queue; a line that
+//! does not fit is dropped and counted, and the next one that fits says how many are missing. Whatever can repeat as
+//! fast as a flood is limited to one line a second, or it would push everything else out of the log.
 
 use crate::clock::{date, now_ms};
 use crate::config::Log;
@@ -12,30 +13,36 @@ use std::io::{self, Write};
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::Duration;
 
-/// Lines that wait for stderr.
+/// Lines that may wait for stderr, some 200 KB: enough for a burst, and a reader that has stopped needs no more.
 const QUEUED_LINES: usize = 1024;
-/// How long stopping waits for them.
+/// How long stopping waits for the queue to take its last line, and then for the thread to have written it.
 const FINISH_TIME: Duration = Duration::from_millis(30);
 
+/// Shared by all; no lock is needed to write a line.
 pub struct Logger {
+    /// Lines of a level above this one are not even formatted.
     wanted: Log,
     queue: Sender<Line>,
     /// Closed once the thread has written the last line.
     finished: Receiver<()>,
+    /// Lines dropped since the last one that fitted.
     left_out: AtomicU64,
     warned: OncePerSecond,
 }
 
+/// What stands in the queue.
 enum Line {
     Text(String),
+    /// The thread ends here; what is queued after this is never written.
     End,
 }
 
-/// For what repeats as fast as a flood.
+/// Lets something through once a second, for what repeats as fast as a flood. It holds the second in which it last did.
 #[derive(Default)]
 pub struct OncePerSecond(AtomicU64);
 
 impl OncePerSecond {
+    /// True for the first who asks in a second, and for nobody else: the swap decides between threads.
     fn is_due(&self) -> bool {
         let second = now_ms() / 1000;
         self.0.swap(second, Relaxed) != second
@@ -43,6 +50,10 @@ impl OncePerSecond {
 }
 
 impl Logger {
+    /// Starts the thread, unless nothing is to be written.
+    ///
+    /// # Errors
+    /// No thread can be started.
     pub fn start(wanted: Log) -> io::Result<Logger> {
         let (queue, lines) = bounded(QUEUED_LINES);
         let (finish, finished) = bounded(0);
@@ -61,6 +72,7 @@ impl Logger {
         level <= self.wanted
     }
 
+    /// Queues one line, with the date before it. Never waits for stderr, so it may be called under a lock.
     pub fn line(&self, level: Log, line: fmt::Arguments) {
         if !self.wants(level) {
             return;
@@ -80,14 +92,15 @@ impl Logger {
         self.warn_within(&self.warned, line);
     }
 
-    /// The same, within a limit of its own: a flood of other warnings must not use up its turn.
+    /// One line a second by a limit of the caller's own: a flood of other warnings must not use up its turn.
     pub fn warn_within(&self, limit: &OncePerSecond, line: fmt::Arguments) {
         if limit.is_due() {
             self.line(Log::Info, line);
         }
     }
 
-    /// Waits for a moment until all lines are written. What comes later is not.
+    /// Waits a moment for all lines to be written, so that the last ones before the process ends are not lost. What is
+    /// logged later may be.
     pub fn finish(&self) {
         if self.wants(Log::Info) && self.queue.send_timeout(Line::End, FINISH_TIME).is_ok() {
             let _ = self.finished.recv_timeout(FINISH_TIME);
@@ -95,6 +108,7 @@ impl Logger {
     }
 }
 
+/// An error of stderr is ignored: there is nowhere left to report it.
 fn write_until_end(lines: &Receiver<Line>) {
     while let Ok(Line::Text(mut line)) = lines.recv() {
         line.push('\n');

@@ -1,23 +1,32 @@
 //! What the server counts, and how Prometheus reads it.
 //!
+//! Counters only grow, each from one thread or many, without a lock: their values need not fit each other to the last
+//! event. The names are public, so they stay as they are even where a better word was found since.
 //! <https://prometheus.io/docs/instrumenting/exposition_formats/>
 
 use std::fmt::Write;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
+/// What every room counts as it goes; `Relaxed` throughout, since nothing is decided by them.
 #[derive(Default)]
 pub struct Counters {
     pub published: AtomicU64,
+    /// Requests to publish that were refused.
     pub refused: AtomicU64,
+    /// Events written to subscribers and by handlers; heartbeats are not counted.
     pub delivered: AtomicU64,
+    /// How often a lane woke a subscriber's thread: the design is about keeping this low.
     pub woken: AtomicU64,
     pub gaps: AtomicU64,
-    pub sent_away: AtomicU64,
+    /// Connections and streams that were rejected at once, mostly for want of room; in the metrics, `sent_away_total`.
+    pub rejected: AtomicU64,
+    /// Connections that were closed to make room for others.
     pub evicted: AtomicU64,
+    /// The journal's length: the only one that may fall.
     pub journal_bytes: AtomicU64,
 }
 
-/// What is counted anew whenever somebody asks.
+/// What is measured anew whenever somebody asks.
 pub struct Gauges {
     pub subscribers: usize,
     pub connections: usize,
@@ -26,6 +35,7 @@ pub struct Gauges {
     pub kept_bytes: usize,
 }
 
+/// The body of `/metrics`. To scrape it costs a few locks, so whoever may not read streams may not read it either.
 pub fn render(gauges: &Gauges, counters: &Counters) -> String {
     let total = |counter: &AtomicU64| counter.load(Relaxed);
     let mut text = String::new();
@@ -46,7 +56,7 @@ pub fn render(gauges: &Gauges, counters: &Counters) -> String {
         ),
         ("woken_total", "counter", total(&counters.woken), "Times a live subscriber's thread was woken."),
         ("gaps_total", "counter", total(&counters.gaps), "Gaps that subscribers were told of."),
-        ("sent_away_total", "counter", total(&counters.sent_away), "Connections and streams without room."),
+        ("sent_away_total", "counter", total(&counters.rejected), "Connections and streams without room."),
         ("evicted_total", "counter", total(&counters.evicted), "Connections closed to make room for others."),
     ] {
         let _ = writeln!(text, "# HELP brooklet_{name} {help}\n# TYPE brooklet_{name} {kind}\nbrooklet_{name} {value}");

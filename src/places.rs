@@ -1,9 +1,10 @@
 //! Who is here, and who makes room.
 //!
-//! A connection is idle (its next request's head has not come whole), busy (its body is read, or its answer written), or
-//! a stream. When all places are taken, whoever has kept the server waiting longest makes room for a newcomer, so that no
-//! crowd of idle or slow ones can lock the others out. Streams make no room; they never take all the places, but while
-//! there are few of them, a herd that comes back at once has theirs, too.
+//! A connection is idle (the head of its next request has not come whole), busy (its body is being read, or its answer
+//! written), or a stream. When all places are taken, whoever has kept the server waiting longest makes room for a
+//! newcomer: without that, a crowd of idle or slow clients would lock all others out for as long as it likes. Streams
+//! never make room, and they cannot take the places that are kept for other connections. While there are few streams, a
+//! burst of new connections may use their places, too.
 
 use crate::connection::{Connection, Reason};
 use crate::sync::enter;
@@ -12,13 +13,14 @@ use std::net::{SocketAddr, TcpStream};
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::Instant;
 
-/// Whoever makes room for another loses its place at once, but its thread takes a moment to end. So many may be ending at
-/// the same time, beside those that have a place.
+/// Whoever makes room loses its place at once, but its thread takes a moment to end. At most this many may be ending
+/// beside those that have a place: else a flood of newcomers would start threads faster than they end.
 const ENDING_THREADS: usize = 128;
 
+/// What a connection's thread finds in `cut` when it was closed for a newcomer.
 pub const MADE_ROOM: Reason = "it made room for another";
 
-/// What a connection is at.
+/// What a connection is doing. `Table::queues` is indexed by it, and "at work" is everything from `Busy` on.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub enum Place {
     /// The head of its next request has not come whole.
@@ -34,23 +36,28 @@ pub enum Place {
 pub struct Places {
     stream_limit: usize,
     other_limit: usize,
+    /// Held shortly, and under no other lock.
     table: Mutex<Table>,
+    /// Notified when a connection's thread ends; stopping waits here.
     somebody_left: Condvar,
 }
 
 #[derive(Default)]
 struct Table {
-    /// Three quarters of the places beside the streams: the rest is for others, or each newcomer would have to go for the
-    /// next.
+    /// Three quarters of the places beside the streams. If publishers with a token held all of them, each newcomer
+    /// would be closed for the next one.
     trusted_limit: usize,
     next_serial: u64,
+    /// Rises with each move, so that the lowest turn at a place is whoever came to it first.
     next_turn: u64,
+    /// Threads that have not ended: those with a place, and those that have just made room.
     threads: usize,
-    /// Spreads the streams over the lanes; serial numbers would not, where every other connection is short.
+    /// Spreads the streams evenly over the lanes. Serial numbers would not: where every other connection is a short
+    /// request, the streams would all have odd ones.
     streams_opened: usize,
     /// For each place, by the turn in which they came to it: the first has been there longest.
     queues: [BTreeMap<u64, Arc<Connection>>; 4],
-    /// The place and the turn of each connection, by its serial number.
+    /// The place and the turn of each connection, by its serial number. Whoever is missing here has made room.
     positions: HashMap<u64, (Place, u64)>,
 }
 
@@ -68,13 +75,13 @@ impl Places {
         Places { stream_limit, other_limit, table: Mutex::new(table), somebody_left: Condvar::new() }
     }
 
-    /// All the places there are.
+    /// All the places there are, of streams and others.
     pub fn limit(&self) -> usize {
         self.stream_limit + self.other_limit
     }
 
-    /// Gives a newcomer a place, for which another may have to make room; `None` where there is none. Its thread must call
-    /// [`Places::leave`] at its end.
+    /// Gives a newcomer a place, for which another may have to make room; `None` where there is none. Once it has a
+    /// place, its thread must call [`Places::leave`] at its end, or the place is lost for good.
     pub fn admit(&self, socket: TcpStream, peer: SocketAddr) -> Option<Arc<Connection>> {
         let mut table = enter(&self.table);
         // A place may be given away before the thread that had it has ended, but not too many such threads at once.
@@ -89,22 +96,23 @@ impl Places {
         Some(c)
     }
 
-    /// Closes one connection for a newcomer; false where there are only streams.
+    /// Closes one connection that is not a stream; false where there is none. Also called where descriptors or threads
+    /// run out.
     pub fn make_room(&self) -> bool {
         enter(&self.table).make_room()
     }
 
-    /// False where the connection has lost its place to a newcomer.
+    /// False where the connection has made room: its socket is shut down, and its thread should end.
     pub fn move_to(&self, place: Place, c: &Connection) -> bool {
         enter(&self.table).move_to(place, c)
     }
 
-    /// A publisher that has shown its token makes room last.
+    /// Notes that a publisher has shown its token: it makes room last.
     pub fn trust(&self, c: &Connection) {
         enter(&self.table).move_to(Place::Trusted, c);
     }
 
-    /// Who has something to say is not the first to make room: it is the last to have come to its place.
+    /// Puts a connection last at its place: it has just said something, so it is not the first to make room.
     pub fn refresh(&self, c: &Connection) {
         let mut table = enter(&self.table);
         if let Some((place, _)) = table.positions.get(&c.serial).copied() {
@@ -112,7 +120,8 @@ impl Places {
         }
     }
 
-    /// Finds a stream its place, and counts it; `None` where there is no room.
+    /// Finds a stream its place, and returns how many there have been so far; `None` where there is no room. From then
+    /// on it makes room for nobody.
     pub fn move_to_streams(&self, c: &Connection) -> Option<usize> {
         let mut table = enter(&self.table);
         if table.queue(Place::Stream).len() >= self.stream_limit || !table.move_to(Place::Stream, c) {
@@ -122,7 +131,7 @@ impl Places {
         Some(table.streams_opened)
     }
 
-    /// A connection's thread ends.
+    /// Called once by each connection's thread, at its end: gives up its place, if it still has one.
     pub fn leave(&self, c: &Connection) {
         let mut table = enter(&self.table);
         table.threads -= 1;
@@ -130,16 +139,18 @@ impl Places {
         self.somebody_left.notify_all();
     }
 
+    /// How many are at each place now.
     pub fn counts(&self) -> Counts {
         let [idle, busy, trusted, streams] = enter(&self.table).queues.each_ref().map(BTreeMap::len);
         Counts { idle, busy, trusted, streams }
     }
 
-    /// Everyone but those that are idle.
+    /// Everyone but the idle ones: those that stopping gives time to end in order.
     pub fn at_work(&self) -> Vec<Arc<Connection>> {
         enter(&self.table).queues[Place::Busy as usize..].iter().flat_map(BTreeMap::values).cloned().collect()
     }
 
+    /// Everyone who has a place.
     pub fn everyone(&self) -> Vec<Arc<Connection>> {
         enter(&self.table).queues.iter().flat_map(BTreeMap::values).cloned().collect()
     }
@@ -166,9 +177,10 @@ impl Table {
         &mut self.queues[place as usize]
     }
 
-    /// Closes the connection that has been idle longest. But where a crowd came at once, nobody has been idle for long: then
-    /// the one that has been busy longest. Who has shown a token goes last. But where too many have, it is whoever has said
-    /// nothing for longest, token or not: a publisher that has vanished without a word goes before all that live.
+    /// Closes the connection that has been idle longest. But where a crowd has just arrived, nobody has been idle for
+    /// long, and it is the one that has been busy longest. Publishers that have shown a token go last. Where those are
+    /// too many, it is whoever has been silent longest, token or not: a publisher that has vanished without a word goes
+    /// before those that live.
     fn make_room(&mut self) -> bool {
         let mut order = match self.somebody_idles() {
             true => [Place::Idle, Place::Busy, Place::Trusted],
@@ -183,7 +195,8 @@ impl Table {
         true
     }
 
-    /// Whether somebody was idle before the crowd of now came: three quarters as many have come since as are here.
+    /// Whether somebody was idle before the crowd of now arrived: three quarters as many have come since as are here
+    /// now. Measured in newcomers and not in time, so that it holds however fast a crowd comes.
     fn somebody_idles(&mut self) -> bool {
         let here = self.queue(Place::Idle).len() + self.queue(Place::Busy).len();
         let crowd_begins = self.next_serial.saturating_sub(here as u64 * 3 / 4);

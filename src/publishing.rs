@@ -1,6 +1,8 @@
 //! Publishing over HTTP: `POST` publishes its body as one event, `PUT` every line of it as it arrives.
 //!
-//! What is wrong with the query is said before the body is read. A refusal in the middle of a `PUT` says how far it came.
+//! What is wrong with the query is said before the body is read: nobody should send a day's log to learn of a typing
+//! error. A `PUT` cannot be undone, so an error in the middle of it says how many lines were published and which id the
+//! last one has. 200 means that everything is published, and is in the journal if there is one.
 
 use crate::connection::STOPPING;
 use crate::event::{Event, Id};
@@ -16,16 +18,22 @@ use std::io::{self, ErrorKind};
 use std::sync::Arc;
 use std::time::Duration;
 
+/// What both methods use. Who may publish was checked before.
 pub struct Publishing {
     pub hub: Hub,
     pub places: Arc<Places>,
 }
 
 impl Publishing {
+    /// Publishes the body as one event; the answer is its id.
+    ///
+    /// # Errors
+    /// 400 for a bad query or body, 408, 413; 503 or 507 where the hub has refused it.
     pub fn post(&self, reader: &mut Reader, request: &mut Request, topic: &str) -> Result<Response, Response> {
         let mut event = self.describe(request, topic, &["event", "retry", "key"])?;
         let body =
             request.read_body(reader, &self.hub.core.config, true).map_err(|refusal| self.explain(refusal, ""))?;
+        // Event streams are UTF-8 and nothing else (the standard): a page would see replacement characters.
         event.data = String::from_utf8(body).map_err(|error| {
             Response::text(400, format!("the body is not UTF-8 from byte {} on", error.utf8_error().valid_up_to()))
         })?;
@@ -35,6 +43,10 @@ impl Publishing {
         }
     }
 
+    /// Publishes each line of the body; the answer says how many, and the last id.
+    ///
+    /// # Errors
+    /// As for [`Publishing::post`], with what was published before.
     pub fn put(&self, reader: &mut Reader, request: &mut Request, topic: &str) -> Result<Response, Response> {
         let event = self.describe(request, topic, &["event", "retry"])?;
         request.invite_body(reader)?;
@@ -47,6 +59,7 @@ impl Publishing {
         }
     }
 
+    /// The lines until the body ends or one is wrong. `count` and `last` hold what was published, also after an error.
     fn put_lines(
         &self,
         reader: &mut Reader,
@@ -60,12 +73,13 @@ impl Publishing {
         let mut lines = Lines::new(reader, &mut request.body, config);
         loop {
             let mut texts = Vec::new();
-            let more = lines.take_some(&mut texts);
+            let more = lines.take_some(&mut texts); // looked at below: the lines before an error are published first
             let events = texts.into_iter().map(|data| Event { data, ..event.clone() }).collect();
-            self.places.refresh(c);
+            self.places.refresh(c); // a publisher that sends is not the one to make room
             let (ids, published) = self.hub.core.publish_all(topic, events);
             *count += ids.len();
             *last = ids.last().copied().or(*last);
+            // What is left of the body is not read any more, so the connection must end.
             published.map_err(|error| Response { close: true, ..self.not_published(&error) })?;
             if !more? {
                 return Ok(());
@@ -73,7 +87,8 @@ impl Publishing {
         }
     }
 
-    /// The event that a request's query describes; its data comes with the body.
+    /// The event that a request's query describes, checked; its data comes with the body. An unknown parameter is
+    /// refused, or `?evnet=x` would publish something else than was meant.
     fn describe(&self, request: &Request, topic: &str, known: &[&str]) -> Result<Event, Response> {
         if let Some((name, _)) = request.query.0.iter().find(|(name, _)| !known.contains(&name.as_str())) {
             return decline(400, format!("the parameter {} is not known: {} are", quoted(name), known.join(", ")));
@@ -86,6 +101,8 @@ impl Publishing {
         checked.map_err(|error| self.not_published(&error)).map(|()| event)
     }
 
+    /// The answer to an error of the hub: 400 where the request is wrong, 507 where the disk takes nothing, else 503.
+    /// Only the latter two are worth another try, and say when.
     fn not_published(&self, error: &io::Error) -> Response {
         match error.kind() {
             ErrorKind::InvalidInput => Response::text(400, error),
@@ -94,19 +111,22 @@ impl Publishing {
         }
     }
 
-    /// Adds to a refusal how far it came. A body that stopping has cut off is not its sender's fault.
+    /// Adds to a refusal how many lines were published before it.
     fn explain(&self, refusal: Response, so_far: &str) -> Response {
+        // Stopping ends the reading side of the socket, which looks as if the sender had stopped in the middle.
         if self.hub.core.is_stopping() {
             return Response { close: true, ..self.unavailable(format!("{STOPPING}{so_far}")) };
         }
         Response { body: format!("{}{so_far}\n", refusal.reason()).into_bytes().into(), ..refusal }
     }
 
+    /// 503, with the seconds after which to try again.
     pub fn unavailable(&self, reason: impl fmt::Display) -> Response {
         Response::text(503, reason).field("Retry-After", self.hub.core.config.retry.as_millis().div_ceil(1000))
     }
 }
 
+/// Whole milliseconds; browsers ignore a `retry` that is anything else than digits.
 fn milliseconds(text: &str) -> Result<Duration, Response> {
     let number = text.parse::<u32>().ok().filter(|_| text.bytes().all(|b| b.is_ascii_digit()));
     let Some(number) = number else {

@@ -1,4 +1,8 @@
 //! What came on a connection and is not used yet. Pipelined requests wait here for their turn.
+//!
+//! Every wait has an end: whoever reads sets a deadline first, and each read waits for what is left of it. So a peer
+//! that sends a byte now and then holds its thread no longer than one that sends nothing. The buffer holds what its
+//! user still needs (the head or the line so far) and one read more.
 
 use crate::connection::{Connection, LINGER, would_block};
 use crate::response::{Response, refuse};
@@ -7,19 +11,21 @@ use std::io::{self, ErrorKind, Read};
 use std::net::Shutdown;
 use std::time::{Duration, Instant};
 
-/// What one read takes at most.
+/// What one read takes at most: most requests come in one.
 const READ_BYTES: usize = 4096;
-/// A line of the chunked coding: a size and its extensions, or a trailer field.
+/// Longest line of the chunked coding: a size with its extensions, or a trailer field. Nobody needs more, and lines
+/// that are thrown away must not be a way to send without end.
 const CHUNK_LINE_BYTES: usize = 256;
 
+/// Belongs to the connection's thread, for as long as that reads requests.
 pub struct Reader<'a> {
     pub c: &'a Connection,
     buffer: Vec<u8>,
-    /// What stands before this in the buffer has been used.
+    /// `buffer[..start]` has been used; the next read removes it.
     start: usize,
     /// Until when the next read waits; for ever without one.
     pub deadline: Option<Instant>,
-    /// The read timeout that the socket was last given, if it was given any.
+    /// The read timeout that the socket was last given, if any: setting it is a call to the system.
     timeout: Option<Option<Duration>>,
 }
 
@@ -34,26 +40,31 @@ impl<'a> Reader<'a> {
         Reader { buffer: bytes.to_vec(), ..Reader::new(c) }
     }
 
+    /// What has come and is not used yet.
     pub fn unread(&self) -> &[u8] {
         &self.buffer[self.start..]
     }
 
-    /// Takes `count` bytes as used.
+    /// Takes the first `count` bytes of [`Reader::unread`] as used.
     pub fn use_up(&mut self, count: usize) {
         self.start += count;
     }
 
+    /// From now on, reads wait until this time is over, all of them together.
     pub fn wait_at_most(&mut self, time: Duration) {
         self.deadline = Some(Instant::now() + time);
     }
 
-    /// One read, until the deadline. `Ok(0)` at the end.
+    /// One read, which waits until the deadline; it returns how many bytes came, and 0 at the end.
+    ///
+    /// # Errors
+    /// `WouldBlock` where the deadline has passed; what the system says otherwise.
     pub fn fill(&mut self) -> io::Result<usize> {
         let left = self.deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
         if left.is_some_and(|left| left.is_zero()) {
             return Err(ErrorKind::WouldBlock.into());
         }
-        // In whole milliseconds, so that a request after a request need not tell the system the same again.
+        // In whole milliseconds, so that requests one after another have the same timeout, which is set once.
         let timeout = left.map(|left| Duration::from_millis(left.as_millis() as u64 + 1));
         if self.timeout != Some(timeout) {
             self.c.socket.set_read_timeout(timeout)?;
@@ -73,6 +84,7 @@ impl<'a> Reader<'a> {
         read
     }
 
+    /// The same in the middle of a body, where the end is an error, too: 400, or 408 when it took too long.
     pub fn fill_body(&mut self) -> Result<(), Response> {
         match self.fill() {
             Ok(0) => refuse(400, "the connection ended before the body did"),
@@ -82,7 +94,8 @@ impl<'a> Reader<'a> {
         }
     }
 
-    /// A line of the chunked coding, without the CRLF that ends it.
+    /// A line of the chunked coding, without the CRLF that ends it. A lone LF or CR, or another control character, is
+    /// refused: some readers end the line there, and others do not (RFC 9112 §2.2).
     pub fn chunk_line(&mut self) -> Result<String, Response> {
         let mut seen = 0;
         loop {
@@ -102,7 +115,8 @@ impl<'a> Reader<'a> {
         }
     }
 
-    /// Reads on for a while after the last response, so that it arrives before the reset that closing would cause.
+    /// Ends our side and reads on for a while after the last response. A socket that is closed with unread bytes resets
+    /// the connection, and the reset may overtake the response on its way (RFC 9112 §9.6).
     pub fn linger(&mut self) {
         let _ = self.c.socket.shutdown(Shutdown::Write);
         self.wait_at_most(LINGER);

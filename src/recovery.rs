@@ -1,41 +1,51 @@
 //! One pass over a journal, at the start.
 //!
-//! A stream that ends early ends with its last blank line, says the standard, and that is the whole of recovery. A block
-//! whose sum does not fit, or whose id goes back, is damage: it is counted and passed over. Damage may have taken a block's
-//! blank line, so the next block is looked for at its end. One block is in memory beside what the caller keeps.
+//! The standard says that an event stream which ends early ends with its last blank line; that is the whole of
+//! recovery. A block whose sum does not fit, or whose id goes back, is damage: it is counted and skipped. Damage may
+//! have taken a block's blank line, so the next block is looked for at its end. Only one block is in memory beside what
+//! the caller keeps, so a journal of any size can be read. What is found decides whether the file may be appended to
+//! (`Journal::repair`). <https://html.spec.whatwg.org/multipage/server-sent-events.html#event-stream-interpretation>
 
 use crate::block::{Block, read_block};
 use crate::event::Id;
 use std::io::{self, BufReader, IsTerminal, Read, Write};
 use std::time::Duration;
 
-/// How many damaged blocks are named by their offset in the file.
+/// How many damaged blocks are named in the log, by their offset in the file: enough to look at them.
 const NAMED_DAMAGE: usize = 10;
 
 /// What a journal held.
 #[derive(Default)]
 pub struct Found {
+    /// The file's length in bytes, when reading began.
     pub size: u64,
-    /// Up to here, the file is blocks, each with its blank line.
+    /// Up to here, the file is blocks, each with its blank line. The rest was cut off by whatever ended the process.
     pub whole: u64,
+    /// Good and damaged ones. Where all are damaged, the file is no journal.
     pub blocks: u64,
     pub events: u64,
+    /// The id of the last event; the next must be above it.
     newest: Option<Id>,
     pub damaged: u64,
-    /// Where the first of the damaged ones begin.
+    /// Where the first damaged blocks begin.
     pub damaged_at: Vec<u64>,
-    /// It does not begin as every journal does, with the mark of no topic: what came before is missing.
+    /// Its first block is not a mark without a topic, as in every journal: what came before is missing.
     pub is_headless: bool,
-    /// The boot that it was written in, unless it was always synced.
+    /// The boot that it was begun in; none if everything in it was synced.
     pub boot: Option<String>,
-    /// The machine has died or restarted since, and not everything was synced.
+    /// It was not synced, and the machine has died or restarted since: its end may be missing, which nothing in it
+    /// shows.
     pub has_rebooted: bool,
-    /// Its last block is a mark of no topic, and not its first: who wrote it ended in order.
+    /// Its last block is a mark without a topic, and not its first: whoever wrote it ended in order.
     pub has_ended: bool,
 }
 
 impl Found {
-    /// Reads `size` bytes, and gives each good block to `take`. A block of more than `limit` bytes is damage.
+    /// Reads the file to its end, `size` bytes of which are expected, and gives each good block to `take`, with its
+    /// bytes. A block of more than `limit` bytes is damage.
+    ///
+    /// # Errors
+    /// The file cannot be read; damage is no error.
     pub fn read(
         file: impl Read,
         size: u64,
@@ -45,7 +55,7 @@ impl Found {
     ) -> io::Result<Found> {
         let mut reader = BufReader::with_capacity(64 * 1024, file);
         let mut found = Found { size, ..Found::default() };
-        let mut progress = Progress { is_shown: shows_progress && io::stderr().is_terminal(), percent: 0 };
+        let mut progress = Progress { is_wanted: shows_progress && io::stderr().is_terminal(), percent: 0 };
         let mut bytes = Vec::new();
         while let Some(length) = read_block(&mut reader, &mut bytes, limit)? {
             if bytes != b"\n" {
@@ -58,8 +68,9 @@ impl Found {
         Ok(found)
     }
 
-    /// A blank line alone is nothing; everything else is a block, or damage and perhaps a block behind it.
+    /// A blank line alone is nothing; everything else is a block, or damage with perhaps a block at its end.
     fn take_block(&mut self, bytes: &[u8], take: &mut dyn FnMut(Block, &[u8])) {
+        // A mark may repeat an id, or say a lower one: it moves nothing back.
         let is_good = |block: &Block| block.is_mark || self.newest < Some(block.id);
         let whole = Block::parse(bytes).map(|block| (0, block)).filter(|(_, block)| is_good(block));
         let found = whole.or_else(|| Block::parse_after_damage(bytes).filter(|(at, block)| *at > 0 && is_good(block)));
@@ -86,11 +97,12 @@ impl Found {
         take(block, &bytes[at..]);
     }
 
+    /// Whether something is missing or unreadable before the file's end.
     pub fn is_damaged(&self) -> bool {
         self.damaged > 0 || self.is_headless
     }
 
-    /// What there is to be said of it, a line each.
+    /// What there is to say about it in the log, a line each.
     pub fn describe(&self, took: Duration) -> Vec<String> {
         let Found { size, whole, events, damaged, damaged_at, .. } = self;
         let mut lines = vec![format!("read {events} events, {size} bytes, in {} ms", took.as_millis())];
@@ -109,28 +121,28 @@ impl Found {
         lines
     }
 
-    /// Whether there may have been events that are not in the file, up to now.
+    /// Whether events may have been published that are not in the file. Then every topic has a gap up to now.
     pub fn may_lack_events(&self) -> bool {
         self.is_damaged() || self.has_rebooted || self.size == 0
     }
 }
 
-/// A line that changes, for somebody who looks.
+/// A line that changes, for somebody who waits at a terminal. A large journal takes seconds.
 struct Progress {
-    is_shown: bool,
+    is_wanted: bool,
     percent: u64,
 }
 
 impl Progress {
     fn show(&mut self, percent: u64) {
-        if self.is_shown && percent > self.percent {
+        if self.is_wanted && percent > self.percent {
             self.percent = percent;
             let _ = write!(io::stderr(), "\rreading the journal: {percent} %");
         }
     }
 
     fn clear(&self) {
-        if self.is_shown {
+        if self.is_wanted {
             let _ = write!(io::stderr(), "\r{:40}\r", "");
         }
     }

@@ -1,8 +1,9 @@
-//! One request's head, read strictly.
+//! One request's head, read strictly ([RFC 9112](https://www.rfc-editor.org/rfc/rfc9112)).
 //!
-//! Whatever two readers could take for two different requests is refused, and the connection closed. httparse reads the
-//! syntax of the fields; the request line is read here, since httparse takes whatever it finds in the version's place for
-//! a version, and knows only two of them. What it all means is decided here, too. <https://www.rfc-editor.org/rfc/rfc9112>
+//! Whatever two readers could take for two different requests is refused, and the connection closed: between a proxy
+//! and this server, such a request would be a way past the proxy's rules. httparse reads the syntax of the fields. The
+//! request line is read here, since httparse accepts only two versions of HTTP and gives one error for all others. What
+//! the fields mean is decided here, too: no other room sees a field.
 
 use crate::authority::is_authority;
 use crate::body::Body;
@@ -15,41 +16,52 @@ use crate::target::{Query, Target};
 use crate::text::{quoted, skip_space, skip_token};
 use std::time::Instant;
 
+/// Most fields of a head; browsers and proxies send some twenty.
 const HEADER_LINES: usize = 100;
-/// Of the tokens that a head presents, so many are compared: a head full of cookies would be hundreds of guesses.
+/// Most tokens of a head that are compared with ours: a head full of cookies would otherwise be hundreds of guesses in
+/// one.
 const TOKENS_COMPARED: usize = 8;
 
-/// What this server wants to know of a request.
+/// What this server wants to know of a request. All of it is checked; its body is still to be read.
 pub struct Request {
     pub method: String,
     pub path: String,
     pub query: Query,
     pub body: Body,
-    /// How a stream is answered.
+    /// How a stream is sent, where this request asks for one.
     pub framing: Framing,
-    /// The connection ends after the response.
+    /// The connection ends after the response, as the client wants or its version has it (RFC 9112 §9.3).
     pub close: bool,
+    /// It waits for `100 Continue` before it sends its body. Taken back once that is sent.
     pub expects_continue: bool,
+    /// None where it is empty: so the browser has seen no id yet.
     pub last_event_id: Option<String>,
-    /// The host that was asked, perhaps with a port. HTTP/1.0 need not say.
+    /// The host that was asked, perhaps with a port. Only HTTP/1.0 need not say.
     pub host: Option<String>,
+    /// The origin of the page that asks; without a browser there is none.
     pub origin: Option<String>,
-    /// The tokens that it presents.
+    /// The tokens that it presents, not compared yet.
     pub tokens: Vec<String>,
 }
 
 impl Request {
-    /// Reads one head. `None` where the peer has nothing more to ask.
+    /// Waits for one head and reads it. `None` where the peer has nothing more to ask: it closed the connection, or was
+    /// idle until the reader's deadline.
+    ///
+    /// # Errors
+    /// 400, 408 (the head was not whole in time), 414, 417, 431, 501 or 505; the connection must be closed after any of
+    /// them.
     pub fn read(reader: &mut Reader, config: &Config) -> Result<Option<Request>, Response> {
         let (mut searched, mut has_begun) = (0, false);
         loop {
+            // The time for a head runs from its first byte: before that, the connection is idle.
             if !has_begun && !reader.unread().is_empty() {
                 has_begun = true;
                 reader.wait_at_most(config.head_time);
             }
             while reader.unread().starts_with(b"\r\n") {
                 reader.use_up(2); // empty lines before a request are skipped (RFC 9112 §2.2)
-                searched = 0;
+                searched = 0; // what follows has moved to the front
             }
             let end = head_end(reader.unread(), &mut searched)?;
             if end.unwrap_or(reader.unread().len()) > config.head_bytes {
@@ -60,6 +72,7 @@ impl Request {
                 reader.use_up(end);
                 return Ok(Some(request));
             }
+            // A peer that ends or is silent before the first byte of a head has nothing more to ask: that is no error.
             match reader.fill() {
                 Ok(got) if got > 0 => {}
                 Err(error) if would_block(&error) && !reader.unread().is_empty() => {
@@ -71,12 +84,17 @@ impl Request {
         }
     }
 
+    /// Reads a whole head, with the empty line at its end.
+    ///
+    /// # Errors
+    /// As for [`Request::read`].
     #[inline(never)] // see conversation.rs: a small stack
     pub fn parse(head: &[u8]) -> Result<Request, Response> {
         let line_end = head.iter().position(|b| *b == b'\n').map_or(head.len(), |lf| lf + 1);
         let (line, lines) = head.split_at(line_end);
-        let line = String::from_utf8_lossy(line.strip_suffix(b"\r\n").unwrap_or(line)); // what is no UTF-8 is no target
+        let line = String::from_utf8_lossy(line.strip_suffix(b"\r\n").unwrap_or(line)); // a target has ASCII only
         let RequestLine { method, target, is_http10 } = RequestLine::parse(&line)?;
+        // On the heap: 3 KiB of stack would stay resident with every subscriber.
         let mut headers = vec![httparse::EMPTY_HEADER; HEADER_LINES];
         let headers = match httparse::parse_headers(lines, &mut headers) {
             Ok(httparse::Status::Complete((_, headers))) => headers,
@@ -87,6 +105,7 @@ impl Request {
             Err(error) => return refuse(400, format!("the request's head cannot be read: {error}")),
         };
         let fields = Fields::read(headers)?;
+        // RFC 9112 §3.2; two fields `Host` were refused before.
         match &fields.host {
             None if !is_http10 => return refuse(400, "the field Host is missing"),
             Some(host) if !is_authority(host) => return refuse(400, format!("{} is no Host", quoted(host))),
@@ -113,7 +132,8 @@ impl Request {
         })
     }
 
-    /// Tells a client that waits for it to send its body (RFC 9110 §10.1.1).
+    /// Tells a client that waits for it to send its body (RFC 9110 §10.1.1). Called only once the request is accepted,
+    /// so that a client whose request is refused need not send the body for nothing.
     pub fn invite_body(&mut self, reader: &Reader) -> Result<(), Response> {
         if std::mem::take(&mut self.expects_continue) && !self.body.is_over() {
             let invited = reader.c.write_whole(b"HTTP/1.1 100 Continue\r\n\r\n", Instant::now() + LINGER);
@@ -122,10 +142,14 @@ impl Request {
         Ok(())
     }
 
-    /// Reads the whole body, which is collected only where it is wanted: nobody shall fill the memory with what is of no
-    /// use.
+    /// Reads the whole body. It is collected only where it is wanted; otherwise it is read to find the next request,
+    /// and takes no memory.
+    ///
+    /// # Errors
+    /// 413 where it is longer than [`Config::body_bytes`]; 400 or 408 where it does not come whole.
     pub fn read_body(&mut self, reader: &mut Reader, config: &Config, is_wanted: bool) -> Result<Vec<u8>, Response> {
         let limit = config.body_bytes;
+        // A body that announces too much is refused before it is invited.
         let (mut body, mut length) = (Vec::new(), 0);
         if self.body.left <= limit as u64 {
             self.invite_body(reader)?;
@@ -146,7 +170,8 @@ impl Request {
     }
 }
 
-/// The first line of a head, with one space between its parts (RFC 9112 §3).
+/// The first line of a head: three parts with one space between them, where other readers take any white space (RFC
+/// 9112 §3).
 struct RequestLine<'a> {
     method: &'a str,
     target: &'a str,
@@ -175,12 +200,13 @@ impl RequestLine<'_> {
     }
 }
 
+/// The refusal of a first line that is no request line.
 fn no_request_line<T>(line: &str) -> Result<T, Response> {
     let reason = "is no request line: write METHOD TARGET HTTP/1.1, with one space between them and none in them";
     refuse(400, format!("{} {reason}", quoted(line)))
 }
 
-/// The fields of a head that this server knows, with one value each.
+/// The fields of a head that this server knows, with one value each. All others are ignored.
 #[derive(Default)]
 struct Fields {
     host: Option<String>,
@@ -195,6 +221,10 @@ struct Fields {
 }
 
 impl Fields {
+    /// Collects the fields that are known.
+    ///
+    /// # Errors
+    /// 400 where a field stands twice that may stand only once: two readers could each take another.
     fn read(headers: &[httparse::Header]) -> Result<Fields, Response> {
         let mut fields = Fields::default();
         for header in headers {
@@ -210,7 +240,8 @@ impl Fields {
         Ok(fields)
     }
 
-    /// A field, and what joins its values where it may stand several times (RFC 9110 §5.3). The others must stand once.
+    /// The place for a field, and what joins its values where it may stand several times (RFC 9110 §5.3; cookies: RFC
+    /// 9113 §8.2.3). All others may stand only once.
     fn named(&mut self, name: &str) -> Option<(&mut Option<String>, Option<&'static str>)> {
         Some(match name.to_ascii_lowercase().as_str() {
             "host" => (&mut self.host, None),
@@ -221,17 +252,19 @@ impl Fields {
             "authorization" => (&mut self.authorization, None),
             "cookie" => (&mut self.cookie, Some("; ")),
             "connection" => (&mut self.connection, Some(", ")),
-            // Two of these are no cursor of ours, and get a gap: a refusal would strand the browser.
+            // Two of these, joined, are no id: that gets a gap, since a browser gives up for good on a refusal.
             "last-event-id" => (&mut self.last_event_id, Some(", ")),
             _ => return None,
         })
     }
 
+    /// Whether `close` is among the options of `Connection` (RFC 9110 §7.6.1).
     fn says_close(&self) -> bool {
         let mut options = self.connection.iter().flat_map(|options| options.split([',', ' ', '\t']));
         options.any(|option| option.eq_ignore_ascii_case("close"))
     }
 
+    /// Whether the client waits for `100 Continue`; another expectation is refused with 417 (RFC 9110 §10.1.1).
     fn expects_continue(&self) -> Result<bool, Response> {
         match &self.expect {
             None => Ok(false),
@@ -240,7 +273,8 @@ impl Fields {
         }
     }
 
-    /// The tokens of `Authorization: Bearer TOKEN` and of the cookie `brooklet_token`.
+    /// The tokens of `Authorization: Bearer TOKEN` (RFC 6750 §2.1) and of the cookie `brooklet_token`, which a
+    /// browser's `EventSource` can send where it cannot set fields.
     fn tokens(&self) -> Vec<String> {
         let bearer = self.authorization.as_deref().and_then(|value| value.split_once(' '));
         let bearer = bearer.filter(|(scheme, _)| scheme.eq_ignore_ascii_case("bearer")).map(|(_, token)| token.trim());
@@ -251,8 +285,8 @@ impl Fields {
     }
 }
 
-/// Finds the empty line that ends a head, looking on from `searched`. A lone LF is refused: not everyone takes it for an
-/// end.
+/// Finds the empty line that ends a head, looking on from `searched`: a head that comes byte by byte is searched once,
+/// not once for each byte. A lone LF is refused: not every reader takes it for the end of a line (RFC 9112 §2.2).
 fn head_end(bytes: &[u8], searched: &mut usize) -> Result<Option<usize>, Response> {
     while let Some(found) = bytes[*searched..].iter().position(|b| *b == b'\n') {
         let lf = *searched + found;
@@ -267,6 +301,7 @@ fn head_end(bytes: &[u8], searched: &mut usize) -> Result<Option<usize>, Respons
     Ok(None)
 }
 
+/// The refusal of a head that is longer than the limit: what exactly was too long decides the status.
 fn too_long<T>(head: &[u8], limit: usize) -> Result<T, Response> {
     let begun = &head[..limit];
     if begun.contains(&b'\n') {

@@ -1,8 +1,8 @@
 //! Responses: a status, some fields, and a body of known length. A refusal is one, too.
 //!
 //! An error is one line of text that says what was wrong and what would be right. Where a request was understood the
-//! connection goes on after it (`decline`); where it was not, or where it ends cannot be told, the connection is closed
-//! (`refuse`).
+//! connection goes on after it (`decline`). Where it was not, or where nobody can tell where it ends, the connection is
+//! closed (`refuse`): what follows could be a second request that somebody has smuggled in (RFC 9112 §11.2).
 
 use crate::clock::date;
 use crate::encoded::Framing;
@@ -13,49 +13,56 @@ use std::sync::Arc;
 /// A body up to this size is copied behind its head, so that one write takes both.
 const COPIED_BYTES: usize = 4096;
 
+/// Not encoded yet, so that the rooms on its way can add fields: CORS, `Allow`, `Retry-After`.
 pub struct Response {
     pub status: u16,
     pub content_type: Cow<'static, str>,
-    /// More fields, each line with its CRLF.
+    /// More fields, each line with its CRLF. What goes into them must be checked before: a line break would begin a
+    /// field.
     pub fields: String,
-    /// Shared, since a page that slow readers take their time with would else be copied for each of them.
+    /// Shared: a large page would otherwise be copied for each slow reader.
     pub body: Arc<[u8]>,
-    /// Where this request ends on the connection cannot be told.
+    /// The connection ends after it: nobody can tell where its request ends.
     pub close: bool,
 }
 
-/// One line that says what was wrong and what would be right, and the end of the connection.
+/// A line of text, and the end of the connection.
 pub fn refuse<T>(status: u16, reason: impl fmt::Display) -> Result<T, Response> {
     Err(Response { close: true, ..Response::text(status, reason) })
 }
 
-/// The same, where the request was understood: the connection goes on.
+/// A line of text, where the request was understood: the connection goes on.
 pub fn decline<T>(status: u16, reason: impl fmt::Display) -> Result<T, Response> {
     Err(Response::text(status, reason))
 }
 
 impl Response {
+    /// The `content_type` must be one, since it goes into the head as it is.
     pub fn new(status: u16, content_type: impl Into<Cow<'static, str>>, body: impl Into<Arc<[u8]>>) -> Response {
         let (content_type, body) = (content_type.into(), body.into());
         Response { status, content_type, fields: String::new(), body, close: false }
     }
 
+    /// One line of text, to which the line's end is added.
     pub fn text(status: u16, line: impl fmt::Display) -> Response {
         Response::new(status, "text/plain; charset=utf-8", format!("{line}\n").into_bytes())
     }
 
+    /// Adds a field. Neither `name` nor `value` may come from outside unchecked.
     pub fn field(mut self, name: &str, value: impl fmt::Display) -> Response {
         let _ = write!(self.fields, "{name}: {value}\r\n");
         self
     }
 
-    /// The line that `text` has written.
+    /// The line of [`Response::text`], for the log.
     pub fn reason(&self) -> String {
         String::from_utf8_lossy(&self.body).trim_end().to_string()
     }
 
-    /// What is written first, and what after that: a large body is not copied, a small one goes out with its head in one
-    /// write. A response to HEAD is the head only.
+    /// What is written first, and what after that: a large body is not copied, a small one goes out with its head in
+    /// one write. A response to HEAD is the head only, with the length that the body would have (RFC 9110 §9.3.2); 204
+    /// has neither body nor length (RFC 9110 §8.6). `nosniff` keeps browsers from taking a line that quotes a request
+    /// for a page.
     pub fn encode(&self, head_only: bool, close: bool) -> (Vec<u8>, Arc<[u8]>) {
         let mut head = status_line(self.status);
         if self.status != 204 {
@@ -74,7 +81,9 @@ impl Response {
     }
 }
 
-/// The head of every stream. nginx holds a stream back to its end unless told.
+/// The head of every stream, up to and with the blank line. Nothing follows a stream on its connection. `no-transform`
+/// keeps proxies from compressing it, which would hold events back; nginx buffers a stream to its end unless
+/// `X-Accel-Buffering` tells it not to. `cors` are whole lines.
 pub fn stream_head(framing: Framing, cors: &str) -> String {
     let coding = match framing {
         Framing::Chunked => "Transfer-Encoding: chunked\r\n",
@@ -88,6 +97,8 @@ pub fn stream_head(framing: Framing, cors: &str) -> String {
         + "\r\n"
 }
 
+/// With the date, which every response has (RFC 9110 §6.6.1). The reason is for people only; a status that is missing
+/// in this list has an empty one.
 fn status_line(status: u16) -> String {
     let reason = match status {
         200 => "OK",

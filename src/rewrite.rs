@@ -1,10 +1,10 @@
-//! The new file that takes a journal's place: written beside it, some at a time, while the old one is appended to.
+//! The new file that takes a journal's place: written beside it, in steps, while the old one is appended to.
 //!
-//! First comes what the history keeps, in batches; each is taken in one short hold of the history's lock, and no more than
-//! one is in memory. What is published meanwhile is appended to the old file as ever, and copied from its end. Events that
-//! are forgotten before the copying comes by are missing in the new file, so at its end stand marks for their topics: a gap
-//! too many is allowed, a silent hole never. The file is synced in pieces on the way, so that little is left to be synced
-//! when it gets the name. It is locked before it has the name, so that no other server can come in between.
+//! First comes what the history keeps, in batches; each is taken in one short hold of the history's lock, and only one
+//! is in memory. What is published meanwhile is appended to the old file as ever, and copied from its end. Events that
+//! are forgotten before the walk reaches them are missing in the new file, so marks for their topics stand at its end:
+//! a gap too many is allowed, a silent hole never. The new file is synced in pieces on the way, so that little is left
+//! when it gets the name. It is locked before that, so that no other server can come in between.
 
 use crate::encoded::Encoded;
 use crate::locked::{is_same, sync_directory_of};
@@ -14,31 +14,36 @@ use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-/// What is copied of the old file's end at once.
+/// How much of the old file's end one step copies, in memory.
 const STEP_BYTES: u64 = 256 * 1024;
-/// What is written before it is synced: with `--fsync` events wait for it, as for a sync of their own.
+/// How much is written before it is synced. With `--fsync`, an event's own sync waits behind this one on the disk.
 const SYNC_BYTES: u64 = 128 * 1024;
-/// What is left to be synced when it gets the name, unless events keep coming faster than that.
+/// How little must be unsynced when it gets the name. A flood that writes more than this during each sync would put
+/// that off for ever, so it is tried `LAST_SYNCS` times.
 const LAST_BYTES: u64 = 64 * 1024;
 const LAST_SYNCS: u32 = 8;
+const _: () = assert!(LAST_BYTES < SYNC_BYTES && SYNC_BYTES <= STEP_BYTES);
 
-/// What a new file has to hold. The journal itself knows no history.
+/// What a new file has to hold. The journal asks for it and knows no history, so that another store could give it.
 pub trait Snapshot: Send {
-    /// The first block, then marks, then the kept events, some at a time; at the end none.
+    /// The first block, then marks, then the kept events, some at a time; none at the end. Takes the history's lock
+    /// shortly.
     fn next(&mut self) -> Vec<Encoded>;
-    /// Marks of what was forgotten since the snapshot began.
+    /// Marks of what has been forgotten since the snapshot began. Asked for once, when nothing can be published.
     fn last(&mut self) -> Vec<Encoded>;
 }
 
-/// What takes a while and is done between two steps, while others may append.
+/// What takes a while and is done between two steps, when the journal is free for others to append.
 pub enum Pause {
     Nothing,
+    /// Syncs the new file, to which only the journal's thread writes.
     Sync(Arc<File>),
-    /// The file that was replaced, whose last handle this is, and the directory in which that was done.
+    /// The old file, which is deleted when this last handle closes (that takes a while), and the journal's path.
     Replaced(Arc<File>, PathBuf),
 }
 
 impl Pause {
+    /// Does it. Only a failed sync is an error: what is in the new file is not sure then.
     pub fn pass(self) -> io::Result<()> {
         match self {
             Pause::Nothing => Ok(()),
@@ -51,21 +56,26 @@ impl Pause {
     }
 }
 
+/// A new file that is being written. Dropped before it has the name, it is deleted.
 pub struct Rewrite {
     path: PathBuf,
     file: Arc<File>,
     snapshot: Box<dyn Snapshot>,
-    /// Whether all of the snapshot is in the new file.
+    /// All of the snapshot is in the new file; what follows is copied from the old one.
     is_copied: bool,
+    /// Bytes of the new file.
     length: u64,
     /// How much of `length` is the snapshot.
     needed: u64,
+    /// Bytes written since the last sync.
     unsynced: u64,
-    /// Up to here the old file is known to the snapshot, or copied.
+    /// Up to here the old file is in the snapshot, or copied.
     copied_to: u64,
     /// How long the old file was at the last step.
     old_length: u64,
+    /// How often a sync was tried with everything copied.
     last_syncs: u32,
+    /// It is the journal now: dropping this must not delete it.
     has_name: bool,
 }
 
@@ -78,8 +88,11 @@ impl Drop for Rewrite {
 }
 
 impl Rewrite {
-    /// Makes the new file at `path`, with the permissions of the old one. The snapshot holds what the old file has up to
-    /// `old_length`.
+    /// Makes the new file at `path`, with the permissions of the old one, and locks it. The snapshot holds what the old
+    /// file has up to `old_length`: both must be taken before anything else is appended.
+    ///
+    /// # Errors
+    /// The file cannot be made, or another process is writing one there.
     pub fn begin(path: PathBuf, old: &File, old_length: u64, snapshot: Box<dyn Snapshot>) -> io::Result<Rewrite> {
         remove_stale(&path, old)?;
         let file = OpenOptions::new().read(true).append(true).create_new(true).mode(0o600).open(&path)?;
@@ -101,7 +114,10 @@ impl Rewrite {
         Ok(new)
     }
 
-    /// Copies some more. True where no more than one step is left.
+    /// Copies some more. True where everything is copied that was there when the step began.
+    ///
+    /// # Errors
+    /// A file cannot be read or written: the new one is of no use then, and the old one stays as it is.
     pub fn step(&mut self, old: &File, old_length: u64) -> io::Result<bool> {
         if !self.is_copied {
             let blocks = self.snapshot.next();
@@ -117,7 +133,8 @@ impl Rewrite {
         Ok(self.copied_to == old_length)
     }
 
-    /// The file, if it should be synced before the next step, where the old file has to wait for nothing.
+    /// The file, if it should be synced before the next step; [`Pause::Sync`] does it while others append to the old
+    /// file.
     pub fn due_sync(&mut self, is_last: bool) -> Option<Arc<File>> {
         self.last_syncs += u32::from(is_last); // what comes while it is synced is less each time, but for a flood
         let most = if is_last && self.last_syncs <= LAST_SYNCS { LAST_BYTES } else { SYNC_BYTES };
@@ -128,7 +145,8 @@ impl Rewrite {
         Some(self.file.clone())
     }
 
-    /// Ends a new file that has all of the old one's blocks. Nothing may be appended to the old one from here on.
+    /// Ends a new file that has all of the old one's blocks. Nothing may be appended to the old one until this has its
+    /// name.
     pub fn finish(&mut self, is_synced: bool) -> io::Result<()> {
         let marks = joined(&self.snapshot.last());
         self.write(&marks)?;
@@ -137,6 +155,9 @@ impl Rewrite {
     }
 
     /// Gives the new file the journal's name: in place of the file that has it, or else only where none has it.
+    ///
+    /// # Errors
+    /// The new file was moved or deleted, or somebody has taken the name: then nothing has changed.
     pub fn take_name(&mut self, path: &Path, replaces: bool) -> io::Result<()> {
         if !self.is_there() {
             return Err(io::Error::other(format!("{} is not there any more", self.path.display())));
@@ -154,24 +175,27 @@ impl Rewrite {
         Ok(())
     }
 
+    /// The new file, locked.
     pub fn file(&self) -> &Arc<File> {
         &self.file
     }
 
+    /// Bytes of the new file.
     pub fn length(&self) -> u64 {
         self.length
     }
 
-    /// How long it would be if nothing had been published meanwhile.
+    /// How long the file would be if nothing had been published while it was written.
     pub fn needed(&self) -> u64 {
         self.needed
     }
 
-    /// Whether the new file's own name is still its own.
+    /// Whether the new file still has its own name.
     fn is_there(&self) -> bool {
         is_same(&fs::symlink_metadata(&self.path), &self.file.metadata())
     }
 
+    /// Copies this many bytes from the old file, which must have them.
     fn copy(&mut self, old: &File, length: u64) -> io::Result<()> {
         let mut bytes = vec![0; length as usize];
         old.read_exact_at(&mut bytes, self.copied_to)?;
@@ -193,8 +217,11 @@ fn joined(blocks: &[Encoded]) -> Vec<u8> {
     bytes
 }
 
-/// Removes the new file of a process that died half-way; one that is being written is locked. What died just after giving it
-/// the journal's name has left the journal itself under this name, too.
+/// Removes the new file of a process that died half-way. If it died just after giving that file the journal's name,
+/// this name is a second one of the journal itself.
+///
+/// # Errors
+/// [`ErrorKind::ResourceBusy`]: the file is locked, so another process is writing it.
 pub fn remove_stale(path: &Path, journal: &File) -> io::Result<()> {
     let found = fs::symlink_metadata(path);
     if found.is_err() {

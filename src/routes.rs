@@ -1,8 +1,11 @@
 //! What each request gets.
 //!
-//! Never strand a browser: an `EventSource` gives up for good on any answer but 200. So a stream that there is no room for
-//! is opened all the same, told when to come back, and ended (`conversation.rs`). Only what will not mend by itself, such as
-//! a path that does not exist or a query that cannot be read, is refused for good.
+//! Never strand a browser: an `EventSource` gives up for good on any answer but 200 ([the
+//! standard](https://html.spec.whatwg.org/multipage/server-sent-events.html#sse-processing-model)). So where there is
+//! no room for a stream, it is opened all the same, told when to come back, and ended (`conversation.rs`). Only what
+//! will not mend by itself, such as a path that does not exist or a query that cannot be read, is refused for good.
+//! Whatever answers a request passes through here, so hosts, origins and tokens are checked here, before anything else
+//! is done.
 
 use crate::connection::STOPPING;
 use crate::door::Door;
@@ -24,23 +27,27 @@ use std::io;
 use std::sync::atomic::Ordering::Relaxed;
 use std::sync::{Arc, Mutex};
 
+/// Most topics of one stream: each step of a replay looks at all of them.
 pub const TOPICS_PER_STREAM: usize = 16;
-/// Where the topics are.
+/// Where the topics are; programs' own paths may not begin with it.
 const EVENTS: &str = "/events/";
 const READ_METHODS: &str = "GET, HEAD, OPTIONS";
 const TOPIC_METHODS: &str = "GET, HEAD, POST, PUT, OPTIONS";
 
+/// What a program has put at a path of its own.
 #[derive(Clone)]
 pub enum Route {
     /// Of this content type, and with this body.
     Page(String, Arc<[u8]>),
+    /// Called once for each stream, on the stream's thread, so by several at the same time.
     Stream(Arc<Handler>),
 }
 
-/// What a request gets.
+/// What a request gets: a response now, or a stream.
 pub enum Reply {
     Response(Response),
-    /// From here on the request and its buffers are not needed any more.
+    /// From here on the request and its buffers are not needed any more, so their memory is given up before it is
+    /// served.
     Stream(Source),
 }
 
@@ -56,15 +63,16 @@ impl Source {
     }
 }
 
+/// Shared by all connections.
 pub struct Routes {
     pub door: Door,
     publishing: Publishing,
     core: Arc<Core>,
     places: Arc<Places>,
-    /// By their paths. They are few.
+    /// The program's routes by their paths: few, so a list is searched. Locked shortly, and under no other lock.
     table: Mutex<Vec<(String, Route)>>,
     log: Arc<Logger>,
-    /// A crowd that is refused must not use up the turn of other warnings.
+    /// Publishers that are refused in a flood must not use up the turn of other warnings.
     refusals: OncePerSecond,
 }
 
@@ -83,6 +91,9 @@ impl Routes {
     }
 
     /// Adds what is at a path, or replaces it.
+    ///
+    /// # Errors
+    /// [`ErrorKind::InvalidInput`](io::ErrorKind::InvalidInput) for a path or a content type that may not be.
     pub fn add(&self, path: &str, route: Route) -> io::Result<()> {
         if !path.starts_with('/') {
             return invalid(format!("{} cannot be routed: begin it with a slash", quoted(path)));
@@ -104,6 +115,10 @@ impl Routes {
         Ok(())
     }
 
+    /// Checks a request, reads its body, does what it asks, and says what it gets.
+    ///
+    /// # Errors
+    /// A refusal is a response, too; it says whether the connection goes on.
     pub fn reply(&self, reader: &mut Reader, request: &mut Request) -> Result<Reply, Response> {
         self.door.check_host(request)?;
         let path = request.path.clone();
@@ -111,6 +126,7 @@ impl Routes {
             return decline(404, format!("there is nothing at {}: topics are at /events/NAME", quoted(&path)));
         };
         match (request.method.as_str(), path.strip_prefix(EVENTS)) {
+            // Before any token is looked at: browsers send none with a preflight. The door adds what it allows.
             ("OPTIONS", _) => Ok(Reply::Response(Response::text(204, "").field("Allow", allow))),
             ("POST" | "PUT", Some(topic)) => {
                 let published = self.publish(reader, request, topic);
@@ -118,10 +134,12 @@ impl Routes {
             }
             ("GET" | "HEAD", Some(names)) => {
                 self.door.check_subscriber(request)?;
+                // A GET may have a body, which means nothing (RFC 9110 §9.3.1), but has to be out of the way.
                 request.read_body(reader, &self.core.config, false)?;
                 Ok(Reply::Stream(Source::Topics(wanted_topics(request, names)?)))
             }
             ("GET" | "HEAD", None) => self.get(reader, request, &path),
+            // A known method that is not for this path is 405, an unknown one 501 (RFC 9110 §9.1).
             (method @ ("POST" | "PUT" | "DELETE" | "PATCH" | "TRACE"), _) => {
                 let reason = format!("{method} is not for {}: use one of {allow}", quoted(&path));
                 Err(Response::text(405, reason).field("Allow", allow))
@@ -130,12 +148,13 @@ impl Routes {
         }
     }
 
+    /// Who may publish is decided before anything of the body is read.
     #[inline(never)] // see conversation.rs: a small stack
     fn publish(&self, reader: &mut Reader, request: &mut Request, topic: &str) -> Result<Response, Response> {
         self.door.check_origin(request)?;
         self.door.check_publisher(request)?;
         if self.door.knows_publishers() {
-            self.places.trust(reader.c);
+            self.places.trust(reader.c); // only where tokens exist: else everybody would be trusted
         }
         match request.method.as_str() {
             "POST" => self.publishing.post(reader, request, topic),
@@ -143,8 +162,10 @@ impl Routes {
         }
     }
 
+    /// A page, a handler's stream, `/metrics` or `/health`; `path` is known to be one of them.
     #[inline(never)] // see conversation.rs: a small stack
     fn get(&self, reader: &mut Reader, request: &mut Request, path: &str) -> Result<Reply, Response> {
+        // Cloned, so that the table is not locked while a body is read or a page is sent.
         let route = enter(&self.table).iter().find(|(known, _)| known == path).map(|(_, route)| route.clone());
         if path == "/metrics" || matches!(route, Some(Route::Stream(_))) {
             self.door.check_subscriber(request)?;
@@ -156,12 +177,14 @@ impl Routes {
                 Reply::Stream(Source::Handler(Handled { handler, query, last_event_id }))
             }
             Some(Route::Page(content_type, body)) => {
-                // A foreign frame around a page that publishes would borrow its origin for a click.
+                // In a frame of another site, a page that publishes could be made to take a click not meant for it.
                 Reply::Response(Response::new(200, content_type, body).field("X-Frame-Options", "SAMEORIGIN"))
             }
             None if path == "/metrics" => {
                 Reply::Response(Response::new(200, "text/plain; version=0.0.4", self.metrics().into_bytes()))
             }
+            // From here on it is `/health`. 503 tells a load balancer to send nobody else here; streams go on all the
+            // same.
             None if self.core.is_stopping() => Reply::Response(self.publishing.unavailable(STOPPING)),
             None if self.core.is_journal_failing() => {
                 Reply::Response(self.publishing.unavailable("the journal cannot be written, so nothing is published"))
@@ -170,13 +193,14 @@ impl Routes {
         })
     }
 
+    /// Counts and logs a publisher that was refused: its operator should learn of it here, too.
     fn note_refusal(&self, reader: &Reader, refusal: &Response) {
         self.core.counters.refused.fetch_add(1, Relaxed);
         let line = format_args!("{} could not publish: {} {}", reader.c.peer, refusal.status, refusal.reason());
         self.log.warn_within(&self.refusals, line);
     }
 
-    /// The methods that a path takes, or none where there is nothing.
+    /// The methods that a path takes, for `Allow`; none where there is nothing.
     fn methods_of(&self, path: &str) -> Option<&'static str> {
         match path {
             _ if path.starts_with(EVENTS) || path == "*" => Some(TOPIC_METHODS),
@@ -185,6 +209,7 @@ impl Routes {
         }
     }
 
+    /// The gauges are taken one after another, each under its own lock.
     fn metrics(&self) -> String {
         let Counts { idle, busy, trusted, streams } = self.places.counts();
         let Totals { topics, events, bytes } = self.core.history().totals();
@@ -199,7 +224,8 @@ impl Routes {
     }
 }
 
-/// `type "/" subtype`, and perhaps parameters (RFC 9110 §8.3). It goes into a head, so it may not end its line there.
+/// `type "/" subtype`, and perhaps parameters (RFC 9110 §8.3.1). It goes into a head, so it must not contain a line
+/// break.
 fn is_content_type(text: &str) -> bool {
     let subtype = skip_token(text).and_then(|rest| rest.strip_prefix('/'));
     let parameters = subtype.and_then(skip_token).map(skip_space);
@@ -207,7 +233,10 @@ fn is_content_type(text: &str) -> bool {
         && parameters.is_some_and(|rest| rest.is_empty() || rest.starts_with(';'))
 }
 
-/// What a stream of these topics wants, by its request's query.
+/// What a request for a stream of these topics wants.
+///
+/// # Errors
+/// 400 for a topic, a time or a `since` that cannot be read. A cursor that cannot be read is no error: it gets a gap.
 pub fn wanted_topics(request: &Request, list: &str) -> Result<Wanted, Response> {
     let query = &request.query;
     let poll = match query.get("poll") {
@@ -219,12 +248,14 @@ pub fn wanted_topics(request: &Request, list: &str) -> Result<Wanted, Response> 
         None => Start::Now,
         Some("earliest") => Start::Earliest,
         Some(text) => match (parse_duration(text), text.parse()) {
+            // A time needs its unit, so that `10` is an id and `10s` is not.
             (Ok(time), _) => Start::Ago(time),
             (_, Ok(id)) => Start::After(Some(id)),
             _ => return decline(400, format!("since is earliest, a time such as 10m, or an id; not {}", quoted(text))),
         },
     };
-    // A page opened anew says `since`; one that comes back says where it was, and that wins.
+    // `since` is in the page's URL for good; a browser that reconnects adds its cursor, which is newer and wins.
+    // An empty cursor says that the client has seen no id yet.
     let parameters = CURSOR_PARAMETERS.map(|name| query.get(name));
     let cursors = [request.last_event_id.as_deref(), parameters[0], parameters[1]];
     let cursor = cursors.into_iter().flatten().find(|text| !text.is_empty());
@@ -232,7 +263,7 @@ pub fn wanted_topics(request: &Request, list: &str) -> Result<Wanted, Response> 
     Ok(Wanted { names: topic_names(list)?, start, poll })
 }
 
-/// The names of a list, each once.
+/// The names of a list, each once: a topic that is named twice would send every event twice.
 fn topic_names(list: &str) -> Result<Vec<String>, Response> {
     let mut names: Vec<String> = Vec::new();
     for name in list.split(',') {

@@ -1,13 +1,15 @@
 //! The server around it all: bind, accept, start and stop.
 //!
-//! `std` listens with a backlog of 128, and a herd must not outrun it: so the threads that accept only accept, find a
-//! place, and hand over.
+//! `std` listens with a backlog of 128, and a crowd that comes back at once must not overflow it: clients would wait
+//! seconds for their next try. So the threads that accept only accept, find a place, and hand the socket to a thread of
+//! its own. Stopping is over within a second, whatever peers and disks do: first streams are ended in order, then
+//! sockets are cut, then lanes and the journal end, each with its share of the time.
 
 use crate::config::{Config, Log};
 use crate::connection::STOPPING;
 use crate::conversation::{self, Shared};
 use crate::door::Door;
-use crate::hub::{Core, Hub};
+use crate::hub::{Core, Hub, STOP_WAIT};
 use crate::lane::{self, ToLane};
 use crate::log::{Logger, OncePerSecond};
 use crate::metrics::Counters;
@@ -23,13 +25,16 @@ use std::sync::atomic::Ordering::Relaxed;
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-/// Threads that accept.
+/// Threads that accept: while one finds a place and starts a thread, the other accepts.
 const ACCEPTORS: usize = 2;
-/// Without memory or descriptors accepting fails until there is some again: it must not spin meanwhile.
+/// Without memory or descriptors accepting fails at once, again and again: this keeps it from spinning meanwhile.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(20);
-/// Stopping: streams have this long to take their end; then sockets are cut, and threads have until the second to go.
+/// When stopping, streams have this long to take their end; then sockets are cut, and threads have until the second
+/// time to end. Publishers who wait for the disk are answered within the first.
 const STOP_GRACE: Duration = Duration::from_millis(700);
 const STOP_TIME: Duration = Duration::from_millis(950);
+const _: () = assert!(STOP_WAIT.as_millis() < STOP_GRACE.as_millis() && STOP_GRACE.as_millis() < STOP_TIME.as_millis());
+const _: () = assert!(STOP_TIME.as_millis() < 1_000, "the process is gone within a second");
 /// How many of the connections that have not ended are named in the log.
 const NAMED_PEERS: usize = 10;
 
@@ -40,8 +45,8 @@ pub struct Server {
 }
 
 /// A running server. Dropping it stops everything: streams get a reconnection time and their end, and after a second at
-/// most every thread has done its work, but for handlers that do not return (they find their socket closed), programs' own
-/// threads that wait for a stuck disk, and the log's where stderr takes nothing.
+/// most every thread has ended. Only these may take longer: handlers that do not return (they find their socket
+/// closed), the journal's thread and programs' own while the disk is stuck, and the log's while stderr takes nothing.
 pub struct Handle {
     shared: Arc<Shared>,
     listener: Arc<TcpListener>,
@@ -49,6 +54,7 @@ pub struct Handle {
     /// must work without a descriptor left.
     doorbell: TcpStream,
     address_space: Arc<AddressSpace>,
+    /// None before [`Server::spawn`], and once they are joined.
     acceptors: Vec<JoinHandle<()>>,
     lanes: Vec<JoinHandle<()>>,
 }
@@ -192,6 +198,8 @@ impl Handle {
         self.stop_once()
     }
 
+    /// Stops in this order: accepting, connections, lanes, journal, log; each is still needed by those before it. 0
+    /// where it has stopped already.
     fn stop_once(&mut self) -> usize {
         let (core, log) = (&self.shared.core, &self.shared.log);
         if !core.stop() {
@@ -224,6 +232,7 @@ impl Drop for Handle {
     }
 }
 
+/// Whoever can reach the port could publish: beyond loopback that must be wanted. A token or [`Config::open`] says so.
 fn check_reach(config: &Config, address: SocketAddr) -> io::Result<()> {
     if config.open || !config.publish_tokens.is_empty() || address.ip().is_loopback() {
         return Ok(());
@@ -238,6 +247,7 @@ fn default_lanes() -> usize {
     thread::available_parallelism().map_or(1, |cores| cores.get()).div_ceil(2)
 }
 
+/// What an acceptor does, until stopping wakes it. One connection's failure never ends it.
 fn accept_all(shared: &Arc<Shared>, space: &AddressSpace, listener: &TcpListener) {
     while !shared.core.is_stopping() {
         match listener.accept() {
@@ -245,6 +255,7 @@ fn accept_all(shared: &Arc<Shared>, space: &AddressSpace, listener: &TcpListener
             Err(_) if shared.core.is_stopping() => return,
             Err(error) => {
                 shared.log.warn(format_args!("accepting failed: {error}"));
+                // These two are about one connection. Everything else is about this process, and room may help it.
                 if ![ErrorKind::ConnectionAborted, ErrorKind::Interrupted].contains(&error.kind()) {
                     shared.places.make_room();
                     thread::sleep(ACCEPT_PAUSE);
@@ -254,7 +265,8 @@ fn accept_all(shared: &Arc<Shared>, space: &AddressSpace, listener: &TcpListener
     }
 }
 
-/// Gives a connection its place and its thread, or closes it where there is no room.
+/// Gives a connection its place and its thread, or closes it where there is no room. Must not wait for the peer: it is
+/// the acceptor's thread.
 fn admit(shared: &Arc<Shared>, space: &AddressSpace, socket: TcpStream, peer: SocketAddr) {
     let has_space = space.has_room();
     if !has_space {
@@ -262,7 +274,7 @@ fn admit(shared: &Arc<Shared>, space: &AddressSpace, socket: TcpStream, peer: So
     }
     let has_way = has_space && !shared.core.is_stopping();
     let Some(c) = has_way.then(|| shared.places.admit(socket, peer)).flatten() else {
-        shared.core.counters.sent_away.fetch_add(1, Relaxed);
+        shared.core.counters.rejected.fetch_add(1, Relaxed);
         let why = if has_space { "are taken" } else { "have no address space (ulimit -v)" };
         return shared.log.warn(format_args!("no room for {peer}: all {} places {why}", shared.places.limit()));
     };
@@ -272,8 +284,8 @@ fn admit(shared: &Arc<Shared>, space: &AddressSpace, socket: TcpStream, peer: So
     }
 }
 
-/// Ends every connection: streams with their reconnection time, publishers with their response; who waits for a request
-/// may still ask for the server's health meanwhile. Returns how many did not end in time.
+/// Ends every connection: streams with their reconnection time, publishers with their response. Idle ones are cut last,
+/// so that they can still ask for `/health`. Returns how many did not end in time.
 fn end_connections(places: &Places, log: &Logger, deadline: Instant) -> usize {
     let started = Instant::now();
     for c in places.at_work() {

@@ -1,4 +1,9 @@
 //! A handler's stream, on its connection's own thread.
+//!
+//! A program writes whatever it likes to a page, for as long as the page is there. The socket stays the thread's
+//! throughout (the phase is never live), so no lane writes in between. Nobody sweeps it either: that a page has closed
+//! is noticed when the handler writes, or while it sleeps on the socket. So every call says whether the stream is still
+//! open, and a handler that returns its errors ends in time.
 
 use crate::clock::spread;
 use crate::connection::{Connection, Phase, Reason, STOPPING};
@@ -14,6 +19,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant};
 
+/// What writes a stream. Its error ends the stream, and is the reason in the log.
 pub type Handler = dyn Fn(&mut Stream) -> io::Result<()> + Send + Sync;
 
 /// A handler's stream, on its connection's own thread: see [`Server::stream`](crate::Server::stream).
@@ -22,6 +28,7 @@ pub struct Stream<'a> {
     core: &'a Core,
     query: Query,
     last_event_id: Option<String>,
+    /// Bytes that the peer has sent after its request.
     stray: usize,
 }
 
@@ -33,7 +40,8 @@ pub struct Handled {
 }
 
 impl Handled {
-    /// Writes the head, runs the handler, and returns why the stream ended.
+    /// Writes the head, runs the handler, and returns why the stream ended. No lock may be held: a handler takes its
+    /// time.
     pub fn serve(self, core: &Core, c: &Connection, head: String) -> Cow<'static, str> {
         if let Err(reason) = c.write_whole(head.as_bytes(), Instant::now() + LONGEST) {
             return reason.into();
@@ -41,6 +49,7 @@ impl Handled {
         drop(head); // while the handler runs, its memory is of no use
         let Handled { handler, query, last_event_id } = self;
         let result = handler(&mut Stream { c, core, query, last_event_id, stray: 0 });
+        // An end is written only after a whole frame; a stream that is closed may be in the middle of one.
         if core.is_stopping() && enter(&c.state).phase == Phase::Behind {
             return c.end(STOPPING, spread(core.config.retry, 50, 150), None).into();
         }
@@ -109,6 +118,7 @@ impl Stream<'_> {
         self.c.peer
     }
 
+    /// Writes one frame, waiting for the peer.
     fn write(&mut self, frame: &[u8], events: u64) -> io::Result<()> {
         self.check_open()?;
         let framing = enter(&self.c.state).framing;
@@ -125,6 +135,7 @@ impl Stream<'_> {
         }
     }
 
+    /// From here on every call fails with this reason.
     fn close(&self, reason: Reason) {
         enter(&self.c.state).phase = Phase::Closed(reason);
     }

@@ -1,17 +1,18 @@
 //! A stream of topics, while it must be waited for.
 //!
 //! Connecting, resuming and being slow are the same thing, *being behind*: the connection's thread replays everything
-//! after the cursor with writes that wait. Once nothing newer is kept the subscriber turns live, the socket is its lane's,
-//! and the thread sleeps until the lane gives it back.
+//! after the cursor with writes that wait. Once nothing newer is kept, the subscriber turns live, its socket is the
+//! lane's, and the thread sleeps until the lane gives the socket back. Between the two owners an event could be lost,
+//! or written twice:
 //!
 //! # Why nothing is lost and nothing comes twice
-//! 1. The topics count their subscriber before anything else (`History::subscribe`), so from then on publishing hands its
-//!    lane every event.
-//! 2. The lane hears of the subscriber before it turns live (`ToLane::Join`). The lane's queue is first in, first out: a
-//!    lane that takes an event which was queued after that knows the subscriber.
+//! 1. The topics count their subscriber before anything else (`History::subscribe`), so from then on publishing hands
+//!    its lane every event.
+//! 2. The lane hears of the subscriber before it turns live (`ToLane::Join`). The lane's queue is first in, first out:
+//!    a lane that takes an event which was queued after that knows the subscriber.
 //! 3. "Nothing newer is kept" and "live" happen in one hold of the history's lock (`Subscription::follow`).
-//! 4. Publishing keeps an event before it queues it (`Core::show`). So an event is either kept before 3, and was replayed;
-//!    or it is kept after 3, and queued after that, for a lane to which the subscriber is live.
+//! 4. Publishing keeps an event before it queues it (`Core::hand_out`). So an event is either kept before 3, and was
+//!    replayed; or it is kept after 3, and queued after that, for a lane to which the subscriber is live.
 //! 5. A lane skips what is not newer than the cursor (`Lane::write_run`, `Connection::deliver`): what was replayed and
 //!    still stands in the queue does not come twice.
 
@@ -28,34 +29,42 @@ use std::sync::atomic::Ordering::Relaxed;
 use std::sync::{Arc, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-/// How long `?poll` waits for its first event, and how soon the next poll comes.
+/// How long `?poll` waits for its first event: less than the 30 s after which some proxies cut a silent answer.
 pub const POLL_TIME: Duration = Duration::from_secs(25);
+/// How soon a client comes back after a poll. What is published meanwhile is kept, so this only bounds the requests.
 const POLL_RETRY: Duration = Duration::from_millis(100);
+/// The log writes this end only at its debug level, since polls end all the time.
 pub const POLL_IS_OVER: Reason = "the poll is over";
 
 /// What a request for a stream of topics has asked for.
 pub struct Wanted {
+    /// Each once.
     pub names: Vec<String>,
     pub start: Start,
-    /// How long it waits for its first event, after which it ends.
+    /// How long it waits for its first event; then it ends. None for a stream that goes on.
     pub poll: Option<Duration>,
 }
 
+/// A subscriber, for as long as its topics count it. Dropping it takes it off its lane and off its topics.
 pub struct Subscription<'a> {
     core: &'a Core,
     c: &'a Arc<Connection>,
     lane: &'a Sender<ToLane>,
+    /// Shared with the lane; each is the topic's own string.
     names: Arc<[Arc<str>]>,
     /// The cursor it starts after, and the gap it must hear first.
     start: (Id, Option<Encoded>),
     /// What each topic had forgotten when the subscriber was last told of a gap.
     told: Vec<Id>,
+    /// Until when a poll waits for its first event.
     poll_until: Option<Instant>,
+    /// When the lifetime is over.
     deadline: Instant,
 }
 
 impl<'a> Subscription<'a> {
-    /// `None` where all topic names are in use.
+    /// Counts the subscriber and finds its start, in one hold of the history's lock: what is forgotten in between would
+    /// be a gap that nobody tells. `None` where all topic names are in use.
     pub fn open(
         core: &'a Core,
         c: &'a Arc<Connection>,
@@ -80,13 +89,13 @@ impl<'a> Subscription<'a> {
         self.follow()
     }
 
-    /// Writes the head and a block without data. That dispatches nothing, but a browser that is cut off before its first
-    /// event resumes from its id.
+    /// Writes the head and a block without data, which browsers dispatch no event for; but one that is cut off before
+    /// its first event resumes from the block's id.
     fn begin(&mut self, head: String) -> Result<(), Reason> {
         let is_poll = self.poll_until.is_some();
         let (cursor, gap) = (self.start.0, self.start.1.take());
         let retry = if is_poll { POLL_RETRY } else { self.core.config.retry };
-        // Where a gap follows, it brings the id: whoever is cut off before it must hear of it again.
+        // Where a gap follows, the id comes with it: a client that is cut off before the gap must hear of it again.
         let id = if gap.is_none() { format!("id: {cursor}\n") } else { String::new() };
         let first = format!("retry: {}\n{id}\n", retry.as_millis());
         let mut state = enter(&self.c.state);
@@ -106,6 +115,7 @@ impl<'a> Subscription<'a> {
     fn follow(&mut self) -> Reason {
         let (core, c) = (self.core, self.c);
         loop {
+            // First of all: an event or heartbeat that the lane has begun must end before anything else is written.
             match c.finish(self.deadline) {
                 Ok(finished) => core.counters.delivered.fetch_add(finished, Relaxed),
                 Err(reason) => return reason,
@@ -115,6 +125,7 @@ impl<'a> Subscription<'a> {
             } else if Instant::now() >= self.deadline {
                 return self.end("the lifetime is over", core.config.retry);
             }
+            // The state's lock is given up before the history's is taken: whoever takes both takes the history's first.
             let State { cursor, sent, framing, .. } = *enter(&c.state);
             let history = core.history();
             match history.next(&self.names, cursor, &self.told, framing) {
@@ -148,9 +159,10 @@ impl<'a> Subscription<'a> {
         }
     }
 
-    /// Ends the stream, whose last frame has ended. Where nothing newer is kept of its topics, the page goes on from the newest
-    /// id of all: from its own last one, a quiet topic's page would hear a gap for what other topics have forgotten since.
-    /// Only the history's lock shows that nothing is between the two: what still stands in a lane's queue is kept.
+    /// Ends the stream, whose last frame has ended. Where nothing newer is kept of its topics, the client resumes from
+    /// the newest id of all: from its own last one, a quiet topic's page would hear a gap for what other topics have
+    /// forgotten since. Only the history's lock can show that nothing lies between the two ids; what still stands in a
+    /// lane's queue is kept, too.
     fn end(&self, why: Reason, retry: Duration) -> Reason {
         let cursor = enter(&self.c.state).cursor;
         let history = self.core.history();
@@ -160,7 +172,8 @@ impl<'a> Subscription<'a> {
         self.c.end(why, retry, is_ahead.then_some(newest))
     }
 
-    /// Sleeps while the subscriber is live. Returns why the connection closed, if it did.
+    /// Sleeps while the subscriber is live, with the state's lock given up. Returns why the connection closed, if it
+    /// did; else the socket is the thread's again.
     fn sleep(&self, mut state: MutexGuard<'_, State>) -> Option<Reason> {
         while state.phase == Phase::Live {
             let until = self.poll_until.unwrap_or(self.deadline).min(self.deadline);
@@ -180,6 +193,8 @@ impl<'a> Subscription<'a> {
 
 impl Drop for Subscription<'_> {
     fn drop(&mut self) {
+        // Waits while the lane's queue is full; the lane never waits for us. Until it has taken this, it finds the
+        // subscriber not live.
         let _ = self.lane.send(ToLane::Leave(self.c.serial, self.names.clone()));
         self.core.history().unsubscribe(&self.names);
     }

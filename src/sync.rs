@@ -1,20 +1,26 @@
 //! Locks and threads.
 //!
-//! A panic under a lock does not take the others along: they enter the poisoned lock, since every update in this house
-//! leaves its data whole.
+//! A panic under a lock does not take the other threads along: they enter the poisoned lock. That is safe only because
+//! every update in this house leaves its data whole at each step that may panic; whoever adds one must keep it so.
 
 use std::io;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 
-/// Address space of a thread; only pages that are touched take memory. Handlers run on it.
+/// Address space of a thread's stack; only pages that were touched take memory. Programs' handlers run on it too, and
+/// are told so ([`Server::stream`](crate::Server::stream)).
 pub const STACK_BYTES: usize = 128 * 1024;
 
+/// Starts a thread with a name, which `top -H` and a panic's message show. Memory mappings and tasks are checked before
+/// (`system.rs`): where they run out, the process aborts instead of returning an error.
+///
+/// # Errors
+/// The system has no thread to spare.
 pub fn start_thread(name: String, work: Box<dyn FnOnce() + Send>) -> io::Result<JoinHandle<()>> {
     thread::Builder::new().name(name).stack_size(STACK_BYTES).spawn(work)
 }
 
-/// Enters a lock, also one that a panic has poisoned: see the module's docs.
+/// Enters a lock, also one that a panic has poisoned: see above. The order of the locks is in `lib.rs`.
 pub fn enter<T>(lock: &Mutex<T>) -> MutexGuard<'_, T> {
     lock.lock().unwrap_or_else(PoisonError::into_inner)
 }

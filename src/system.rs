@@ -1,27 +1,31 @@
-//! What the system allows this process, and which run of the machine it is.
+//! What the system allows this process, and which boot of the machine this is.
 //!
-//! A thread that cannot map its stack's guard aborts the process from inside its start-up, where no error can be caught.
-//! So limits on connections are lowered to what there is room for before it comes to that. All of this is read from
-//! Linux's /proc and /sys; on other systems nothing is there, and no limit is lowered.
+//! A thread that cannot map its stack's guard aborts the process from inside its start-up, where no error can be
+//! caught. So the limits on connections are lowered to what there is room for before it comes to that. All of this is
+//! read from Linux's `/proc` and `/sys`; other systems have neither, and there no limit is lowered.
 
 use crate::config::{Config, Log};
 use crate::log::Logger;
+use crate::sync::STACK_BYTES;
 use std::fs;
 use std::io::{self, ErrorKind};
 use std::path::Path;
 
-/// Where address space is limited (`ulimit -v`), a newcomer is taken only while this much is free: for its thread, and for
-/// what all others allocate.
+/// Where address space is limited (`ulimit -v`), a connection is accepted only while this much is free, in KiB: for its
+/// thread, and for what all others allocate.
 const SPARE_SPACE_KB: usize = 12 * 1024;
-/// Descriptors, tasks and memory mappings that are left for everything but connections.
+/// Descriptors, tasks and memory mappings that are left for everything but connections: the journal, its lock and its
+/// new file; the threads that accept, log and write; what glibc maps in large pieces.
 const SPARE_FILES: usize = 16;
 const SPARE_TASKS: usize = 16;
 const SPARE_MAPPINGS: usize = 1024;
+const _: () = assert!(SPARE_SPACE_KB * 1024 >= 16 * STACK_BYTES, "several threads may start between two looks");
 
-/// Lowers the limits on connections to what the system gives this process.
+/// Lowers the limits on connections to what the system gives this process, and says so in the log. Called once, before
+/// any connection has a thread, and after the listener and the log have what they need.
 ///
 /// # Errors
-/// There is no room for two connections.
+/// [`ErrorKind::QuotaExceeded`]: there is no room for two connections, one to publish and one to read.
 pub fn fit(mut config: Config, lanes: usize, log: &Logger) -> io::Result<Config> {
     let limits = [
         (files_left(), "open files (ulimit -n)"),
@@ -34,6 +38,7 @@ pub fn fit(mut config: Config, lanes: usize, log: &Logger) -> io::Result<Config>
         return Err(io::Error::new(ErrorKind::QuotaExceeded, reason));
     }
     if config.subscribers.saturating_add(config.connections) > room {
+        // An eighth for publishing and health, which must work while all streams are taken.
         config.connections = config.connections.min(room / 8 + 1);
         config.subscribers = config.subscribers.min(room - config.connections);
         let (subscribers, connections) = (config.subscribers, config.connections);
@@ -44,8 +49,9 @@ pub fn fit(mut config: Config, lanes: usize, log: &Logger) -> io::Result<Config>
     Ok(config)
 }
 
-/// The limit on this process's address space.
+/// The limit on this process's address space, which is read once: only what is in use changes.
 pub struct AddressSpace {
+    /// None where there is no limit, which is usual; then nothing is read for each connection either.
     limit_kb: Option<usize>,
 }
 
@@ -54,30 +60,33 @@ impl AddressSpace {
         AddressSpace { limit_kb: field_of("/proc/self/limits", "Max address space").map(|bytes| bytes / 1024) }
     }
 
-    /// Whether another thread can start: std aborts the process where its signal stack finds no space.
+    /// Whether another thread can start. Reads a file of `/proc`, but only where there is a limit.
     pub fn has_room(&self) -> bool {
         let Some(limit_kb) = self.limit_kb else { return true };
         field_of("/proc/self/status", "VmSize:").is_some_and(|taken_kb| taken_kb + SPARE_SPACE_KB <= limit_kb)
     }
 }
 
-/// The run of the machine that this is; `None` where the system does not tell.
+/// Names this boot of the machine; `None` where the system does not tell. A different one in the journal means that the
+/// machine has died or restarted since. <https://docs.kernel.org/admin-guide/sysctl/kernel.html#random>
 pub fn boot_id() -> Option<String> {
     let id = read("/proc/sys/kernel/random/boot_id").trim().to_string();
     Some(id).filter(|id| !id.is_empty())
 }
 
-/// The process that has locked the file of this number; `None` where the system does not tell. Several file systems may have
-/// files of one number, but hardly locked ones.
+/// The process that has locked the file with this inode, for an error's message; `None` where the system does not tell.
+/// Files of two file systems may share a number, but hardly two that are both locked.
 pub fn lock_holder(inode: u64) -> Option<u32> {
     let end = format!(":{inode}");
     read("/proc/locks").lines().find_map(|line| {
+        // `1: FLOCK  ADVISORY  WRITE 1234 08:01:5678 0 EOF`: the process, then the device and the inode.
         let fields: Vec<&str> = line.split_whitespace().collect();
         let is_it = fields.get(1) == Some(&"FLOCK") && fields.get(5).is_some_and(|file| file.ends_with(&end));
         fields.get(4).filter(|_| is_it)?.parse().ok()
     })
 }
 
+/// How many more files this process may open.
 fn files_left() -> usize {
     let open = match fs::read_dir("/proc/self/fd") {
         Ok(open) => open.count(),
@@ -87,12 +96,14 @@ fn files_left() -> usize {
     field_of("/proc/self/limits", "Max open files").unwrap_or(usize::MAX).saturating_sub(open + SPARE_FILES)
 }
 
+/// How many more memory mappings it may have.
 fn mappings_left() -> usize {
     let mapped = read("/proc/self/maps").lines().count();
     field_of("/proc/sys/vm/max_map_count", "").unwrap_or(usize::MAX).saturating_sub(mapped + SPARE_MAPPINGS)
 }
 
-/// A thread takes 4: its stack, its signal stack, and their guards. glibc gives each buffer of 128 KiB one of its own.
+/// Memory mappings for each connection: a thread takes 4, which are its stack, its signal stack, and their guards.
+/// glibc maps each allocation of 128 KiB or more by itself, and a buffer that doubles gets there from 64 KiB.
 fn mappings_for_each(config: &Config) -> usize {
     if config.head_bytes.max(config.data_bytes()) > 64 * 1024 { 6 } else { 4 }
 }
@@ -119,7 +130,8 @@ fn tasks_left() -> usize {
     least
 }
 
-/// The first number behind `name` in a file; `None` where it is not there, or is the word for no limit.
+/// The first number after `name` in a file; `None` where the file or the name is missing, or where the word for "no
+/// limit" stands there.
 fn field_of(path: impl AsRef<Path>, name: &str) -> Option<usize> {
     read(path).lines().find_map(|line| line.strip_prefix(name)?.split_whitespace().next()?.parse().ok())
 }

@@ -1,26 +1,35 @@
-//! The target of a request: what it asks for, percent-decoded once
-//! ([RFC 9112 §3.2](https://www.rfc-editor.org/rfc/rfc9112#section-3.2)).
+//! The target of a request: what it asks for, percent-decoded once ([RFC 9112
+//! §3.2](https://www.rfc-editor.org/rfc/rfc9112#section-3.2)).
+//!
+//! A proxy before this server decides by the path who may ask for it, so both must read the same path. What could be
+//! read in two ways is refused: a slash that is encoded, a character that should be and is not, bytes that are not
+//! UTF-8. Decoding happens here and nowhere else: decoded twice, `%2541` would become a letter that no proxy has seen.
 
 use crate::authority::is_authority;
 use crate::response::{Response, refuse};
 use crate::text::quoted;
 
+/// Most parameters of a query; no request here needs ten.
 const QUERY_PARAMETERS: usize = 100;
-/// The parameters that say where a page was; a widely used polyfill has its own.
+/// The parameters that say after which event to resume, for clients that cannot set `Last-Event-ID`; a widely used
+/// polyfill has its own spelling.
 pub const CURSOR_PARAMETERS: [&str; 2] = ["last_event_id", "lastEventId"];
 
+/// A target, decoded.
 pub struct Target {
+    /// Begins with a slash; or `*`, for OPTIONS of the whole server.
     pub path: String,
     pub query: Query,
-    /// The host, where the target names one.
+    /// The host and port, where the target names them (`GET http://host/…`): they win over the field `Host`.
     pub authority: Option<String>,
 }
 
-/// The parts of a query.
+/// The parameters of a query, in their order. A plus sign stays one: it means a space only in HTML forms.
 #[derive(Default)]
 pub struct Query(pub Vec<(String, String)>);
 
 impl Query {
+    /// The value of the first parameter of this name.
     pub fn get(&self, name: &str) -> Option<&str> {
         self.0.iter().find(|(n, _)| n == name).map(|(_, value)| value.as_str())
     }
@@ -45,6 +54,10 @@ impl Query {
 }
 
 impl Target {
+    /// Reads a target of the origin form, the absolute form, or `*`.
+    ///
+    /// # Errors
+    /// 400 where it is none of these, or could be read in two ways. A cursor that cannot be read is no error.
     pub fn parse(method: &str, target: &str) -> Result<Target, Response> {
         if target == "*" && method == "OPTIONS" {
             return Ok(Target { path: "*".into(), query: Query::default(), authority: None });
@@ -59,6 +72,7 @@ impl Target {
         }
         let (path, query) = origin_form.split_once('?').unwrap_or((origin_form, ""));
         let query = Query::parse(query)?;
+        // Before decoding, which would hide it.
         if path.to_ascii_lowercase().contains("%2f") {
             return refuse(400, format!("{} hides a slash, which a proxy may take for none", quoted(path)));
         }
@@ -79,6 +93,7 @@ fn split_authority(target: &str) -> (Option<&str>, &str) {
     }
 }
 
+/// Decodes once. A refusal closes the connection: what else is wrong with the head nobody knows.
 fn percent_decode(text: &str) -> Result<String, Response> {
     let bad =
         || Response { close: true, ..Response::text(400, format!("{} is not percent-encoded UTF-8", quoted(text))) };
@@ -91,5 +106,6 @@ fn percent_decode(text: &str) -> Result<String, Response> {
         }
         bytes.push(byte);
     }
+    // Bytes that are not UTF-8 would have to be replaced, and two names would become one.
     String::from_utf8(bytes).map_err(|_| bad())
 }

@@ -1,12 +1,15 @@
-//! Text from outside: lengths of time are read, tokens of HTTP skipped, and what goes into a message is quoted.
+//! Text that came from outside: durations are parsed, HTTP tokens skipped, and whatever goes into a message is quoted.
 //!
-//! A message is one line, whatever a peer sent: what is quoted is escaped and cut.
+//! A message is one line, whatever a peer sent. So text from outside goes through [`quoted`] before it enters an error
+//! or the log: a line break in a path would otherwise let anybody write log lines of their own, and 16 KiB of it would
+//! fill the log.
 
 use std::borrow::Cow;
 use std::io::{self, ErrorKind};
 use std::time::Duration;
 
-/// Ten years: no time is longer, so that none overflows a clock.
+/// Ten years. An `Instant` plus a longer time may overflow, and that panics; so every duration from outside is at most
+/// this.
 pub const LONGEST: Duration = Duration::from_secs(10 * 365 * 24 * 3600);
 
 /// Reads a length of time as flags and queries write it: `500ms`, `15s`, `10m`, `24h`; at most ten years.
@@ -19,6 +22,7 @@ pub const LONGEST: Duration = Duration::from_secs(10 * 365 * 24 * 3600);
 /// assert!(brooklet::parse_duration("10").is_err());
 /// ```
 pub fn parse_duration(text: &str) -> io::Result<Duration> {
+    // Digits alone: `parse` would take a sign as well.
     let digits = text.bytes().take_while(u8::is_ascii_digit).count();
     let unit_ms = match &text[digits..] {
         "ms" => 1,
@@ -33,19 +37,23 @@ pub fn parse_duration(text: &str) -> io::Result<Duration> {
     }
 }
 
+/// An [`ErrorKind::InvalidInput`]: over HTTP it becomes a 400, at the start the command's exit code 2.
 pub fn invalid<T>(reason: impl Into<String>) -> io::Result<T> {
     Err(io::Error::new(ErrorKind::InvalidInput, reason.into()))
 }
 
-/// What came from outside, made fit for a one-line message: quoted, escaped and cut.
+/// Text from outside, fit for a one-line message: quoted, control characters escaped, cut after 80 characters.
 pub fn quoted(text: &str) -> String {
+    // By characters, not bytes: to cut in the middle of one would panic.
     match text.char_indices().nth(80) {
         Some((cut, _)) => format!("{:?}…", &text[..cut]),
         None => format!("{text:?}"),
     }
 }
 
-/// Text whose lines end with LF alone, whether they ended with LF, CRLF or CR.
+/// Text whose lines end with LF alone. Event streams take LF, CRLF and CR for a line's end, so a CR left in the data
+/// would end its `data:` line. Copied only where there is a CR.
+/// <https://html.spec.whatwg.org/multipage/server-sent-events.html#parsing-an-event-stream>
 pub fn with_lf(text: &str) -> Cow<'_, str> {
     match text.contains('\r') {
         true => Cow::Owned(text.replace("\r\n", "\n").replace('\r', "\n")),
@@ -53,7 +61,8 @@ pub fn with_lf(text: &str) -> Cow<'_, str> {
     }
 }
 
-/// Optional white space is space and tab (RFC 9110 §5.6.3).
+/// What follows optional white space, which is space and tab only (RFC 9110 §5.6.3); `trim` would take more, and other
+/// readers of the same request would not.
 pub fn skip_space(text: &str) -> &str {
     text.trim_start_matches([' ', '\t'])
 }
