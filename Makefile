@@ -19,6 +19,7 @@ setup:
 test: need-cargo
 	cargo fmt --check
 	cargo clippy --all-targets -- --deny warnings
+	cargo clippy --lib --no-default-features -- --deny warnings
 	ulimit -n $$(ulimit -Hn); RUST_TEST_THREADS=$$((2 * $$(getconf _NPROCESSORS_ONLN))) cargo test
 	$(MAKE) --no-print-directory smoke
 	ulimit -n $$(ulimit -Hn); SIEGE=short sh tests/siege.sh

@@ -46,13 +46,14 @@ pub struct Config {
     pub connections: usize,
     /// Bytes of a request's head (16 KiB): cookies and proxies make heads of several KiB.
     pub head_bytes: usize,
-    /// Bytes of one `POST` body, and of one event published from the program (64 KiB).
+    /// Bytes of one `POST` body (64 KiB). An event published from the program may have as many, or `line_bytes` if that
+    /// is more.
     pub body_bytes: usize,
     /// Bytes of one line of a `PUT` (64 KiB).
     pub line_bytes: usize,
     /// Time to send a whole head, from its first byte on; also for a new connection's first byte (10 s).
     pub head_time: Duration,
-    /// Time to send a whole body; of a `PUT`, a line once begun (30 s).
+    /// Time to send a whole body; of a `PUT`, a line once begun; and for a peer to take a whole answer (30 s).
     pub body_time: Duration,
     /// How long a `PUT` may be silent between two lines (12 h: a log may be, overnight). The standard library cannot
     /// turn TCP keepalive on, so a publisher that vanished without a packet is known by its silence alone.
@@ -132,7 +133,7 @@ impl Config {
     /// [`ErrorKind::InvalidInput`](io::ErrorKind::InvalidInput), with the name of the field, what is wrong with it, and
     /// what would be right. The command turns the field's name into its flag's.
     pub(crate) fn check(&self) -> io::Result<()> {
-        // // The standard library refuses a read timeout of 0, which to the kernel means none at all.
+        // The standard library refuses a read timeout of 0, which to the kernel means none at all.
         let limits = [
             ("head_time", self.head_time),
             ("body_time", self.body_time),

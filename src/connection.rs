@@ -3,8 +3,9 @@
 //! `phase` says it, under the connection's own lock: while a subscriber is live the socket is the lane's, else its
 //! thread's. Only the owner writes, or the bytes of two events would mix. Non-blocking mode belongs to the open file
 //! and not to a handle, so only the owner sets it, too: a lane whose socket was made blocking by another would wait for
-//! one slow reader, and all its others with it. Everyone else may only shut the socket down ([`Connection::cut`]). Why
-//! nothing is lost or repeated between the two owners is shown in `subscription.rs`.
+//! one slow reader, and all its others with it. Everyone else may only shut the socket down ([`Connection::cut`]), or
+//! take it back from the lane for its thread ([`Connection::take_back`]). Why nothing is lost or repeated between the
+//! two owners is shown in `subscription.rs`.
 
 use crate::encoded::{Encoded, Framing, Run};
 use crate::event::Id;
@@ -58,7 +59,7 @@ pub struct State {
     pub is_poll: bool,
     /// When anything was last written: from then on silence counts, for the heartbeat.
     pub wrote: Instant,
-    /// Events written, for the log and the end of a poll.
+    /// Events that went out whole, gaps with them: for the log and the end of a poll.
     pub sent: u64,
     /// Bytes that the subscriber has sent after its request, of [`STRAY_BYTES`].
     pub stray: usize,
@@ -165,7 +166,7 @@ impl Connection {
         self.socket.set_nonblocking(false)
     }
 
-    /// Finishes the unfinished event with blocking writes: the one place where a subscriber is waited for. Returns how
+    /// Finishes the unfinished event with writes that wait for the peer. Returns how
     /// many events went out whole.
     ///
     /// # Errors

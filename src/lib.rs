@@ -14,7 +14,8 @@
 //!
 //! # The idea: a live subscriber is never waited for
 //! Server-Sent Events go one way. Once its request is read, a subscriber sends nothing, so there is nothing to wait
-//! for: a write to it succeeds, would block, or fails. That makes two states, and one thread for each:
+//! for: a write to it succeeds, would block, or fails. So a subscriber is in one of two states, and in each another thread
+//! writes to it:
 //!
 //! ```text
 //!                 publish: number it, keep it, hand it to every lane (crossbeam channel, bounded)
@@ -28,19 +29,21 @@
 //! ```
 //!
 //! Connecting, resuming and being slow are the same thing, *being behind*, and have one code path. A live subscriber's
-//! thread sleeps; no thread is woken to deliver an event, which would cost several times the write itself.
+//! thread sleeps; no thread is woken to deliver an event, which would cost several times the write itself. Why no event is
+//! lost or repeated between the two states is shown in `subscription.rs`.
 //!
 //! # The house
 //! Each room has one idea, which its first paragraph says, and uses only rooms that stand below it in this list. One event's
-//! way goes down through them once: `routes` → `publishing` → `hub` → `journal` → `history` → `lane` → `connection`. What is
-//! `pub` in a room is for the rooms above it; what is for the world is named at the end of this file. `c` is always a
-//! `Connection`.
+//! way goes down through them once: `routes` → `publishing` → `hub` → `journal` → `history` → `lane` → `connection`. A stream's
+//! way is `conversation` → `routes` (what is wanted) → `subscription`, then `history` while it is behind and `lane` while it
+//! is live, both through `connection`. What is `pub` in a room is for the rooms above it; what is for the world is named at
+//! the end of this file. A `Connection` is called `c`.
 //!
 //! # Locks, outermost first
 //! | lock | held | guards |
 //! |---|---|---|
-//! | the order, in `hub` | from numbering an event to the last lane's queue, but not while it is written | that ids, kept events, queues have one order; whose turn the journal is |
-//! | the history, in `hub` | shortly, never during I/O | the kept events and the table of topics |
+//! | the order, in `hub` | from numbering an event to the last lane's queue; with a journal twice, to number it and to hand it out, but not while it is written | that ids, kept events, queues have one order; whose turn the journal is |
+//! | the history, in `hub` | shortly; never during I/O once others may look at it | the kept events and the table of topics |
 //! | the state, in `connection` | during one non-blocking write | whose the socket is, and the cursor |
 //! | the tables, in `places` and `routes` | shortly, under no other lock | which connections are open; what is at a path |
 //! | the date of now, in `clock` | shortly, and nothing is locked under it | one line of every response |

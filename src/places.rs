@@ -178,7 +178,8 @@ impl Table {
     }
 
     /// Closes the connection that has been idle longest. But where a crowd has just arrived, nobody has been idle for
-    /// long, and it is the one that has been busy longest. Publishers that have shown a token go last. Where those are
+    /// long, and it is the one that has been busy longest. Publishers that have shown a token go last, as long
+    /// as their request is read and answered. Where those are
     /// too many, it is whoever has been silent longest, token or not: a publisher that has vanished without a word goes
     /// before those that live.
     fn make_room(&mut self) -> bool {

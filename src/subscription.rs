@@ -8,13 +8,16 @@
 //! # Why nothing is lost and nothing comes twice
 //! 1. The topics count their subscriber before anything else (`History::subscribe`), so from then on publishing hands
 //!    its lane every event.
-//! 2. The lane hears of the subscriber before it turns live (`ToLane::Join`). The lane's queue is first in, first out:
-//!    a lane that takes an event which was queued after that knows the subscriber.
+//! 2. `ToLane::Join` stands in the lane's queue before the subscriber turns live (`Subscription::serve`). The queue is
+//!    first in, first out: a lane that takes an event which was queued after that knows the subscriber.
 //! 3. "Nothing newer is kept" and "live" happen in one hold of the history's lock (`Subscription::follow`).
 //! 4. Publishing keeps an event before it queues it (`Core::hand_out`). So an event is either kept before 3, and was
 //!    replayed; or it is kept after 3, and queued after that, for a lane to which the subscriber is live.
 //! 5. A lane skips what is not newer than the cursor (`Lane::write_run`, `Connection::deliver`): what was replayed and
 //!    still stands in the queue does not come twice.
+//!
+//! The way back: whoever falls behind does so under the state's lock, with the cursor at the last whole event and the
+//! next one unfinished (`State::fall_behind`). What the lane passes over from then on is kept, or a gap tells of it.
 
 use crate::clock::spread;
 use crate::connection::{Connection, Phase, Reason, STOPPING, State};
