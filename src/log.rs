@@ -11,7 +11,7 @@ use crossbeam_channel::{Receiver, Sender, TrySendError, bounded};
 use std::fmt;
 use std::io::{self, Write};
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// Lines that may wait for stderr, some 200 KB: enough for a burst, and a reader that has stopped needs no more.
 const QUEUED_LINES: usize = 1024;
@@ -102,8 +102,9 @@ impl Logger {
     /// Waits a moment for all lines to be written, so that the last ones before the process ends are not lost. What is
     /// logged later may be.
     pub fn finish(&self) {
-        if self.wants(Log::Info) && self.queue.send_timeout(Line::End, FINISH_TIME).is_ok() {
-            let _ = self.finished.recv_timeout(FINISH_TIME);
+        let deadline = Instant::now() + FINISH_TIME;
+        if self.wants(Log::Info) && self.queue.send_deadline(Line::End, deadline).is_ok() {
+            let _ = self.finished.recv_deadline(deadline);
         }
     }
 }
