@@ -150,7 +150,8 @@ impl Id {
         }
     }
 
-    /// The position just before this one: who resumes from it gets this one first. It need not belong to any event.
+    /// The position just before this one: who resumes from it gets this one first. It need not belong to any event. Starts
+    /// and gaps in the history rest on it, and so on ids being pairs of numbers with nothing between two neighbours.
     pub(crate) fn before(self) -> Id {
         match self.seq {
             0 => Id { ms: self.ms.saturating_sub(1), seq: u64::MAX },

@@ -248,6 +248,8 @@ impl Core {
         let id = order.newest.next(now_ms());
         order.newest = id;
         let frame = event.encode_with_id(id);
+        // Both ways make the same event; for the journal, its fields stand before the frame. The id is inside the frame,
+        // so whoever numbers events must do so before this.
         if self.config.journal.is_none() {
             self.hand_out(topic, Encoded::new(id, b"", frame.as_bytes()), key);
             return Ok((id, None));

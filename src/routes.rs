@@ -233,7 +233,8 @@ fn is_content_type(text: &str) -> bool {
         && parameters.is_some_and(|rest| rest.is_empty() || rest.starts_with(';'))
 }
 
-/// What a request for a stream of these topics wants.
+/// What a request for a stream of these topics wants. Parameters that are not known are passed over, where publishing
+/// refuses them.
 ///
 /// # Errors
 /// 400 for a topic, a time or a `since` that cannot be read. A cursor that cannot be read is no error: it gets a gap.
