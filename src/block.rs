@@ -121,6 +121,25 @@ pub fn read_block(reader: &mut impl BufRead, block: &mut Vec<u8>, limit: usize) 
     }
 }
 
+/// Whether these bytes are what a dying process leaves of a block: its beginning, up to any byte, and nothing else. What
+/// else stands at the end of a journal was written over; NUL, which a lost page reads as, is taken for that, too.
+pub fn is_torn_block(bytes: &[u8]) -> bool {
+    const FIELDS: [&str; 8] = ["boot: ", "topic: ", "key: ", "sum: ", "event: ", "data: ", "retry: ", "id: "];
+    let text = match str::from_utf8(bytes) {
+        Ok(text) => text,
+        Err(error) if error.error_len().is_none() => &String::from_utf8_lossy(&bytes[..error.valid_up_to()]),
+        Err(_) => return false,
+    };
+    let mut next = 0; // the fields stand in this order; only data may stand on several lines
+    for line in text.split('\n') {
+        let fits = |field: &&str| line.starts_with(*field) || field.starts_with(line);
+        let Some(found) = FIELDS[next..].iter().position(fits).map(|at| next + at) else { return line.is_empty() };
+        let is_repeatable = FIELDS[found] == "data: ";
+        next = if is_repeatable { found } else { found + 1 };
+    }
+    !text.contains('\0')
+}
+
 /// Takes a line of this field from the beginning of `text`, if it is there.
 pub fn field<'a>(text: &'a str, name: &str) -> (Option<&'a str>, &'a str) {
     let line = text.strip_prefix(name).and_then(|rest| rest.split_once('\n'));

@@ -17,9 +17,9 @@
 use crate::block::{Block, end_mark};
 use crate::clock::now_ms;
 use crate::config::{Config, Log};
-use crate::locked::{beside, is_same, lock_as_before, open, open_locked, sync_directory_of};
+use crate::locked::{beside, is_same, lock_as_before, open, open_locked, resolve, sync_directory_of};
 use crate::log::{Logger, OncePerSecond};
-use crate::recovery::Found;
+use crate::recovery::{Found, block_limit};
 use crate::rewrite::{Pause, Rewrite, Snapshot, remove_stale};
 use crate::system;
 use crate::text::invalid;
@@ -41,6 +41,8 @@ pub const LOOK_TIME: Duration = Duration::from_secs(1);
 const TRIAL_BYTES: usize = 64 * 1024;
 
 pub struct Journal {
+    /// What the file was named by, which may be a link; and where that leads.
+    given: PathBuf,
     path: PathBuf,
     /// Locked. Opened for appending, so that the next block stands at the end also after the file was cut.
     file: Arc<File>,
@@ -106,14 +108,13 @@ impl Journal {
         if !open(path)?.metadata()?.is_file() {
             return invalid("it is no regular file");
         }
+        let given = std::path::absolute(path)?;
         let path = path.canonicalize()?; // a link stays one, however often the journal is renamed
         let old_lock = lock_as_before(&path, None)?;
         let file = open_locked(&path)?;
         remove_stale(&beside(&path, ".new"), &file)?;
         let size = file.metadata()?.len();
-        // Marks and bookkeeping beside one event's data, each byte of which may become a line of its own.
-        let block_limit = config.keep_bytes.max(config.data_bytes().saturating_mul(8).saturating_add(4096));
-        let mut found = Found::read(&file, size, block_limit, log.wants(Log::Info), take)?;
+        let mut found = Found::read(&file, size, block_limit(config), log.wants(Log::Info), take)?;
         if size > 0 && found.blocks == found.damaged {
             let reason =
                 format!("it is no journal, for none of its {size} bytes can be read as one: name another file");
@@ -122,6 +123,7 @@ impl Journal {
         let boot = system::boot_id();
         found.has_rebooted = found.boot.is_some() && found.boot != boot;
         let journal = Journal {
+            given,
             path,
             file: Arc::new(file),
             length: found.whole,
@@ -326,7 +328,7 @@ impl Journal {
     /// # Errors
     /// Another server has it.
     fn find_change(&mut self) -> io::Result<Option<&'static str>> {
-        self.path = self.path.canonicalize().unwrap_or_else(|_| self.path.clone()); // it may be a link by now
+        self.path = resolve(&self.given).unwrap_or_else(|| self.path.clone()); // it may be a link by now, or none any more
         let own = self.file.metadata();
         let size = own.as_ref().map_or(0, fs::Metadata::len);
         match fs::metadata(&self.path) {

@@ -77,3 +77,9 @@ pub fn beside(path: &Path, suffix: &str) -> PathBuf {
     name.push(suffix);
     name.into()
 }
+
+/// Where a name leads: through its links; or to its own directory, where nothing has the name.
+pub fn resolve(given: &Path) -> Option<PathBuf> {
+    let in_directory = || Some(given.parent()?.canonicalize().ok()?.join(given.file_name()?));
+    given.canonicalize().ok().or_else(in_directory)
+}

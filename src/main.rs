@@ -257,6 +257,8 @@ impl Command {
     fn run(self) -> Result<(), Failure> {
         let listen = self.listen;
         let is_open = self.config.open || !self.config.publish_tokens.is_empty() || listen.ip().is_loopback();
+        // Before the port is bound: whoever has connected may send a signal, and reading a large journal takes a while.
+        stop_on_signals(thread::current())?;
         let server = Server::bind(listen, self.config).map_err(|error| {
             let is_ours = error.raw_os_error().is_none();
             match error.kind() {
@@ -281,7 +283,6 @@ impl Command {
             }
             Ok(())
         })?;
-        stop_on_signals(thread::current())?;
         let server = server.spawn()?;
         let url = format!("http://{}", server.addr()?);
         let text = format!("brooklet listens on {url} (open it in a browser; Ctrl-C stops it)\n  curl -N {url}/test\n");

@@ -6,13 +6,24 @@
 //! the caller keeps, so a journal of any size can be read. What is found decides whether the file may be appended to
 //! (`Journal::repair`). <https://html.spec.whatwg.org/multipage/server-sent-events.html#event-stream-interpretation>
 
-use crate::block::{Block, read_block};
+use crate::block::{Block, is_torn_block, read_block};
+use crate::config::Config;
 use crate::event::Id;
 use std::io::{self, BufReader, IsTerminal, Read, Write};
 use std::time::Duration;
 
 /// How many damaged blocks are named in the log, by their offset in the file: enough to look at them.
 const NAMED_DAMAGE: usize = 10;
+
+/// A block of up to this size is read, whatever the limits are now: an earlier process may have taken larger events.
+const LEAST_BLOCK_LIMIT: usize = 16 * 1024 * 1024;
+
+/// The largest block that is no damage: marks and bookkeeping, and an event's data, each byte of which may have become a
+/// line of its own.
+pub fn block_limit(config: &Config) -> usize {
+    let of_one_event = config.data_bytes().saturating_mul(8).saturating_add(4096);
+    config.keep_bytes.max(of_one_event).max(LEAST_BLOCK_LIMIT)
+}
 
 /// What a journal held.
 #[derive(Default)]
@@ -65,7 +76,19 @@ impl Found {
             progress.show(100 * found.whole / size.max(1));
         }
         progress.clear();
+        if found.whole < size && !is_torn_block(&bytes) {
+            found.count_damage(); // no dying process leaves that, so events that were published may have stood there
+        }
         Ok(found)
+    }
+
+    /// What begins at `whole` cannot be read.
+    fn count_damage(&mut self) {
+        self.damaged += 1;
+        self.blocks += 1;
+        if self.damaged_at.len() < NAMED_DAMAGE {
+            self.damaged_at.push(self.whole);
+        }
     }
 
     /// A blank line alone is nothing; everything else is a block, or damage with perhaps a block at its end.
@@ -74,14 +97,10 @@ impl Found {
         let is_good = |block: &Block| block.is_mark || self.newest < Some(block.id);
         let whole = Block::parse(bytes).map(|block| (0, block)).filter(|(_, block)| is_good(block));
         let found = whole.or_else(|| Block::parse_after_damage(bytes).filter(|(at, block)| *at > 0 && is_good(block)));
-        if !matches!(found, Some((0, _))) {
-            self.damaged += 1;
-            self.blocks += 1;
-            if self.damaged_at.len() < NAMED_DAMAGE {
-                self.damaged_at.push(self.whole);
-            }
-        }
         let is_first = self.blocks == 0;
+        if !matches!(found, Some((0, _))) {
+            self.count_damage();
+        }
         self.has_ended = false;
         let Some((at, block)) = found else { return };
         if is_first {

@@ -9,7 +9,7 @@
 use crate::encoded::Encoded;
 use crate::locked::{is_same, sync_directory_of};
 use std::fs::{self, File, OpenOptions, TryLockError};
-use std::io::{self, ErrorKind, Write};
+use std::io::{self, ErrorKind, Read, Write};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -234,6 +234,19 @@ pub fn remove_stale(path: &Path, journal: &File) -> io::Result<()> {
         let reason = format!("{} is being written by another process", path.display());
         return Err(io::Error::new(ErrorKind::ResourceBusy, reason));
     }
+    if found.is_ok_and(|found| found.is_file()) && !begins_as_journal(path)? {
+        let reason =
+            format!("{} stands where the new file is written, and is none of ours: move it away", path.display());
+        return Err(io::Error::new(ErrorKind::AlreadyExists, reason));
+    }
     let _ = fs::remove_file(path);
     Ok(())
+}
+
+/// Whether a file is an unfinished journal: the beginning of one, of which a power cut may have left zeros.
+fn begins_as_journal(path: &Path) -> io::Result<bool> {
+    let mut start = Vec::new();
+    File::open(path)?.take(5).read_to_end(&mut start)?;
+    let fits = |field: &[u8]| start.iter().zip(field).all(|(found, wanted)| [*wanted, 0].contains(found));
+    Ok(fits(b"boot:") || fits(b"sum: "))
 }

@@ -1051,3 +1051,59 @@ fn who_watches_sees_how_far_a_long_recovery_has_come() {
     drop(Holder::of(&path));
     script.wait().unwrap();
 }
+
+/// What a dying process leaves at the end is the beginning of a block. Anything else there was written over, and may have been
+/// events that pages had seen.
+#[test]
+fn an_end_that_was_written_over_is_damage_and_every_cursor_hears_a_gap() {
+    for (what, fsync) in [("zeros", false), ("zeros", true), ("the last byte", false), ("the last byte", true)] {
+        let dir = Scratch::new();
+        let path = dir.path("events");
+        let config = || Config { fsync, ..with_journal(&path) };
+        let flags = ["--journal", &path, "--fsync"];
+        let process = Process::start(&flags[..2 + usize::from(fsync)]);
+        let ids: Vec<String> = (0..40).map(|n| publish(process.addr, "/events/a", &n.to_string())).collect();
+        drop(process); // kill -9
+        let mut bytes = fs::read(&path).unwrap();
+        let from = if what == "the last byte" { bytes.len() - 1 } else { bytes.len() - 700 };
+        bytes[from..].fill(if what == "zeros" { 0 } else { b'x' });
+        fs::write(&path, &bytes).unwrap();
+        let server = serve(config());
+        let target = format!("/events/a?last_event_id={}&poll=1ms", ids[0]);
+        let answer = blocks(&Wire::stream(server.addr().unwrap(), &target, "").rest());
+        assert!(answer.iter().any(|block| block.starts_with(b"event: gap\n")), "{what}, {fsync}: no gap");
+        let has_copy = fs::read_dir(dir.path(""))
+            .unwrap()
+            .any(|entry| entry.unwrap().file_name().to_string_lossy().contains(".damaged."));
+        assert!(has_copy, "{what}, {fsync}: the file as it was is gone");
+    }
+}
+
+#[test]
+fn a_link_that_is_removed_while_it_names_the_journal_is_noticed() {
+    let dir = Scratch::new();
+    fs::create_dir(dir.path("data")).unwrap();
+    let (link, path) = (dir.path("link"), dir.path("data/events"));
+    fs::write(&path, "").unwrap();
+    std::os::unix::fs::symlink(&path, &link).unwrap();
+    let process = Process::start(&["--journal", &link]);
+    let first = publish(process.addr, "/events/a", "1");
+    fs::remove_file(&link).unwrap();
+    process.wait_for_log("was deleted or moved");
+    wait_for("the journal to be written anew", || fs::exists(&link).unwrap().then_some(()));
+    let second = publish(process.addr, "/events/a", "2");
+    drop(process); // kill -9
+    let found = kept(serve(with_journal(&link)).addr().unwrap(), "a");
+    let found: Vec<String> = found.iter().map(|frame| id_of(frame).to_string()).collect();
+    assert_eq!(found, [first.trim(), second.trim()]);
+}
+
+#[test]
+fn a_file_that_is_none_of_ours_is_not_deleted_where_the_new_file_would_be_written() {
+    let dir = Scratch::new();
+    let (path, new) = (dir.path("events"), dir.path("events.new"));
+    fs::write(&new, "thesis\n").unwrap();
+    let error = bind(with_journal(&path)).err().expect("a refusal").to_string();
+    assert!(error.contains("events.new") && error.contains("move it away"), "{error}");
+    assert_eq!(fs::read_to_string(&new).unwrap(), "thesis\n");
+}
