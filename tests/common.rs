@@ -612,7 +612,7 @@ impl Drop for Process {
 /// A clock that a test sets while the command runs by it. What the monotonic clock says is not changed.
 pub struct Clock {
     file: String,
-    library: String,
+    preload: String,
 }
 
 impl Clock {
@@ -622,8 +622,8 @@ impl Clock {
             return None;
         }
         let preload = output(Command::new("faketime").args(["-f", "+0", "sh", "-c", "echo $LD_PRELOAD"]));
-        let library = String::from_utf8(preload.stdout).unwrap().trim().into();
-        let clock = Clock { file: dir.path("clock"), library };
+        let preload = String::from_utf8(preload.stdout).unwrap().trim().into();
+        let clock = Clock { file: dir.path("clock"), preload };
         clock.set("+0");
         Some(clock)
     }
@@ -637,7 +637,7 @@ impl Clock {
 
     pub fn start(&self, flags: &[&str]) -> Process {
         let mut command = Command::new(BROOKLET);
-        command.env("LD_PRELOAD", &self.library).env("FAKETIME_TIMESTAMP_FILE", &self.file);
+        command.env("LD_PRELOAD", &self.preload).env("FAKETIME_TIMESTAMP_FILE", &self.file);
         command.env("FAKETIME_NO_CACHE", "1").env("FAKETIME_DONT_FAKE_MONOTONIC", "1");
         Process::from(command.args(["--listen", "127.0.0.1:0"]).args(flags))
     }
