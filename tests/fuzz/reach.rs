@@ -172,7 +172,10 @@ pub fn journal(bytes: &[u8]) {
     let whole: Vec<u8> = snapshot(&history, boot).iter().flat_map(|event| event.block().concat()).collect();
     let (second, again) = read(&whole);
     assert_eq!((second.damaged, second.whole, &second.boot), (0, whole.len() as u64, &found.boot));
-    let known = |history: &Arc<Mutex<History>>| (enter(history).newest(), enter(history).totals().bytes);
+    let known = |history: &Arc<Mutex<History>>| {
+        let history = enter(history); // one guard: a second one would wait for the first
+        (history.newest(), history.totals().bytes)
+    };
     assert_eq!(known(&again), known(&history));
     assert_eq!(blocks(&history).iter().filter(|block| !is_mark(block)).count(), totals.events);
     assert!(blocks(&history) == blocks(&again), "written anew, read, and written anew again");
