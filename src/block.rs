@@ -153,7 +153,7 @@ pub fn crc32(parts: [&[u8]; 2]) -> u32 {
 }
 
 /// What eight steps of the division make of each byte, computed by the compiler.
-pub const CRC_TABLE: [u32; 256] = {
+const CRC_TABLE: [u32; 256] = {
     let mut table = [0; 256];
     let mut n = 0;
     while n < 256 * 8 {

@@ -53,7 +53,7 @@ pub fn date() -> Arc<str> {
 
 /// Unix seconds as RFC 9110 §5.6.7 writes a moment: `Sun, 06 Nov 1994 08:49:37 GMT`. Years are counted from March, so
 /// that the leap day is a year's last, in eras of 400 years (146,097 days), after which the calendar repeats.
-pub fn http_date(seconds: u64) -> String {
+fn http_date(seconds: u64) -> String {
     let days = seconds / 86_400 + 719_468; // since 0000-03-01
     let of_era = days % 146_097;
     let year_of_era = (of_era - of_era / 1_460 + of_era / 36_524 - of_era / 146_096) / 365;

@@ -17,7 +17,7 @@ use std::time::Duration;
 /// 0.7 µs: at 10,000 subscribers that is half a percent of a core.
 pub const SWEEP: Duration = Duration::from_millis(1_750);
 /// More than any machine has cores; each lane is a thread and wakes for every event.
-pub const MOST_LANES: usize = 256;
+const MOST_LANES: usize = 256;
 const _: () = assert!(SWEEP.as_millis() == 1_750 && MOST_LANES == 256, "`Config::check` names both");
 
 /// Every limit of a [`Server`](crate::Server); each is a flag of the command, too. [`Config::default`] has the defaults

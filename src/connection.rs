@@ -25,10 +25,10 @@ pub const LINGER: Duration = Duration::from_secs(1);
 /// many answers.
 pub const AWAKE_TIME: Duration = Duration::from_micros(50);
 /// A subscriber has nothing to say after its request; one that sends more than this is closed.
-pub const STRAY_BYTES: usize = 4 * 1024;
+const STRAY_BYTES: usize = 4 * 1024;
 /// The comment that keeps a silent stream open. No blank line follows it: some clients take every blank line for an
 /// event. <https://html.spec.whatwg.org/multipage/server-sent-events.html#authoring-notes>
-pub const HEARTBEAT: &[u8] = b":\n";
+const HEARTBEAT: &[u8] = b":\n";
 /// Why something about a connection ended, for the log and for a handler. Never text from outside.
 pub type Reason = &'static str;
 pub const STOPPING: Reason = "the server is stopping";
@@ -196,7 +196,7 @@ impl Connection {
         self.set_nonblocking(true)
     }
 
-    pub fn set_nonblocking(&self, mode: bool) -> Result<(), Reason> {
+    fn set_nonblocking(&self, mode: bool) -> Result<(), Reason> {
         self.socket.set_nonblocking(mode).map_err(|error| reason_of(&error))
     }
 
@@ -266,7 +266,7 @@ impl Connection {
 }
 
 /// One write that does not wait; 0 if the socket is full. The socket must be in non-blocking mode.
-pub fn write_now(mut socket: &TcpStream, bytes: &[u8]) -> io::Result<usize> {
+fn write_now(mut socket: &TcpStream, bytes: &[u8]) -> io::Result<usize> {
     loop {
         match socket.write(bytes) {
             Err(error) if error.kind() == ErrorKind::Interrupted => {}
@@ -282,7 +282,7 @@ pub fn would_block(error: &io::Error) -> bool {
 }
 
 /// In our own words, which do not differ from system to system, so that logs can be searched for them.
-pub fn reason_of(error: &io::Error) -> Reason {
+fn reason_of(error: &io::Error) -> Reason {
     match error.kind() {
         ErrorKind::ConnectionReset | ErrorKind::BrokenPipe | ErrorKind::ConnectionAborted => {
             "the peer reset the connection"

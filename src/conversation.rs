@@ -42,7 +42,7 @@ pub struct Shared {
     pub places: Arc<Places>,
     pub routes: Routes,
     pub log: Arc<Logger>,
-    /// A crowd that is closed to make room must not use up the turn of other warnings.
+    /// A crowd that is closed to make room must not hide other warnings.
     pub evicted: OncePerSecond,
 }
 
@@ -66,7 +66,7 @@ struct Opening {
 }
 
 /// What comes of one request.
-enum Turn {
+enum AfterRequest {
     /// Both parts are written, one after the other; then the next request is read, or the connection ends.
     Respond { parts: (Vec<u8>, Arc<[u8]>), close: bool },
     /// No more requests: the connection becomes a stream.
@@ -119,15 +119,15 @@ impl Conversation {
         loop {
             let request = Request::read(&mut reader, config);
             let is_keen = answered.elapsed() < 2 * AWAKE_TIME; // also the first one, which comes at once
-            let turn = match request {
-                Ok(None) => Turn::End,
+            let after = match request {
+                Ok(None) => AfterRequest::End,
                 Ok(Some(request)) => self.answer(&mut reader, request),
                 Err(refusal) => self.refuse(&reader, &refusal),
             };
-            match turn {
-                Turn::End => return None,
-                Turn::Open(opening) => return Some(opening),
-                Turn::Respond { parts: (first, rest), close } => {
+            match after {
+                AfterRequest::End => return None,
+                AfterRequest::Open(opening) => return Some(opening),
+                AfterRequest::Respond { parts: (first, rest), close } => {
                     // A response gets as long as a body does: some are a page of many KiB over a slow link.
                     let deadline = Instant::now() + config.body_time;
                     if c.write_whole(&first, deadline).and_then(|()| c.write_whole(&rest, deadline)).is_err() {
@@ -150,9 +150,9 @@ impl Conversation {
 
     /// Answers one request. Where it lost its place to a newcomer meanwhile, its socket is shut down already.
     #[inline(never)] // a small stack
-    fn answer(&self, reader: &mut Reader, mut request: Request) -> Turn {
+    fn answer(&self, reader: &mut Reader, mut request: Request) -> AfterRequest {
         if !self.shared.places.move_to(Place::Busy, &self.c) {
-            return Turn::End;
+            return AfterRequest::End;
         }
         let is_head = request.method == "HEAD";
         let (framing, cors) = (request.framing, self.shared.routes.door.cors(&request));
@@ -161,26 +161,26 @@ impl Conversation {
             Ok(Reply::Stream(_)) if is_head => {
                 self.log_request(&request, 200);
                 let head = stream_head(framing, &cors).into_bytes();
-                return Turn::Respond { parts: (head, Arc::default()), close: true };
+                return AfterRequest::Respond { parts: (head, Arc::default()), close: true };
             }
             Ok(Reply::Stream(source)) => {
                 let head = stream_head(framing, &cors);
-                return Turn::Open(Opening { path: request.path, framing, head, source });
+                return AfterRequest::Open(Opening { path: request.path, framing, head, source });
             }
         };
         response.fields += &cors; // refusals, too: without these lines no page of another origin could read why
         self.log_request(&request, response.status);
         // A body that was not read whole stands before the next request, which nobody could find.
         let close = request.close || response.close || !request.body.is_over() || self.shared.core.is_stopping();
-        Turn::Respond { parts: response.encode(is_head, close), close }
+        AfterRequest::Respond { parts: response.encode(is_head, close), close }
     }
 
     /// The response to a head that was refused, and so still stands in the reader. To HEAD it has no body.
-    fn refuse(&self, reader: &Reader, refusal: &Response) -> Turn {
+    fn refuse(&self, reader: &Reader, refusal: &Response) -> AfterRequest {
         let is_head = reader.unread().starts_with(b"HEAD ");
         let line = format_args!("{} {}: {}", self.c.peer, refusal.status, refusal.reason());
         self.shared.log.line(Log::Debug, line);
-        Turn::Respond { parts: refusal.encode(is_head, true), close: true }
+        AfterRequest::Respond { parts: refusal.encode(is_head, true), close: true }
     }
 
     /// One line for each response; a stream's line is written when it closes.

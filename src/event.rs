@@ -13,7 +13,7 @@ use std::str::FromStr;
 use std::time::Duration;
 
 /// A name is a word for `addEventListener`, not a place for data: beside the data, this bounds an event's bytes.
-pub const EVENT_NAME_BYTES: usize = 256;
+const EVENT_NAME_BYTES: usize = 256;
 
 /// One event, to be published to a topic or sent on a handler's stream.
 ///

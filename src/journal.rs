@@ -61,7 +61,7 @@ pub struct Journal {
     /// A new file that is being written, step by step.
     rewrite: Option<Rewrite>,
     /// Everything is synced before it is published (`--fsync`).
-    is_synced: bool,
+    syncs: bool,
     /// The boot that it is written in; none if everything is synced.
     boot: Option<String>,
     log: Arc<Logger>,
@@ -134,7 +134,7 @@ impl Journal {
             tried_at: None,
             looked_at: Instant::now(),
             rewrite: None,
-            is_synced: config.fsync,
+            syncs: config.fsync,
             boot: boot.filter(|_| !config.fsync),
             log: log.clone(),
             warned: OncePerSecond::default(),
@@ -155,7 +155,7 @@ impl Journal {
     pub fn repair(&mut self, found: &Found, kept_bytes: u64, begin: Begin) -> io::Result<()> {
         (self.needed, self.kept_bytes) = (kept_bytes, kept_bytes);
         let copy = if found.is_damaged() { Some(self.keep_aside("damaged")?) } else { None };
-        let is_trusted = !self.is_synced || self.is_on_the_disk(found);
+        let is_trusted = !self.syncs || self.is_on_the_disk(found);
         if found.may_lack_events() || found.boot != self.boot || !is_trusted {
             let found_file = self.file.clone();
             let Err(error) = self.rewrite_at_once(begin) else { return Ok(()) };
@@ -244,7 +244,7 @@ impl Journal {
             let _ = self.take_back();
         }
         self.look();
-        if self.is_synced && self.health == Health::Whole {
+        if self.syncs && self.health == Health::Whole {
             let _ = self.write(&end_mark().block().concat());
         }
     }
@@ -267,10 +267,10 @@ impl Journal {
         } else if !is_last {
             return Ok(Pause::Nothing);
         }
-        rewrite.finish(self.is_synced)?;
+        rewrite.finish(self.syncs)?;
         self.look();
         match self.rewrite.take().filter(|_| self.health == Health::Whole) {
-            Some(rewrite) => Ok(Pause::Replaced(self.change_to(rewrite, true, self.is_synced)?, self.path.clone())),
+            Some(rewrite) => Ok(Pause::Replaced(self.change_to(rewrite, true, self.syncs)?, self.path.clone())),
             None => Ok(Pause::Nothing),
         }
     }
@@ -392,12 +392,12 @@ impl Journal {
     }
 
     /// Gives a new file the journal's name, and returns the old one. It is trusted once the name is on the disk, too.
-    fn change_to(&mut self, mut rewrite: Rewrite, replaces: bool, is_synced: bool) -> io::Result<Arc<File>> {
+    fn change_to(&mut self, mut rewrite: Rewrite, replaces: bool, syncs: bool) -> io::Result<Arc<File>> {
         rewrite.take_name(&self.path, replaces)?;
         let old = std::mem::replace(&mut self.file, rewrite.file().clone());
         (self.length, self.needed) = (rewrite.length(), rewrite.needed());
         self.health = Health::Lost;
-        if is_synced {
+        if syncs {
             sync_directory_of(&self.path)?;
         }
         self.health = Health::Whole;
@@ -408,7 +408,7 @@ impl Journal {
     fn write(&mut self, blocks: &[u8]) -> io::Result<()> {
         let result = (&*self.file).write_all(blocks).map_err(|error| (error, Health::Whole));
         let synced = || self.file.sync_data().map_err(|error| (error, Health::Lost));
-        let Err((error, health)) = result.and_then(|()| if self.is_synced { synced() } else { Ok(()) }) else {
+        let Err((error, health)) = result.and_then(|()| if self.syncs { synced() } else { Ok(()) }) else {
             self.length += blocks.len() as u64;
             return Ok(());
         };
@@ -430,7 +430,7 @@ impl Journal {
             if cut.is_err() {
                 self.blot_out(size)?;
             }
-            if self.is_synced {
+            if self.syncs {
                 self.file.sync_data()?;
             }
             if cut.is_err() {

@@ -92,7 +92,7 @@ impl Logger {
         self.warn_within(&self.warned, line);
     }
 
-    /// One line a second by a limit of the caller's own: a flood of other warnings must not use up its turn.
+    /// One line a second by a limit of the caller's own: a flood of other warnings must not hide its own.
     pub fn warn_within(&self, limit: &OncePerSecond, line: fmt::Arguments) {
         if limit.is_due() {
             self.line(Log::Info, line);

@@ -48,16 +48,16 @@ struct Table {
     /// would be closed for the next one.
     trusted_limit: usize,
     next_serial: u64,
-    /// Rises with each move, so that the lowest turn at a place is whoever came to it first.
-    next_turn: u64,
+    /// Rises with each move, so that the lowest arrival at a place is whoever came to it first.
+    next_arrival: u64,
     /// Threads that have not ended: those with a place, and those that have just made room.
     threads: usize,
     /// Spreads the streams evenly over the lanes. Serial numbers would not: where every other connection is a short
     /// request, the streams would all have odd ones.
     streams_opened: usize,
-    /// For each place, by the turn in which they came to it: the first has been there longest.
+    /// For each place, by their arrival at it: the first has been there longest.
     queues: [BTreeMap<u64, Arc<Connection>>; 4],
-    /// The place and the turn of each connection, by its serial number. Whoever is missing here has made room.
+    /// The place and the arrival of each connection, by its serial number. Whoever is missing here has made room.
     positions: HashMap<u64, (Place, u64)>,
 }
 
@@ -188,7 +188,7 @@ impl Table {
             false => [Place::Busy, Place::Idle, Place::Trusted],
         };
         if self.queue(Place::Trusted).len() > self.trusted_limit {
-            order.sort_by_key(|place| self.queue(*place).first_key_value().map_or(u64::MAX, |(turn, _)| *turn));
+            order.sort_by_key(|place| self.queue(*place).first_key_value().map_or(u64::MAX, |(arrival, _)| *arrival));
         }
         let Some((_, c)) = order.into_iter().find_map(|place| self.queue(place).pop_first()) else { return false };
         self.positions.remove(&c.serial);
@@ -211,14 +211,14 @@ impl Table {
     }
 
     fn take_out(&mut self, c: &Connection) -> Option<Arc<Connection>> {
-        let (place, turn) = self.positions.remove(&c.serial)?;
-        self.queue(place).remove(&turn)
+        let (place, arrival) = self.positions.remove(&c.serial)?;
+        self.queue(place).remove(&arrival)
     }
 
     fn put(&mut self, c: Arc<Connection>, place: Place) {
-        self.next_turn += 1;
-        let turn = self.next_turn;
-        self.positions.insert(c.serial, (place, turn));
-        self.queue(place).insert(turn, c);
+        self.next_arrival += 1;
+        let arrival = self.next_arrival;
+        self.positions.insert(c.serial, (place, arrival));
+        self.queue(place).insert(arrival, c);
     }
 }

@@ -72,7 +72,7 @@ pub struct Routes {
     /// The program's routes by their paths: few, so a list is searched. Locked shortly, and under no other lock.
     table: Mutex<Vec<(String, Route)>>,
     log: Arc<Logger>,
-    /// Publishers that are refused in a flood must not use up the turn of other warnings.
+    /// Publishers that are refused in a flood must not hide other warnings.
     refusals: OncePerSecond,
 }
 
