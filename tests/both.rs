@@ -105,7 +105,7 @@ pub fn events_of_several_publishers_come_once_and_in_order_however_the_stream_is
 
 /// A reader that takes nothing is cut off, others do not notice, and when it comes back it gets all that it missed.
 pub fn a_slow_reader_is_cut_off_and_comes_back_to_what_it_missed(process: &Process) {
-    const EVENTS: usize = 300; // 18 MB: sockets hold less, and both programs keep more
+    const EVENTS: usize = 250; // 15 MB: sockets hold less, and both programs keep more
     let (addr, before) = (process.addr, process.at_rest().1);
     let begin = publish(addr, "/events/a", "begin");
     let from_the_beginning = format!("Last-Event-ID: {begin}\r\n");
@@ -117,7 +117,8 @@ pub fn a_slow_reader_is_cut_off_and_comes_back_to_what_it_missed(process: &Proce
         publish(addr, "/events/a", &format!("{n} {}", "x".repeat(60_000)));
         assert_eq!(number(&fast.event().expect("the fast one's stream")), n);
     }
-    wait_for("the slow one to be cut off", || (process.descriptors() <= before + 1).then_some(()));
+    // A write that times out in its middle counts as taken, so it may be a second or third one that ends the stream.
+    wait_longer_for("the slow one to be cut off", || (process.descriptors() <= before + 1).then_some(()));
     assert!(slow.head().starts_with("HTTP/1.1 200 OK\r\n"));
     let (mut next, mut cursor) = (0, begin);
     while let Some(seen) = slow.event() {

@@ -85,8 +85,16 @@ pub fn with_journal(path: &str) -> Config {
 }
 
 /// Waits until `condition` gives a value.
-pub fn wait_for<T>(what: &str, mut condition: impl FnMut() -> Option<T>) -> T {
-    let deadline = Instant::now() + PATIENCE;
+pub fn wait_for<T>(what: &str, condition: impl FnMut() -> Option<T>) -> T {
+    wait_until(Instant::now() + PATIENCE, what, condition)
+}
+
+/// The same, for what may itself take some of the server's times one after another.
+pub fn wait_longer_for<T>(what: &str, condition: impl FnMut() -> Option<T>) -> T {
+    wait_until(Instant::now() + 3 * PATIENCE, what, condition)
+}
+
+fn wait_until<T>(deadline: Instant, what: &str, mut condition: impl FnMut() -> Option<T>) -> T {
     loop {
         if let Some(value) = condition() {
             return value;
