@@ -20,7 +20,7 @@ use crate::config::{Config, Log};
 use crate::locked::{beside, is_same, lock_as_before, open, open_locked, resolve, sync_directory_of};
 use crate::log::{Logger, OncePerSecond};
 use crate::recovery::{Found, block_limit};
-use crate::rewrite::{Pause, Rewrite, Snapshot, remove_stale};
+use crate::rewrite::{Pause, Rewrite, TakeSnapshot, remove_stale};
 use crate::system;
 use crate::text::invalid;
 use std::fmt;
@@ -70,9 +70,6 @@ pub struct Journal {
     /// Keeps servers of older versions out.
     old_lock: Option<File>,
 }
-
-/// Begins a snapshot for a new file, whose first block names this boot.
-pub type Begin<'a> = &'a dyn Fn(Option<&str>) -> Box<dyn Snapshot>;
 
 /// Whether the file may be appended to: only if it is whole. `make_fit` mends what it can.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -152,20 +149,20 @@ impl Journal {
     /// Makes the file one that can be appended to. What a dying process left half-written at its end is cut off. Where
     /// more is damaged, the file is kept aside, and what could be read of it is written anew. So is a file whose first
     /// block must name another boot from here on, and with `--fsync` one that may not be on the disk.
-    pub fn repair(&mut self, found: &Found, kept_bytes: u64, begin: Begin) -> io::Result<()> {
+    pub fn repair(&mut self, found: &Found, kept_bytes: u64, take_snapshot: TakeSnapshot) -> io::Result<()> {
         (self.needed, self.kept_bytes) = (kept_bytes, kept_bytes);
         let copy = if found.is_damaged() { Some(self.keep_aside("damaged")?) } else { None };
         let is_trusted = !self.syncs || self.is_on_the_disk(found);
         if found.may_lack_events() || found.boot != self.boot || !is_trusted {
             let found_file = self.file.clone();
-            let Err(error) = self.rewrite_at_once(begin) else { return Ok(()) };
+            let Err(error) = self.rewrite_at_once(take_snapshot) else { return Ok(()) };
             let has_its_name = Arc::ptr_eq(&found_file, &self.file);
             if has_its_name && found.boot.is_some() && !found.is_damaged() && is_trusted {
                 // Perhaps the disk is full. The file is whole, and since it names an earlier boot, the next start means
                 // a gap too many, but no hole.
                 self.say(format_args!("cannot be written anew: {error}"));
                 self.take_back()?;
-                return self.note_base(begin);
+                return self.note_base(take_snapshot);
             } else if has_its_name {
                 let _ = copy.map(fs::remove_file); // or each try to start would leave one
             }
@@ -176,8 +173,8 @@ impl Journal {
     }
 
     /// Appends from where on ids are given, as a new file's first block would: or yet another death might repeat them.
-    fn note_base(&mut self, begin: Begin) -> io::Result<()> {
-        begin(None).next().iter().try_for_each(|mark| self.write(&mark.block().concat()))?;
+    fn note_base(&mut self, take_snapshot: TakeSnapshot) -> io::Result<()> {
+        take_snapshot(None).next().iter().try_for_each(|mark| self.write(&mark.block().concat()))?;
         self.file.sync_data()
     }
 
@@ -189,9 +186,9 @@ impl Journal {
 
     /// Appends whole blocks, and syncs them with `--fsync`. Where that fails, none of them is published, nor will a
     /// later start find them, unless the error says so.
-    pub fn append(&mut self, blocks: &[u8], kept_bytes: u64, begin: Begin) -> io::Result<()> {
+    pub fn append(&mut self, blocks: &[u8], kept_bytes: u64, take_snapshot: TakeSnapshot) -> io::Result<()> {
         self.kept_bytes = kept_bytes;
-        let result = self.make_fit(begin).and_then(|()| self.write(blocks));
+        let result = self.make_fit(take_snapshot).and_then(|()| self.write(blocks));
         if let Err(error) = &result {
             let line = format_args!("journal {}: {error}; nothing is published until it works", self.path.display());
             self.log.warn_within(&self.warned, line);
@@ -201,8 +198,8 @@ impl Journal {
 
     /// Checks that the file still has its name; to be called once in `LOOK_TIME`, also where nobody publishes. Where
     /// the journal has failed, tries whether it can be written again.
-    pub fn look_after(&mut self, has_failed: bool, begin: Begin) -> io::Result<()> {
-        self.make_fit(begin)?;
+    pub fn look_after(&mut self, has_failed: bool, take_snapshot: TakeSnapshot) -> io::Result<()> {
+        self.make_fit(take_snapshot)?;
         if has_failed { self.write(&[b'\n'; TRIAL_BYTES]).and_then(|()| self.take_back_trial()) } else { Ok(()) }
     }
 
@@ -217,8 +214,8 @@ impl Journal {
     }
 
     /// Writes some more of a new file, if the old one has grown too large. Others may append before the next step.
-    pub fn step(&mut self, begin: Begin) -> Pause {
-        self.try_step(begin).unwrap_or_else(|error| {
+    pub fn step(&mut self, take_snapshot: TakeSnapshot) -> Pause {
+        self.try_step(take_snapshot).unwrap_or_else(|error| {
             self.abandon(&error);
             Pause::Nothing
         })
@@ -253,12 +250,12 @@ impl Journal {
         self.health == Health::Whole && self.length > 2 * self.needed.max(self.kept_bytes) + SLACK_BYTES
     }
 
-    fn try_step(&mut self, begin: Begin) -> io::Result<Pause> {
+    fn try_step(&mut self, take_snapshot: TakeSnapshot) -> io::Result<Pause> {
         if self.rewrite.is_none() {
             if !self.has_grown() {
                 return Ok(Pause::Nothing);
             }
-            self.rewrite = Some(self.begin(begin)?);
+            self.rewrite = Some(self.start_rewrite(take_snapshot)?);
         }
         let Some(rewrite) = &mut self.rewrite else { return Ok(Pause::Nothing) };
         let is_last = rewrite.step(&self.file, self.length)?;
@@ -275,13 +272,13 @@ impl Journal {
         }
     }
 
-    fn begin(&self, begin: Begin) -> io::Result<Rewrite> {
+    fn start_rewrite(&self, take_snapshot: TakeSnapshot) -> io::Result<Rewrite> {
         let path = beside(&self.path, ".new");
-        Rewrite::begin(path, &self.file, self.length, begin(self.boot.as_deref()))
+        Rewrite::start(path, &self.file, self.length, take_snapshot(self.boot.as_deref()))
     }
 
     /// Makes the file fit to be appended to: ours, whole and trusted.
-    fn make_fit(&mut self, begin: Begin) -> io::Result<()> {
+    fn make_fit(&mut self, take_snapshot: TakeSnapshot) -> io::Result<()> {
         if self.looked_at.elapsed() >= LOOK_TIME {
             self.look();
         }
@@ -293,7 +290,7 @@ impl Journal {
         }
         match self.health {
             Health::Whole | Health::Torn => Ok(()),
-            Health::Lost => self.replace_lost(begin),
+            Health::Lost => self.replace_lost(take_snapshot),
             Health::Taken => Err(io::Error::other(self.reason.clone())),
         }
     }
@@ -362,18 +359,18 @@ impl Journal {
     }
 
     /// Writes a lost file anew, at most once in `RETRY_TIME`; between two tries, the last error stands.
-    fn replace_lost(&mut self, begin: Begin) -> io::Result<()> {
+    fn replace_lost(&mut self, take_snapshot: TakeSnapshot) -> io::Result<()> {
         if self.tried_at.is_some_and(|at| at.elapsed() < RETRY_TIME) {
             return Err(io::Error::other(format!("it must be written anew, and cannot be: {}", self.reason)));
         }
         self.tried_at = Some(Instant::now());
-        self.rewrite_at_once(begin).inspect_err(|error| self.reason = error.to_string())
+        self.rewrite_at_once(take_snapshot).inspect_err(|error| self.reason = error.to_string())
     }
 
     /// Writes a new file in one go: nothing can be published before it is there.
-    fn rewrite_at_once(&mut self, begin: Begin) -> io::Result<()> {
+    fn rewrite_at_once(&mut self, take_snapshot: TakeSnapshot) -> io::Result<()> {
         self.lose(Health::Lost);
-        let mut rewrite = self.begin(begin)?;
+        let mut rewrite = self.start_rewrite(take_snapshot)?;
         while !rewrite.step(&self.file, self.length)? {}
         rewrite.finish(true)?;
         let (mut _other, mut replaces) = (None, true);
