@@ -75,6 +75,7 @@ mod unwritten; // what waits for the journal, and whose turn it is
 mod kept; // between the journal's blocks and the history
 mod journal; // the file that outlives the process
 mod rewrite; // the new file that takes its place
+mod watch; // whether the file still has its name
 mod locked; // whose a file is
 mod recovery; // reading the journal at the start
 mod block; // what it is made of
