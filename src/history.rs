@@ -34,7 +34,7 @@ pub struct History {
     /// The newest id that subscribers may have seen, over all topics.
     newest: Id,
     /// The newest that was forgotten by topics which have left the table; a topic that enters it begins with this.
-    forgotten: Point,
+    newest_forgotten: Point,
     clock: Steady,
     keep_events: usize,
     keep_bytes: usize,
@@ -48,7 +48,8 @@ struct Topic {
     events: VecDeque<KeptEvent>,
     /// The event of each key that is kept; forgotten with it.
     keys: HashMap<Arc<str>, Id>,
-    forgotten: Point,
+    /// The newest that it has forgotten.
+    newest_forgotten: Point,
     subscribers: usize,
 }
 
@@ -109,7 +110,7 @@ impl History {
             events: 0,
             bytes: 0,
             newest: base,
-            forgotten: Point { id: base, moment_ms: clock.before_start(base.ms) },
+            newest_forgotten: Point { id: base, moment_ms: clock.before_start(base.ms) },
             clock,
             keep_events: config.keep_events,
             keep_bytes: config.keep_bytes,
@@ -237,7 +238,7 @@ impl History {
         let limit_ms = self.ago_ms(time);
         let first = self.topics(names).filter_map(|topic| topic.first_since(limit_ms)).min();
         let cursor = first.map_or(self.newest, Id::before);
-        if self.forgotten_of(names).moment_ms < limit_ms {
+        if self.newest_forgotten_of(names).moment_ms < limit_ms {
             return (cursor, None);
         }
         let after = Id { ms: now_ms().saturating_sub(millis(time)), seq: 0 };
@@ -252,7 +253,7 @@ impl History {
         let is_known = |asked: &Id| *asked <= self.newest || asked.ms <= now_ms();
         let known = asked.filter(is_known).map(|asked| asked.min(self.newest));
         match known {
-            Some(cursor) if cursor >= self.forgotten_of(names).id => (cursor, None),
+            Some(cursor) if cursor >= self.newest_forgotten_of(names).id => (cursor, None),
             _ => {
                 let gap = self.gap(names, asked, known.unwrap_or_default());
                 (gap.id, Some(gap))
@@ -266,7 +267,7 @@ impl History {
     }
 
     fn has_untold(&self, names: &[Arc<str>], cursor: Id, told: &[Id]) -> bool {
-        self.topics(names).zip(told).any(|(topic, told)| topic.forgotten.id > cursor.max(*told))
+        self.topics(names).zip(told).any(|(topic, told)| topic.newest_forgotten.id > cursor.max(*told))
     }
 
     /// What comes after `cursor` in all of these topics, in one order, up to one run. A gap comes first where a topic
@@ -289,19 +290,19 @@ impl History {
         if run.bytes.is_empty() { Next::Nothing } else { Next::Events(run) }
     }
 
-    /// What each of these topics has forgotten by now: kept by a subscriber that has just been told of a gap.
+    /// The newest id that each of these topics has forgotten: kept by a subscriber that has just been told of a gap.
     pub fn told(&self, names: &[Arc<str>]) -> Vec<Id> {
-        self.topics(names).map(|topic| topic.forgotten.id).collect()
+        self.topics(names).map(|topic| topic.newest_forgotten.id).collect()
     }
 
     /// Notes what an earlier process has forgotten: of one topic, or of all that are not in the table.
-    pub fn restore_forgotten(&mut self, name: Option<&str>, id: Id) {
+    pub fn restore_newest_forgotten(&mut self, name: Option<&str>, id: Id) {
         let point = Point { id, moment_ms: self.clock.before_start(id.ms) };
         match name {
-            None => self.forgotten = self.forgotten.max(point),
+            None => self.newest_forgotten = self.newest_forgotten.max(point),
             Some(name) => {
-                let known = self.topics.get(name).map_or(point, |topic| topic.forgotten);
-                self.topic(name).forgotten = known.max(point);
+                let known = self.topics.get(name).map_or(point, |topic| topic.newest_forgotten);
+                self.topic(name).newest_forgotten = known.max(point);
             }
         }
         self.newest = self.newest.max(id);
@@ -317,8 +318,8 @@ impl History {
     /// Counts everything up to `id` as forgotten, in every topic.
     pub fn count_as_forgotten(&mut self, id: Id) {
         self.newest = self.newest.max(id);
-        self.forgotten = Point { id: self.newest, moment_ms: self.clock.now_ms() };
-        self.topics.values_mut().for_each(|topic| topic.forgotten = self.forgotten);
+        self.newest_forgotten = Point { id: self.newest, moment_ms: self.clock.now_ms() };
+        self.topics.values_mut().for_each(|topic| topic.newest_forgotten = self.newest_forgotten);
     }
 
     /// Begins a walk over all that is kept now.
@@ -352,22 +353,22 @@ impl History {
     }
 
     /// The newest id that this topic has forgotten, or any other where it is not in the table.
-    pub fn forgotten(&self, name: &str) -> Id {
-        self.topics.get(name).map_or(self.forgotten, |topic| topic.forgotten).id
+    pub fn newest_forgotten(&self, name: &str) -> Id {
+        self.topics.get(name).map_or(self.newest_forgotten, |topic| topic.newest_forgotten).id
     }
 
-    /// The topics that keep events, with what each has forgotten; and the newest id that any other topic has forgotten.
-    pub fn all_forgotten(&self) -> (Vec<(Arc<str>, Id)>, Id) {
+    /// The topics that keep events, each with the newest id that it has forgotten; and the newest of any other topic.
+    pub fn newest_forgotten_of_each(&self) -> (Vec<(Arc<str>, Id)>, Id) {
         let (used, unused): (Vec<_>, Vec<_>) = self.topics.values().partition(|topic| !topic.events.is_empty());
-        let others = unused.iter().map(|topic| topic.forgotten).fold(self.forgotten, Point::max);
-        (used.iter().map(|topic| (topic.name.clone(), topic.forgotten.id)).collect(), others.id)
+        let others = unused.iter().map(|topic| topic.newest_forgotten).fold(self.newest_forgotten, Point::max);
+        (used.iter().map(|topic| (topic.name.clone(), topic.newest_forgotten.id)).collect(), others.id)
     }
 
     /// The topic, put into the table if it is not there. The caller must keep an event or count a subscriber at once:
     /// nothing removes a topic that was never used.
     fn topic(&mut self, name: &str) -> &mut Topic {
         let name: Arc<str> = name.into();
-        let new = Topic { name: name.clone(), forgotten: self.forgotten, ..Topic::default() };
+        let new = Topic { name: name.clone(), newest_forgotten: self.newest_forgotten, ..Topic::default() };
         self.topics.entry(name).or_insert(new)
     }
 
@@ -382,7 +383,7 @@ impl History {
         self.oldest.remove(&point);
         self.events -= 1;
         self.bytes -= kept.cost();
-        topic.forgotten = topic.forgotten.max(point);
+        topic.newest_forgotten = topic.newest_forgotten.max(point);
         if let Some(key) = kept.key.filter(|key| topic.keys.get(key) == Some(&point.id)) {
             topic.keys.remove(&key);
         }
@@ -400,7 +401,7 @@ impl History {
     /// What it had forgotten goes into the one number first, or a later subscriber would hear no gap.
     fn remove_if_unused(&mut self, name: &str) {
         if let Some(topic) = self.topics.get(name).filter(|t| t.subscribers == 0 && t.events.is_empty()) {
-            self.forgotten = self.forgotten.max(topic.forgotten);
+            self.newest_forgotten = self.newest_forgotten.max(topic.newest_forgotten);
             self.topics.remove(name);
         }
     }
@@ -410,8 +411,8 @@ impl History {
         self.clock.now_ms().saturating_sub(millis(time))
     }
 
-    fn forgotten_of(&self, names: &[Arc<str>]) -> Point {
-        self.topics(names).map(|topic| topic.forgotten).max().unwrap_or(self.forgotten)
+    fn newest_forgotten_of(&self, names: &[Arc<str>]) -> Point {
+        self.topics(names).map(|topic| topic.newest_forgotten).max().unwrap_or(self.newest_forgotten)
     }
 
     fn oldest_after(&self, names: &[Arc<str>], cursor: Id) -> Option<Id> {
@@ -422,9 +423,9 @@ impl History {
     /// which on all of these topics are whole. Its own id is just before all that is kept after the cursor, so whoever
     /// resumes from it gets all of that, though one topic may keep what is older than something that another forgot.
     fn gap(&self, names: &[Arc<str>], asked: Option<Id>, cursor: Id) -> Encoded {
-        let forgotten = self.forgotten_of(names).id;
-        let id = self.oldest_after(names, cursor).map_or(forgotten, Id::before);
-        let oldest = self.oldest_after(names, cursor.max(forgotten));
+        let newest_forgotten = self.newest_forgotten_of(names).id;
+        let id = self.oldest_after(names, cursor).map_or(newest_forgotten, Id::before);
+        let oldest = self.oldest_after(names, cursor.max(newest_forgotten));
         let json = |id: Option<Id>| id.map_or("null".into(), |id| format!("\"{id}\""));
         let data = format!("{{\"after\":{},\"oldest\":{}}}", json(asked), json(oldest));
         Encoded::new(id, b"", Event::new(data).name("gap").encode_with_id(id).as_bytes())
