@@ -35,8 +35,8 @@
 //! # The house
 //! Each room has one idea, which its first paragraph says, and uses only rooms that stand below it in this list. One event's
 //! way goes down through them once: `routes` → `publishing` → `hub` → `journal` → `history` → `lane` → `connection`. A stream's
-//! way is `conversation` → `routes` (what is wanted) → `subscription`, then `history` while it is behind and `lane` while it
-//! is live, both through `connection`. What is `pub` in a room is for the rooms above it; what is for the world is named at
+//! way is `conversation` → `routes` (what is wanted) → `subscription`, then `cursor` while it is behind and `lane` while it is
+//! live, both through `connection`. What is `pub` in a room is for the rooms above it; what is for the world is named at
 //! the end of this file. A `Connection` is called `c`.
 //!
 //! # Locks, outermost first
@@ -79,7 +79,8 @@ mod watch; // whether the file still has its name
 mod locked; // whose a file is
 mod recovery; // reading the journal at the start
 mod block; // what it is made of
-mod history; // kept events, cursors, gaps
+mod cursor; // where a stream starts, what comes next, gaps
+mod history; // kept events, and what was forgotten
 mod lane; // writing to whoever is live
 mod door; // who may do what: hosts, origins, tokens
 mod lines; // the lines of a PUT

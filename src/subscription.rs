@@ -21,9 +21,9 @@
 
 use crate::clock::spread;
 use crate::connection::{Connection, Phase, Reason, STOPPING, State};
+use crate::cursor::{Next, Start};
 use crate::encoded::Encoded;
 use crate::event::Id;
-use crate::history::{Next, Start};
 use crate::hub::Core;
 use crate::lane::ToLane;
 use crate::sync::enter;
