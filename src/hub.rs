@@ -307,7 +307,7 @@ impl Core {
 
     /// One turn of the journal's own thread. `failed` is what went wrong since the last one, when it had no journal.
     fn take_turn(&self, look_at: &mut Instant, failed: &mut Option<io::Error>) {
-        let mut turn = Turn::new(&self.turns, self.wait_for_work(*look_at));
+        let mut turn = Turn::new(&self.turns, self.wait_for_turn(*look_at));
         self.write_batch(&mut turn);
         if *look_at <= Instant::now() {
             *look_at = Instant::now() + LOOK_TIME;
@@ -328,7 +328,7 @@ impl Core {
     }
 
     /// Waits until there is something to do, claims the next turn, and waits for the journal.
-    fn wait_for_work(&self, look_at: Instant) -> Journal {
+    fn wait_for_turn(&self, look_at: Instant) -> Journal {
         let mut order = enter(&self.turns.order);
         loop {
             let left = look_at.saturating_duration_since(Instant::now());

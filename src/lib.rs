@@ -39,6 +39,16 @@
 //! live, both through `connection`. What is `pub` in a room is for the rooms above it; what is for the world is named at
 //! the end of this file. A `Connection` is called `c`.
 //!
+//! # Where a change goes
+//! *A parameter of a stream* is read in `routes` (`wanted_topics`) and kept in `subscription` (`Wanted`). Where the stream
+//! starts is decided in `cursor`; when it ends, in `subscription` (`follow`). Live or behind, the events of its topics are
+//! written by `Connection::deliver`, or by `Connection::finish` where one fitted only in part.
+//!
+//! *Another kind of storage* replaces `journal`, which only `hub` and `unwritten` name; `kept` stands between its blocks and
+//! the history. One that numbers events itself replaces `Core::number`, too. `Core::hand_out` gives an event to the history
+//! and the lanes, and only demands that ids rise. That an id has a time of this server's clock in it, and a position just
+//! before it, is relied on in `cursor`; when the process starts, also in `hub` (`recover`) and `history` (`restore`).
+//!
 //! # Locks, outermost first
 //! | lock | held | guards |
 //! |---|---|---|
