@@ -37,8 +37,9 @@
 use crate::clock::spread;
 use crate::config::Log;
 use crate::connection::{Connection, Outgoing, Phase, Reason, STOPPING, Unfinished, Written};
+use crate::cursor::{Next, Start};
 use crate::desk::Desk;
-use crate::history::{History, Next, Start};
+use crate::history::History;
 use crate::hub::Core;
 use crate::log::Logger;
 use crate::places::Places;
@@ -316,10 +317,10 @@ impl<'a> Served<'a> {
         self.streams.hand(self.c);
     }
 
-    /// Ends the stream, whose last frame has ended. Where nothing newer is kept of its topics, the client resumes from
-    /// the newest id of all: from its own last one, a quiet topic's page would hear a gap for what other topics have
-    /// forgotten since. Only the history's lock can show that nothing lies between the two ids; what still stands in a
-    /// lane's queue is kept, too.
+    /// Ends the stream; its last frame must be whole. If its topics keep nothing newer, the client is given the newest
+    /// id of all topics to resume from: with its own last id, the page of a quiet topic would hear a gap for what other
+    /// topics have forgotten since. Both are looked at in one hold of the history's lock, so nothing lies between the two
+    /// ids: whatever stands in a lane's queue is kept already.
     fn end(&self, why: Reason, retry: Duration) -> Step {
         let Some(subscriber) = &self.subscriber else { return Step::Live };
         let cursor = enter(&self.c.state).cursor;
