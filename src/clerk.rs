@@ -42,13 +42,13 @@ fn work(streams: &Arc<Streams>, space: &AddressSpace) {
 fn look_at_threads(streams: &Streams, space: &AddressSpace) -> Instant {
     let look = streams.pool.look(|| space.has_room());
     for _ in 0..look.in_want {
-        streams.places.make_room();
+        streams.places.free_thread();
     }
     match look.started {
         Ok(()) => look.again_at.unwrap_or_else(|| Instant::now() + SLEEP_TIME),
         Err(error) => {
             streams.log.warn(format_args!("no thread for those who wait: {error}"));
-            streams.places.make_room();
+            streams.places.free_thread();
             Instant::now() + NO_THREAD_PAUSE
         }
     }

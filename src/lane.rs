@@ -294,14 +294,12 @@ impl Worker {
     /// for either, unless the subscriber is not live any more.
     fn sweep(&mut self, now: Instant) {
         let next = self.swept_to.map_or(0, |serial| serial + 1);
-        let mut swept = 0;
         self.swept_to = None;
-        for (serial, c) in self.everyone.range(next..) {
+        for (swept, (serial, c)) in self.everyone.range(next..).enumerate() {
             if swept == SWEPT_AT_ONCE {
                 self.swept_to = Some(serial - 1);
                 break;
             }
-            swept += 1;
             let mut state = enter(&c.state);
             if state.phase != Phase::Live {
                 continue;

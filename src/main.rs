@@ -35,8 +35,7 @@ the flag wins. T and ORIGIN can be given several times.
                                          publish; '*' lets all others read
   --subscribers N        100000          streams open at once
   --connections N        1000            other connections open at once
-  --threads N            4000            threads for requests, handlers and
-                                         subscribers that are behind
+  --threads N            4000            threads, for all but live streams
   --head-bytes SIZE      16KiB           longest request head
   --body-bytes SIZE      64KiB           longest body of a POST
   --line-bytes SIZE      64KiB           longest line of a PUT

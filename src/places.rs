@@ -100,10 +100,14 @@ impl Places {
         Some(c)
     }
 
-    /// Closes one connection that is not a stream; false where there is none. Also called where descriptors or threads
-    /// run out.
+    /// Closes one connection that is not a stream; false where there is none. Also called where descriptors run out.
     pub fn make_room(&self) -> bool {
         enter(&self.table).make_room()
+    }
+
+    /// The same where threads run out: only who has a thread can give it up.
+    pub fn free_thread(&self) -> bool {
+        enter(&self.table).close_one(&[Place::Trusted])
     }
 
     /// False where the connection has made room: its socket is shut down, and its thread should end.
@@ -191,16 +195,22 @@ impl Table {
         &mut self.queues[place as usize]
     }
 
-    /// Closes the connection that has been idle longest. But where a crowd has just arrived, nobody has been idle for
-    /// long, and it is the one that has been busy longest. Publishers that have shown a token go last, as long
-    /// as their request is read and answered. Where those are
-    /// too many, it is whoever has been silent longest, token or not: a publisher that has vanished without a word goes
-    /// before those that live.
+    /// Whoever waits for a thread has said nothing yet, and has least to lose but for a publisher with a token.
     fn make_room(&mut self) -> bool {
+        self.close_one(&[Place::New, Place::Trusted])
+    }
+
+    /// Closes the connection that has been idle longest. But where a crowd has just arrived, nobody has been idle for
+    /// long, and it is the one that has been busy longest. Then come those of the `last` places. Publishers that have
+    /// shown a token are the last of all, as long as their request is read and answered. Where those are too many, it is
+    /// whoever has been silent longest, token or not: a publisher that has vanished without a word goes before those that
+    /// live.
+    fn close_one(&mut self, last: &[Place]) -> bool {
         let mut order = match self.somebody_idles() {
-            true => [Place::Idle, Place::Busy, Place::Trusted, Place::New],
-            false => [Place::Busy, Place::Idle, Place::Trusted, Place::New],
+            true => vec![Place::Idle, Place::Busy],
+            false => vec![Place::Busy, Place::Idle],
         };
+        order.extend(last);
         if self.queue(Place::Trusted).len() > self.trusted_limit {
             order.sort_by_key(|place| self.queue(*place).first_key_value().map_or(u64::MAX, |(arrival, _)| *arrival));
         }

@@ -172,7 +172,7 @@ impl Pool {
         drop(lines);
         let started = (0..wanted.min(most)).try_for_each(|_| match may_start() {
             true => self.start_worker(),
-            false => Err(io::Error::new(ErrorKind::OutOfMemory, "the address space is full (ulimit -v)")),
+            false => Err(io::Error::new(ErrorKind::OutOfMemory, "no address space is left (ulimit -v)")),
         });
         Look { again_at, in_want, started }
     }

@@ -21,7 +21,7 @@ use crate::pool::Pool;
 use crate::routes::{Route, Routes};
 use crate::stream::Stream;
 use crate::subscription::Streams;
-use crate::sync::start_thread;
+use crate::sync::{enter, start_thread};
 use crate::system::{self, AddressSpace};
 use crossbeam_channel::{Receiver, Sender, bounded};
 use std::io::{self, ErrorKind};
@@ -309,6 +309,7 @@ fn end_connections(streams: &Streams, deadline: Instant) -> usize {
     let (places, started) = (&streams.places, Instant::now());
     streams.core.end_streams();
     for c in places.at_work() {
+        enter(&c.state).ending = Some(STOPPING);
         let _ = c.socket.shutdown(Shutdown::Read); // wakes who waits for a body or a handler's timer
     }
     places.wait_for_work(started + STOP_GRACE);
