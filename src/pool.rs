@@ -162,10 +162,8 @@ impl Pool {
         }
         let mut in_want = 0;
         if most == 0 || !lines.has_share(Kind::Request, self.limit) {
-            for waiting in lines.requests.iter_mut().take_while(|waiting| is_overdue(waiting, ROOM_AFTER)) {
-                in_want += usize::from(!waiting.has_room);
-                waiting.has_room = true;
-            }
+            let overdue = lines.requests.iter().take_while(|waiting| is_overdue(waiting, ROOM_AFTER));
+            in_want = overdue.filter(|waiting| !waiting.has_room).count();
         }
         lines.is_watched = lines.requests.len() + lines.behind.len() > 0;
         let again_at = lines.is_watched.then(|| now + START_AFTER);
@@ -175,6 +173,13 @@ impl Pool {
             false => Err(io::Error::new(ErrorKind::OutOfMemory, "no address space is left (ulimit -v)")),
         });
         Look { again_at, in_want, started }
+    }
+
+    /// So many others have made room for requests that wait.
+    pub fn note_room(&self, count: usize) {
+        let mut lines = enter(&self.lines);
+        let in_want = lines.requests.iter_mut().filter(|waiting| !waiting.has_room);
+        in_want.take(count).for_each(|waiting| waiting.has_room = true);
     }
 
     /// From now on threads end once the lines are empty.
