@@ -9,13 +9,14 @@
 //! While a subscriber has no thread, what it follows lies in the state. Whoever takes that out owns the socket and the
 //! ending: so each ends exactly once. Why nothing is lost or repeated between two owners is shown in `subscription.rs`.
 
-use crate::encoded::{Encoded, Framing, Run};
+use crate::encoded::{Encoded, Run, Shape};
 use crate::event::Id;
 use crate::subscriber::Subscriber;
 use crate::sync::{Mutex, enter};
+use std::borrow::Cow;
 use std::io::{self, ErrorKind, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpStream};
-use std::sync::OnceLock;
+use std::sync::{Arc, OnceLock};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -32,9 +33,6 @@ pub const PATIENCE: Duration = Duration::from_millis(250);
 pub const AWAKE_TIME: Duration = Duration::from_micros(50);
 /// A subscriber has nothing to say after its request; one that sends more than this is closed.
 const STRAY_BYTES: usize = 4 * 1024;
-/// The comment that keeps a silent stream open. No blank line follows it: some clients take every blank line for an
-/// event. <https://html.spec.whatwg.org/multipage/server-sent-events.html#authoring-notes>
-const HEARTBEAT: &[u8] = b":\n";
 /// Why something about a connection ended, for the log and for a handler. Never text from outside.
 pub type Reason = &'static str;
 pub const STOPPING: Reason = "the server is stopping";
@@ -58,8 +56,8 @@ pub struct State {
     pub phase: Phase,
     /// What it follows, while it is live or queued, and after it was closed until its end is noted.
     pub subscriber: Option<Box<Subscriber>>,
-    /// How a stream goes out, which the version of HTTP in its request says. Fixed before the stream begins.
-    pub framing: Framing,
+    /// How a stream goes out, as its request says. Fixed before the stream begins.
+    pub shape: Shape,
     /// Everything up to here has been written whole, or is not for this subscriber. It never goes back.
     pub cursor: Id,
     /// Must go out before anything else is written.
@@ -74,6 +72,8 @@ pub struct State {
     pub stalled: Duration,
     /// Events that went out whole, gaps with them: for the log and the end of a poll.
     pub sent: u64,
+    /// How many more events it takes, gaps not counted; without a limit, more than there ever are.
+    pub wanted: u64,
     /// Bytes that the subscriber has sent after its request, of [`STRAY_BYTES`].
     pub stray: usize,
     /// The peer has ended its sending side: it is not read again.
@@ -103,8 +103,10 @@ pub struct Unfinished {
 
 /// What goes out in one piece.
 pub enum Outgoing {
-    /// The cursor moves once it is out.
-    Event(Encoded),
+    /// An event of this topic. The cursor moves once it is out.
+    Event(Encoded, Arc<str>),
+    /// Of no topic, and not counted as an event, but a cursor, too.
+    Gap(Encoded),
     /// A response's head and a stream's first block, or a heartbeat.
     Other(Vec<u8>),
 }
@@ -118,10 +120,12 @@ pub enum Written {
 }
 
 impl Outgoing {
-    fn bytes(&self, framing: Framing) -> &[u8] {
+    /// A form is made anew wherever it goes on: so what is unfinished takes no memory of its own, as an event stream.
+    fn bytes(&self, shape: Shape) -> Cow<'_, [u8]> {
         match self {
-            Outgoing::Event(event) => event.bytes(framing),
-            Outgoing::Other(bytes) => bytes,
+            Outgoing::Event(event, topic) => event.shaped(shape, Some(topic)),
+            Outgoing::Gap(gap) => gap.shaped(shape, None),
+            Outgoing::Other(bytes) => bytes.into(),
         }
     }
 }
@@ -131,7 +135,7 @@ impl Connection {
         let state = State {
             phase: Phase::Behind,
             subscriber: None,
-            framing: Framing::Chunked,
+            shape: Shape::USUAL,
             cursor: Id::default(),
             unfinished: None,
             ending: None,
@@ -139,6 +143,7 @@ impl Connection {
             wrote: Instant::now(),
             stalled: Duration::ZERO,
             sent: 0,
+            wanted: u64::MAX,
             stray: 0,
             has_said_all: false,
         };
@@ -156,39 +161,42 @@ impl Connection {
         self.socket.set_write_timeout(Some(PATIENCE.min(self.stall_time)))
     }
 
-    /// One non-blocking write of what in `run` is newer than the cursor. Returns how many events went out whole. Where
-    /// not all did, the first of the rest is unfinished, and the subscriber is behind. Only for the owner, with the state
-    /// locked throughout.
+    /// One non-blocking write of what in `run` is newer than the cursor, and still wanted. Returns how many events went out
+    /// whole. Where not all did, the first of the rest is unfinished, and the subscriber is behind. Only for the owner, with
+    /// the state locked throughout.
     ///
     /// # Errors
     /// The connection is closed.
     pub fn deliver(&self, state: &mut State, run: &Run, now: Instant) -> Result<u64, Reason> {
         // Leg 5 of the proof in `subscription.rs`: what was replayed and still stood in the queue is skipped.
         let first = run.events.partition_point(|(event, _)| event.id <= state.cursor);
+        let last = (first as u64).saturating_add(state.wanted).min(run.events.len() as u64) as usize;
         let start = run.end_of(first);
-        let reached = start + self.write_some(state, &run.bytes[start..])?;
+        let reached = start + self.write_some(state, &run.bytes[start..run.end_of(last)])?;
         // The cursor moves by whole events only: what was begun is finished from `unfinished`, never replayed.
         let whole = run.events.partition_point(|(_, end)| *end <= reached);
         if whole > first {
             state.cursor = run.events[whole - 1].0.id;
             state.sent += (whole - first) as u64;
+            state.wanted -= (whole - first) as u64;
             state.wrote = now;
             state.stalled = Duration::ZERO;
         }
-        if let Some((event, _)) = run.events.get(whole) {
-            let (what, offset) = (Outgoing::Event(event.clone()), reached - run.end_of(whole));
-            state.unfinished = Some(Unfinished { what, offset });
+        if whole < last {
+            let (event, topic) = (run.events[whole].0.clone(), run.topic(whole).clone());
+            let offset = reached - run.end_of(whole);
+            state.unfinished = Some(Unfinished { what: Outgoing::Event(event, topic), offset });
         }
         Ok((whole - first) as u64)
     }
 
-    /// Writes a heartbeat without waiting. What does not fit is unfinished.
+    /// Writes a heartbeat without waiting, in forms that have one. What does not fit is unfinished.
     ///
     /// # Errors
     /// The connection is closed.
     pub fn beat(&self, state: &mut State, now: Instant) -> Result<(), Reason> {
         state.wrote = now;
-        self.write_or_leave(state, state.framing.wrap(HEARTBEAT)).map(drop)
+        state.shape.heartbeat().map_or(Ok(()), |bytes| self.write_or_leave(state, bytes).map(drop))
     }
 
     /// Writes what it can without waiting, and leaves the rest unfinished. Returns whether all went out.
@@ -250,7 +258,7 @@ impl Connection {
             Some(0) => {
                 state.has_said_all = true;
                 if state.unfinished.is_none() {
-                    self.beat(state, Instant::now())?;
+                    self.write_or_leave(state, state.shape.question())?;
                 }
                 return Ok(true);
             }
@@ -278,9 +286,9 @@ impl Connection {
     pub fn finish(&self, deadline: Instant, may_wait: &dyn Fn() -> bool) -> Result<(Written, u64), Reason> {
         let mut state = enter(&self.state);
         let Some(Unfinished { what, offset }) = state.unfinished.take() else { return Ok((Written::Whole, 0)) };
-        let (framing, mut stalled) = (state.framing, state.stalled);
+        let (shape, mut stalled) = (state.shape, state.stalled);
         drop(state); // the write may take a while
-        let bytes = what.bytes(framing);
+        let bytes = what.bytes(shape);
         let mut reached = offset + write_now(&self.socket, &bytes[offset..])?;
         if reached < bytes.len() {
             self.set_nonblocking(false)?;
@@ -290,6 +298,7 @@ impl Connection {
             stalled = Duration::ZERO;
         }
         let is_whole = reached == bytes.len();
+        drop(bytes);
         let mut state = enter(&self.state);
         state.stalled = stalled;
         if reached > offset {
@@ -300,8 +309,14 @@ impl Connection {
                 state.unfinished = Some(Unfinished { what, offset: reached });
                 Ok((Written::Part, 0))
             }
-            Outgoing::Event(event) => {
+            Outgoing::Event(event, _) => {
                 state.cursor = event.id;
+                state.sent += 1;
+                state.wanted -= 1;
+                Ok((Written::Whole, 1))
+            }
+            Outgoing::Gap(gap) => {
+                state.cursor = gap.id;
                 state.sent += 1;
                 Ok((Written::Whole, 1))
             }
@@ -376,19 +391,19 @@ impl Connection {
     /// The end of a stream that the server decides on; only for its owner, after a whole frame. Whether the peer takes it
     /// makes no difference to us.
     pub fn end(&self, why: Reason, retry: Duration, id: Option<Id>) -> Reason {
-        let framing = enter(&self.state).framing;
-        let _ = self.write_stream(&end_block(framing, why, retry, id), Instant::now() + LINGER);
+        let shape = enter(&self.state).shape;
+        let _ = self.write_stream(&shape.end(why, retry, id), Instant::now() + LINGER);
         why
     }
 
     /// The same without waiting, for a lane.
     pub fn end_now(&self, state: &State, why: Reason, retry: Duration, id: Option<Id>) {
-        let _ = write_now(&self.socket, &end_block(state.framing, why, retry, id));
+        let _ = write_now(&self.socket, &state.shape.end(why, retry, id));
     }
 
     /// The end of a stream without a comment or a reconnection time: the handler has said what it had to say.
     pub fn end_silently(&self) {
-        let framing = enter(&self.state).framing;
+        let framing = enter(&self.state).shape.framing;
         let _ = self.write_stream(framing.end(), Instant::now() + LINGER);
     }
 
@@ -398,13 +413,6 @@ impl Connection {
         let _ = self.cut.set(why);
         let _ = self.socket.shutdown(Shutdown::Both);
     }
-}
-
-/// What a peer reads at the end: why, when to come back, and after which id, if that is not the last one it has been sent.
-fn end_block(framing: Framing, why: Reason, retry: Duration, id: Option<Id>) -> Vec<u8> {
-    let id = id.map_or(String::new(), |id| format!("id: {id}\n"));
-    let block = format!(": {why}\nretry: {}\n{id}\n", retry.as_millis());
-    [&framing.wrap(block.as_bytes()), framing.end()].concat()
 }
 
 /// One write that does not wait; 0 if the socket is full. The socket must be in non-blocking mode.

@@ -3,12 +3,13 @@
 //! They are read and answered on a thread of the pool. Whatever goes wrong here ends this connection and no other: a
 //! refusal is answered, a panic closes the socket, and in each case the place is given up (`Drop` of `Conversation`). A
 //! stream that finds no room is answered with 200, a reconnection time and its end, since a browser gives up for good on
-//! anything else.
+//! anything else; only forms for scripts get 503.
 
 use crate::clock::spread;
 use crate::config::{Config, Log};
 use crate::connection::{AWAKE_TIME, Connection, LINGER, Reason, STOPPING};
-use crate::encoded::Framing;
+use crate::encoded::Shape;
+use crate::form::Form;
 use crate::log::OncePerSecond;
 use crate::places::{MADE_ROOM, Place, Places};
 use crate::pool::{Kind, Seat};
@@ -50,8 +51,8 @@ struct Conversation {
 /// A stream that a request has asked for, and all that is kept of the request.
 struct Opening {
     path: String,
-    framing: Framing,
-    head: String,
+    shape: Shape,
+    cors: String,
     source: Source,
 }
 
@@ -79,12 +80,12 @@ impl Conversation {
         if !self.places().move_to(Place::Idle, c) || c.prepare().is_err() {
             return; // it has made room, or gone, already
         }
-        if let Some(Opening { path, framing, head, source }) = self.answer_requests() {
-            enter(&self.c.state).framing = framing;
+        if let Some(Opening { path, shape, cors, source }) = self.answer_requests() {
+            enter(&self.c.state).shape = shape;
             self.opened = Some(Opened { path: path.into(), at: Instant::now() });
             // For the log, should the call after this panic.
             self.reason = "the handler panicked".into();
-            self.reason = self.stream(seat, &head, source);
+            self.reason = self.stream(seat, shape, &cors, source);
         }
     }
 
@@ -143,14 +144,14 @@ impl Conversation {
         let (framing, cors) = (request.framing, self.shared.routes.door.cors(&request));
         let mut response = match self.shared.routes.reply(reader, &mut request) {
             Ok(Reply::Response(response)) | Err(response) => response,
-            Ok(Reply::Stream(_)) if is_head => {
-                self.log_request(&request, 200);
-                let head = stream_head(framing, &cors).into_bytes();
-                return AfterRequest::Respond { parts: (head, Arc::default()), close: true };
-            }
             Ok(Reply::Stream(source)) => {
-                let head = stream_head(framing, &cors);
-                return AfterRequest::Open(Opening { path: request.path, framing, head, source });
+                let shape = Shape { form: source.form(), framing };
+                if !is_head {
+                    return AfterRequest::Open(Opening { path: request.path, shape, cors, source });
+                }
+                self.log_request(&request, 200);
+                let head = stream_head(shape, &cors).into_bytes();
+                return AfterRequest::Respond { parts: (head, Arc::default()), close: true };
             }
         };
         response.fields += &cors; // refusals, too: without these lines no page of another origin could read why
@@ -179,17 +180,18 @@ impl Conversation {
 
     /// Finds a place among the streams, and serves a handler's to its end, or gives a subscriber away. Returns why the
     /// stream ended, if it did.
-    fn stream(&mut self, seat: &mut Seat, head: &str, source: Source) -> Cow<'static, str> {
+    fn stream(&mut self, seat: &mut Seat, shape: Shape, cors: &str, source: Source) -> Cow<'static, str> {
         let (c, streams) = (self.c.clone(), self.shared.streams.clone());
+        let head = &stream_head(shape, cors);
         let place = if source.is_handler() { Place::Handler } else { Place::Stream };
         let count = streams.places.move_to_streams(place, &c);
         // Checked after the move: a server that begins to stop from here on finds this connection among its streams.
         if streams.core.is_stopping() {
-            return self.reject(head, STOPPING).into();
+            return self.reject(shape, cors, STOPPING).into();
         }
         let Some(count) = count else {
             let was_cut = c.cut.get(); // since its request was read
-            return was_cut.copied().unwrap_or_else(|| self.reject(head, NO_ROOM)).into();
+            return was_cut.copied().unwrap_or_else(|| self.reject(shape, cors, NO_ROOM)).into();
         };
         // The lanes take turns.
         let lane = count % streams.core.lanes.len();
@@ -204,22 +206,33 @@ impl Conversation {
                     }
                     Err((reason, opened)) => {
                         self.opened = Some(opened);
-                        self.reject(head, reason).into()
+                        self.reject(shape, cors, reason).into()
                     }
                 }
             }
-            Source::Handler(_) if !seat.change_to(Kind::Handler) => self.reject(head, NO_THREAD).into(),
+            Source::Handler(_) if !seat.change_to(Kind::Handler) => self.reject(shape, cors, NO_THREAD).into(),
             Source::Handler(handled) => handled.serve(&streams.core, &c, lane, head),
         }
     }
 
     /// Rejects a stream in a way that a browser comes back from: it is opened, told when to come back, and ended. The
-    /// time is spread, or all that were rejected would return at the same moment.
-    fn reject(&self, head: &str, why: Reason) -> Reason {
+    /// time is spread, or all that were rejected would return at the same moment. A script would take an empty stream for
+    /// success, so other forms are refused.
+    fn reject(&self, shape: Shape, cors: &str, why: Reason) -> Reason {
         self.shared.streams.core.counters.rejected.fetch_add(1, Relaxed);
         self.shared.streams.log.warn(format_args!("{} was rejected: {why}", self.c.peer));
-        match self.c.write_whole(head.as_bytes(), Instant::now() + LINGER).and(self.c.set_nonblocking(true)) {
-            Ok(()) => self.c.end(why, spread(self.config().retry, 50, 150), None),
+        let retry = spread(self.config().retry, 50, 150);
+        let head = match shape.form {
+            Form::Events => stream_head(shape, cors).into_bytes(),
+            Form::Lines | Form::Json => {
+                let mut refusal = Response::text(503, why).field("Retry-After", retry.as_millis().div_ceil(1000));
+                refusal.fields += cors;
+                refusal.encode(false, true).0
+            }
+        };
+        match self.c.write_whole(&head, Instant::now() + LINGER).and(self.c.set_nonblocking(true)) {
+            Ok(()) if shape.form == Form::Events => self.c.end(why, retry, None),
+            Ok(()) => why,
             Err(reason) => reason, // half a head: nothing may follow
         }
     }

@@ -4,19 +4,26 @@
 //! it asks the same of the history: what comes after the cursor, in all of its topics, in one order? What was forgotten
 //! after the cursor is never passed over in silence: a `gap` comes first. The gap's own id is a cursor, too, after which
 //! comes all that is still kept. Like all of the history, nothing here waits: the caller has the lock.
+//!
+//! One cursor is not enough where each topic starts at its own newest events: the cursor begins before the first of all of
+//! them, and each topic has a floor besides, up to which its events are passed over. Floors are ids of events that were
+//! published before the stream began, so they only matter until everything of then has been replayed.
 
 use crate::clock::{millis, now_ms};
-use crate::encoded::{Encoded, Framing, Run};
+use crate::encoded::{Encoded, Run};
 use crate::event::{Event, Id};
-use crate::history::History;
+use crate::history::{History, Topic};
+use crate::subscriber::Subscriber;
 use std::sync::Arc;
 use std::time::Duration;
 
-/// Where a new stream wants to begin: now, with all that is kept, some time ago, or after an id.
+/// Where a new stream wants to begin: now, with all that is kept, with the newest of each topic, some time ago, or after an
+/// id.
 #[derive(Clone, Copy)]
 pub enum Start {
     Now,
     Earliest,
+    Newest(u64),
     Ago(Duration),
     /// None where it cannot be read. It gets a gap: a browser gives up for good on a refusal.
     After(Option<Id>),
@@ -36,6 +43,7 @@ impl History {
         match from {
             Start::Now => (self.newest(), None),
             Start::Earliest => (self.oldest_after(names, Id::default()).map_or(self.newest(), Id::before), None),
+            Start::Newest(_) => (self.floors(names, from).into_iter().min().unwrap_or(self.newest()), None),
             Start::Ago(time) => self.start_ago(names, time),
             Start::After(cursor) => self.resume(names, cursor),
         }
@@ -69,29 +77,54 @@ impl History {
         }
     }
 
-    /// Whether [`History::next`] has anything for a subscriber at `cursor`.
-    pub fn has_news(&self, names: &[Arc<str>], cursor: Id, told: &[Id]) -> bool {
-        self.has_untold(names, cursor, told) || self.oldest_after(names, cursor).is_some()
-    }
-
-    fn has_untold(&self, names: &[Arc<str>], cursor: Id, told: &[Id]) -> bool {
-        self.topics(names).zip(told).any(|(topic, told)| topic.newest_forgotten.id > cursor.max(*told))
-    }
-
-    /// What comes after `cursor` in all of these topics, in one order, up to one run. A gap comes first where a topic
-    /// has forgotten something after the cursor that the subscriber was not told of. `told` has an id for each topic:
-    /// with one for all, a gap told for one topic would hide what another forgets later.
-    pub fn next(&self, names: &[Arc<str>], cursor: Id, told: &[Id], framing: Framing) -> Next {
-        if self.has_untold(names, cursor, told) {
-            return Next::Gap(self.gap(names, Some(cursor), cursor));
+    /// Up to where each topic is passed over, for streams that begin with the newest of each. Where a topic keeps nothing,
+    /// whatever comes is wanted.
+    pub fn floors(&self, names: &[Arc<str>], from: Start) -> Box<[Id]> {
+        match from {
+            Start::Newest(count) => {
+                let floor = |topic: &Topic| topic.first_of_newest(count).map_or(self.newest(), Id::before);
+                self.topics(names).map(floor).collect()
+            }
+            _ => Box::default(),
         }
-        let mut run = Run::new(framing);
-        let mut heads: Vec<_> = self.topics(names).map(|topic| topic.after(cursor)).collect();
+    }
+
+    /// Whether [`History::next`] has anything for a subscriber at `cursor`.
+    pub fn has_news(&self, subscriber: &Subscriber, cursor: Id) -> bool {
+        self.has_untold(subscriber, cursor) || self.heads(subscriber, cursor).any(|(_, mut head)| head.next().is_some())
+    }
+
+    /// Whether a topic has forgotten something after the cursor and its floor that the subscriber was not told of. It has an
+    /// id of what it was told for each topic: with one for all, a gap told for one topic would hide what another forgets later.
+    fn has_untold(&self, subscriber: &Subscriber, cursor: Id) -> bool {
+        let places = (0..).map(|index| cursor.max(subscriber.floor(index)));
+        let mut topics = self.topics(&subscriber.names).zip(&subscriber.told).zip(places);
+        topics.any(|((topic, told), place)| topic.newest_forgotten.id > place.max(*told))
+    }
+
+    /// What of each topic comes after the cursor and its floor, oldest first.
+    fn heads(
+        &self,
+        subscriber: &Subscriber,
+        cursor: Id,
+    ) -> impl Iterator<Item = (&Topic, impl Iterator<Item = &Encoded> + Clone)> {
+        let places = (0..).map(move |index| cursor.max(subscriber.floor(index)));
+        self.topics(&subscriber.names).zip(places).map(|(topic, place)| (topic, topic.after(place)))
+    }
+
+    /// What comes after `cursor` in all of a subscriber's topics, in one order, up to one run. A gap comes first where
+    /// something was forgotten that the subscriber was not told of.
+    pub fn next(&self, subscriber: &Subscriber, cursor: Id) -> Next {
+        if self.has_untold(subscriber, cursor) {
+            return Next::Gap(self.gap(&subscriber.names, Some(cursor), cursor));
+        }
+        let mut run = Run::new();
+        let mut heads: Vec<_> = self.heads(subscriber, cursor).collect();
         // In each topic the ids rise, so the next of all is the lowest of the topics' next ones.
         let id_ahead = |event: Option<&Encoded>| event.map_or(Id::MAX, |event| event.id);
-        while let Some(head) = heads.iter_mut().min_by_key(|head| id_ahead((**head).clone().next())) {
+        while let Some((topic, head)) = heads.iter_mut().min_by_key(|(_, head)| id_ahead(head.clone().next())) {
             match head.next() {
-                Some(event) if run.has_room_for(event) => run.push(event),
+                Some(event) if run.has_room_for(event) => run.push(topic.name(), event),
                 _ => break,
             }
         }

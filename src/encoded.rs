@@ -6,7 +6,10 @@
 //! and each form is a slice of it. Nobody changes a buffer once it is made.
 
 use crate::event::Id;
+use crate::form::Form;
+use std::borrow::Cow;
 use std::sync::Arc;
+use std::time::Duration;
 
 /// One write to a live subscriber takes at most this much, unless a single event is larger. Loopback buffers megabytes,
 /// but a real link only about 65 kB: larger batches would push every distant subscriber behind.
@@ -14,6 +17,9 @@ pub const BATCH_BYTES: usize = 32 * 1024;
 const _: () = assert!(BATCH_BYTES < 65_000, "a batch fits into the buffer of a real link");
 /// What ends a chunk.
 const CHUNK_END: &[u8] = b"\r\n";
+/// The beginning of the next chunk's size, where a zero more means nothing (RFC 9112 §7.1). Once only, since some clients
+/// count the digits of a size.
+const LEADING_ZERO: &[u8] = b"0";
 
 /// How the bytes of a stream stand on its connection.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -22,6 +28,42 @@ pub enum Framing {
     Chunked,
     /// As they are, up to the end of the connection: for HTTP/1.0.
     Plain,
+}
+
+/// How a stream goes out: what its events look like, and how their bytes stand on the connection.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub struct Shape {
+    pub form: Form,
+    pub framing: Framing,
+}
+
+impl Shape {
+    /// Almost everybody's, for which an event's bytes are a slice of its buffer.
+    pub const USUAL: Shape = Shape { form: Form::Events, framing: Framing::Chunked };
+
+    /// What keeps a silent stream open, in forms that have that.
+    pub fn heartbeat(self) -> Option<Vec<u8>> {
+        self.form.heartbeat().map(|text| self.framing.wrap(text.as_bytes()))
+    }
+
+    /// What a peer that has gone answers with a reset, and one that still reads passes over. Lines without chunks have no
+    /// such thing; there the next event asks.
+    pub fn question(self) -> Vec<u8> {
+        match (self.heartbeat(), self.framing) {
+            (Some(heartbeat), _) => heartbeat,
+            (None, Framing::Chunked) => LEADING_ZERO.into(),
+            (None, Framing::Plain) => Vec::new(),
+        }
+    }
+
+    /// The end of a stream, after a whole frame: why, when to come back, and after which id, if that is not the last one
+    /// that was sent. Only an event stream has a place for these; other forms just end.
+    pub fn end(self, why: &str, retry: Duration, id: Option<Id>) -> Vec<u8> {
+        let id = id.map_or(String::new(), |id| format!("id: {id}\n"));
+        let block = format!(": {why}\nretry: {}\n{id}\n", retry.as_millis());
+        let last = if self.form == Form::Events { self.framing.wrap(block.as_bytes()) } else { Vec::new() };
+        [&last, self.framing.end()].concat()
+    }
 }
 
 impl Framing {
@@ -71,6 +113,17 @@ impl Encoded {
         }
     }
 
+    /// What goes out on the wire to a stream of this shape. Other forms than the event stream are made here, each time.
+    pub fn shaped(&self, shape: Shape, topic: Option<&str>) -> Cow<'_, [u8]> {
+        match shape.form {
+            Form::Events => self.bytes(shape.framing).into(),
+            form => {
+                let made = form.make(self.id, topic, &String::from_utf8_lossy(self.frame()));
+                shape.framing.wrap(made.as_bytes()).into()
+            }
+        }
+    }
+
     /// What stands in the journal, which is an event stream without chunks.
     pub fn block(&self) -> [&[u8]; 2] {
         [&self.buffer[..self.chunk_at], self.frame()]
@@ -98,33 +151,47 @@ fn size_line(chunk: &[u8]) -> String {
 /// Encoded events in the order of their ids, one after another in one buffer, so that one write can send them all.
 /// Where that write stops half-way, the offsets tell how many events are out whole.
 pub struct Run {
-    framing: Framing,
+    shape: Shape,
     /// Each with the offset in `bytes` where it ends.
     pub events: Vec<(Encoded, usize)>,
-    /// All of them in this run's framing.
+    /// All of them in this run's shape.
     pub bytes: Vec<u8>,
+    /// The topic of the events from each of these indexes on.
+    topics: Vec<(usize, Arc<str>)>,
 }
 
 impl Run {
-    pub fn new(framing: Framing) -> Run {
-        Run { framing, events: Vec::new(), bytes: Vec::new() }
+    /// A run of the usual shape; others are made from it.
+    pub fn new() -> Run {
+        Run { shape: Shape::USUAL, events: Vec::new(), bytes: Vec::new(), topics: Vec::new() }
     }
 
-    /// The same events for peers of another framing. Copies them all, so it is made only where such a peer is there.
-    pub fn in_framing(&self, framing: Framing) -> Run {
-        let mut run = Run::new(framing);
-        self.events.iter().for_each(|(event, _)| run.push(event));
+    /// The same events for streams of another shape. Copies them all, so it is made only where somebody reads that.
+    pub fn in_shape(&self, shape: Shape) -> Run {
+        let mut run = Run { shape, ..Run::new() };
+        for (index, (event, _)) in self.events.iter().enumerate() {
+            run.push(self.topic(index), event);
+        }
         run
     }
 
-    pub fn push(&mut self, event: &Encoded) {
-        self.bytes.extend_from_slice(event.bytes(self.framing));
+    pub fn push(&mut self, topic: &Arc<str>, event: &Encoded) {
+        if self.topics.last().is_none_or(|(_, last)| !Arc::ptr_eq(last, topic)) {
+            self.topics.push((self.events.len(), topic.clone()));
+        }
+        self.bytes.extend_from_slice(&event.shaped(self.shape, Some(topic)));
         self.events.push((event.clone(), self.bytes.len()));
+    }
+
+    /// The topic of the event at this index, which must be there.
+    pub fn topic(&self, index: usize) -> &Arc<str> {
+        let later = self.topics.partition_point(|(first, _)| *first <= index);
+        &self.topics[later - 1].1
     }
 
     /// Whether the event still fits into one write; an empty run takes any event, however large.
     pub fn has_room_for(&self, event: &Encoded) -> bool {
-        self.bytes.is_empty() || self.bytes.len() + event.bytes(self.framing).len() <= BATCH_BYTES
+        self.bytes.is_empty() || self.bytes.len() + event.bytes(Framing::Chunked).len() <= BATCH_BYTES
     }
 
     /// Where the first `count` events end.
@@ -138,8 +205,33 @@ impl Run {
     }
 
     pub fn clear(&mut self) {
+        self.topics.clear();
         self.events.clear();
         self.bytes.clear();
         self.bytes.shrink_to(2 * BATCH_BYTES); // one event of 448 KiB must not stay for ever
+    }
+}
+
+/// A batch's run in all shapes that somebody reads, each made when it is first asked for.
+pub struct Shapes<'a> {
+    usual: &'a Run,
+    others: Vec<Run>,
+}
+
+impl Shapes<'_> {
+    pub fn of(usual: &Run) -> Shapes<'_> {
+        Shapes { usual, others: Vec::new() }
+    }
+
+    pub fn get(&mut self, shape: Shape) -> &Run {
+        if shape == Shape::USUAL {
+            return self.usual;
+        }
+        let made = self.others.iter().position(|run| run.shape == shape);
+        let index = made.unwrap_or_else(|| {
+            self.others.push(self.usual.in_shape(shape));
+            self.others.len() - 1
+        });
+        &self.others[index]
     }
 }

@@ -336,6 +336,16 @@ impl Topic {
         self.events.range(first..).map(|kept| &kept.event)
     }
 
+    pub fn name(&self) -> &Arc<str> {
+        &self.name
+    }
+
+    /// The first of the newest `count` events that are kept.
+    pub fn first_of_newest(&self, count: u64) -> Option<Id> {
+        let count = usize::try_from(count).unwrap_or(usize::MAX);
+        self.events.get(self.events.len().saturating_sub(count)).map(|kept| kept.event.id)
+    }
+
     /// The first kept event since that moment.
     pub fn first_since(&self, moment_ms: u64) -> Option<Id> {
         let first = self.events.partition_point(|kept| kept.moment_ms < moment_ms);

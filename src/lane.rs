@@ -14,7 +14,7 @@ use crate::clock::spread;
 use crate::config::SWEEP;
 use crate::connection::{Connection, Phase, STOPPING, State};
 use crate::desk::Desk;
-use crate::encoded::{BATCH_BYTES, Encoded, Framing, Run};
+use crate::encoded::{BATCH_BYTES, Encoded, Run, Shapes};
 use crate::event::Id;
 use crate::metrics::Counters;
 use crate::sync::{Mutex, enter, start_thread};
@@ -94,7 +94,7 @@ impl Lane {
             everyone: BTreeMap::new(),
             swept_to: None,
             doubtful: VecDeque::new(),
-            run: Run::new(Framing::Chunked),
+            run: Run::new(),
             topic_of_run: None,
             heartbeat,
             desk,
@@ -205,9 +205,9 @@ impl Worker {
                 // Of another topic, it would go to other subscribers: what there is goes first, which keeps the order.
                 if self.topic_of_run.as_ref() != Some(&topic) || !self.run.has_room_for(&event) {
                     self.write_run();
-                    self.topic_of_run = Some(topic);
+                    self.topic_of_run = Some(topic.clone());
                 }
-                self.run.push(&event);
+                self.run.push(&topic, &event);
             }
             ToLane::Weight => {}
             ToLane::Change => self.take_changes(),
@@ -263,7 +263,7 @@ impl Worker {
             return;
         }
         let now = Instant::now();
-        let (mut delivered, mut plain) = (0, None);
+        let (mut delivered, mut shapes) = (0, Shapes::of(&self.run));
         let subscribers = self.topic_of_run.as_ref().and_then(|topic| self.topics.get(topic));
         for c in subscribers.into_iter().flatten().map(|(_, c)| c) {
             let mut state = enter(&c.state);
@@ -275,11 +275,8 @@ impl Worker {
                 self.let_go(c, &mut state, Phase::Queued);
                 continue;
             }
-            let run = match state.framing {
-                Framing::Chunked => &self.run,
-                // Made once for the run, and only where a peer of HTTP/1.0 follows the topic.
-                Framing::Plain => plain.get_or_insert_with(|| self.run.in_framing(Framing::Plain)),
-            };
+            // Others than the usual one are made once for the run, and only where somebody follows the topic in them.
+            let run = shapes.get(state.shape);
             match c.deliver(&mut state, run, now) {
                 Ok(whole) => delivered += whole,
                 Err(reason) => self.let_go(c, &mut state, Phase::Closed(reason)),
@@ -343,9 +340,11 @@ impl Worker {
         }
     }
 
-    /// A write did not fit: the rest waits for a thread. A handler's stream has one, which finds it.
+    /// A write did not fit, and the rest waits for a thread; or the stream has had all it asked for, and a thread ends it.
+    /// A handler's stream has a thread, which finds what is left.
     fn let_go_if_behind(&self, c: &Arc<Connection>, state: &mut State) {
-        if state.phase == Phase::Live && state.unfinished.is_some() && state.subscriber.is_some() {
+        let wants_thread = state.unfinished.is_some() || state.wanted == 0;
+        if state.phase == Phase::Live && wants_thread && state.subscriber.is_some() {
             self.let_go(c, state, Phase::Queued);
         }
     }

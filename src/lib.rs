@@ -106,6 +106,7 @@ mod desk; // what waits for the clerk
 mod connection; // one socket, and whose it is
 mod subscriber; // what a subscriber follows, while nobody serves it
 mod encoded; // an event's bytes, shared by all who get it
+mod form; // what scripts read instead of an event stream
 mod system; // what the system allows
 mod log; // lines for stderr
 mod metrics; // what is counted

@@ -5,7 +5,7 @@
 //! closed (`refuse`): what follows could be a second request that somebody has smuggled in (RFC 9112 §11.2).
 
 use crate::clock::date;
-use crate::encoded::Framing;
+use crate::encoded::{Framing, Shape};
 use std::borrow::Cow;
 use std::fmt::{self, Write};
 use std::sync::Arc;
@@ -84,14 +84,15 @@ impl Response {
 /// The head of every stream, up to and with the blank line. Nothing follows a stream on its connection. `no-transform`
 /// keeps proxies from compressing it, which would hold events back; nginx buffers a stream to its end unless
 /// `X-Accel-Buffering` tells it not to. `cors` are whole lines.
-pub fn stream_head(framing: Framing, cors: &str) -> String {
-    let coding = match framing {
+pub fn stream_head(shape: Shape, cors: &str) -> String {
+    let coding = match shape.framing {
         Framing::Chunked => "Transfer-Encoding: chunked\r\n",
         Framing::Plain => "",
     };
     status_line(200)
-        + "Content-Type: text/event-stream\r\nCache-Control: no-store, no-transform\r\nX-Accel-Buffering: no\r\n\
-           X-Content-Type-Options: nosniff\r\nConnection: close\r\n"
+        + &format!("Content-Type: {}\r\n", shape.form.content_type())
+        + "Cache-Control: no-store, no-transform\r\nX-Accel-Buffering: no\r\nX-Content-Type-Options: nosniff\r\n\
+           Connection: close\r\n"
         + coding
         + cors
         + "\r\n"

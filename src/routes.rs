@@ -10,6 +10,7 @@
 use crate::connection::STOPPING;
 use crate::cursor::Start;
 use crate::door::Door;
+use crate::form::Form;
 use crate::history::Totals;
 use crate::hub::{Hub, check_topic};
 use crate::log::OncePerSecond;
@@ -23,7 +24,7 @@ use crate::response::{Response, decline};
 use crate::stream::{Handled, Handler};
 use crate::subscription::{POLL_TIME, Streams, Wanted};
 use crate::sync::enter;
-use crate::target::CURSOR_PARAMETERS;
+use crate::target::{CURSOR_PARAMETERS, Query};
 use crate::text::{invalid, parse_duration, quoted, skip_space, skip_token};
 use std::io;
 use std::sync::atomic::Ordering::Relaxed;
@@ -62,6 +63,13 @@ pub enum Source {
 impl Source {
     pub fn is_handler(&self) -> bool {
         matches!(self, Source::Handler(_))
+    }
+
+    pub fn form(&self) -> Form {
+        match self {
+            Source::Topics(wanted) => wanted.form,
+            Source::Handler(_) => Form::Events,
+        }
     }
 }
 
@@ -233,7 +241,7 @@ fn is_content_type(text: &str) -> bool {
 /// refuses them.
 ///
 /// # Errors
-/// 400 for a topic, a time or a `since` that cannot be read. A cursor that cannot be read is no error: it gets a gap.
+/// 400 for a topic, a time, a number, a form or a `since` that cannot be read. A cursor that cannot be read is no error: it gets a gap.
 pub fn wanted_topics(request: &Request, list: &str) -> Result<Wanted, Response> {
     let query = &request.query;
     let poll = match query.get("poll") {
@@ -241,23 +249,47 @@ pub fn wanted_topics(request: &Request, list: &str) -> Result<Wanted, Response> 
         Some("") => Some(POLL_TIME),
         Some(time) => Some(parse_duration(time).map_err(|error| Response::text(400, error))?),
     };
-    let since = match query.get("since") {
-        None => Start::Now,
-        Some("earliest") => Start::Earliest,
-        Some(text) => match (parse_duration(text), text.parse()) {
-            // A time needs its unit, so that `10` is an id and `10s` is not.
-            (Ok(time), _) => Start::Ago(time),
-            (_, Ok(id)) => Start::After(Some(id)),
-            _ => return decline(400, format!("since is earliest, a time such as 10m, or an id; not {}", quoted(text))),
-        },
+    let since = wanted_start(query)?;
+    let take = query.get("take").map(|text| count("take", text)).transpose()?;
+    let form = match query.get("as").map(|text| (text, Form::parse(text))) {
+        None => Form::Events,
+        Some((_, Some(form))) => form,
+        Some((text, None)) => {
+            return decline(400, format!("as is lines or json, or left out for an event stream; not {}", quoted(text)));
+        }
     };
-    // `since` is in the page's URL for good; a browser that reconnects adds its cursor, which is newer and wins.
+    // `since` or `last` is in the page's URL for good; a browser that reconnects adds its cursor, which is newer and wins.
     // An empty cursor says that the client has seen no id yet.
     let parameters = CURSOR_PARAMETERS.map(|name| query.get(name));
     let cursors = [request.last_event_id.as_deref(), parameters[0], parameters[1]];
     let cursor = cursors.into_iter().flatten().find(|text| !text.is_empty());
     let start = cursor.map_or(since, |text| Start::After(text.parse().ok()));
-    Ok(Wanted { names: topic_names(list)?, start, poll })
+    Ok(Wanted { names: topic_names(list)?, start, poll, take, form })
+}
+
+/// Where a stream begins that has no cursor.
+fn wanted_start(query: &Query) -> Result<Start, Response> {
+    match (query.get("since"), query.get("last")) {
+        (None, None) => Ok(Start::Now),
+        (Some(_), Some(_)) => decline(400, "since and last each say where to begin: leave one of them out"),
+        (None, Some(text)) => Ok(Start::Newest(count("last", text)?)),
+        (Some("earliest"), None) => Ok(Start::Earliest),
+        (Some("latest"), None) => Ok(Start::Newest(1)),
+        (Some(text), None) => match (parse_duration(text), text.parse()) {
+            // A time needs its unit, so that `10` is an id and `10s` is not.
+            (Ok(time), _) => Ok(Start::Ago(time)),
+            (_, Ok(id)) => Ok(Start::After(Some(id))),
+            _ => decline(400, format!("since is earliest, latest, a time such as 10m, or an id; not {}", quoted(text))),
+        },
+    }
+}
+
+/// A number of events, of which there is at least one. `parse` alone would take a sign.
+fn count(name: &str, text: &str) -> Result<u64, Response> {
+    match text.parse() {
+        Ok(count) if count > 0 && text.bytes().all(|b| b.is_ascii_digit()) => Ok(count),
+        _ => decline(400, format!("{name} is a number of events, 1 or more; not {}", quoted(text))),
+    }
 }
 
 /// The names of a list, each once: a topic that is named twice would send every event twice.

@@ -151,7 +151,7 @@ impl Stream<'_> {
     fn write(&mut self, frame: &[u8], events: u64) -> io::Result<()> {
         self.check_open()?;
         let mut state = enter(&self.c.state);
-        let bytes = state.framing.wrap(frame);
+        let bytes = state.shape.framing.wrap(frame);
         let written = match &mut state.unfinished {
             // The rest of a heartbeat goes first.
             Some(Unfinished { what: Outgoing::Other(before), .. }) => {

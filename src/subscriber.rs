@@ -14,6 +14,8 @@ pub struct Subscriber {
     pub names: Arc<[Arc<str>]>,
     /// What each topic had forgotten when the subscriber was last told of a gap.
     pub told: Vec<Id>,
+    /// Up to where each topic is passed over, while something of then is still to be replayed; else none.
+    pub floors: Box<[Id]>,
     /// Which lane writes to it. It stays the same, or its events could overtake each other.
     pub lane: usize,
     /// Whether its lane has been told of it.
@@ -23,6 +25,13 @@ pub struct Subscriber {
     /// When its lifetime is over: no write waits longer.
     pub deadline: Instant,
     pub opened: Opened,
+}
+
+impl Subscriber {
+    /// Up to where the topic at this index is passed over.
+    pub fn floor(&self, index: usize) -> Id {
+        self.floors.get(index).copied().unwrap_or_default()
+    }
 }
 
 /// What the log says of a stream when it has ended.

@@ -39,6 +39,9 @@ use crate::config::Log;
 use crate::connection::{Connection, Outgoing, Phase, Reason, STOPPING, Unfinished, Written};
 use crate::cursor::{Next, Start};
 use crate::desk::Desk;
+use crate::encoded::Shapes;
+use crate::event::Id;
+use crate::form::Form;
 use crate::history::History;
 use crate::hub::Core;
 use crate::log::Logger;
@@ -47,6 +50,7 @@ use crate::pool::{Kind, Pool, Seat};
 use crate::subscriber::{Opened, Subscriber};
 use crate::sync::{MutexGuard, enter};
 use crate::text::quoted;
+use std::mem::take;
 use std::net::Shutdown;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
@@ -59,6 +63,8 @@ const POLL_RETRY: Duration = Duration::from_millis(100);
 /// The log writes this end only at its debug level, since polls end all the time.
 const POLL_IS_OVER: Reason = "the poll is over";
 const LIFETIME_IS_OVER: Reason = "the lifetime is over";
+/// The same for this one: a script may ask for one event after another.
+const ALL_IS_TAKEN: Reason = "all events that were asked for have been sent";
 /// While others wait, a subscriber gives its thread back after so long.
 const TURN: Duration = Duration::from_millis(250);
 /// Why a stream is rejected. The client is told in a comment; in the log both need the debug level, or a flood would
@@ -74,6 +80,9 @@ pub struct Wanted {
     pub start: Start,
     /// How long it waits for its first event; then it ends. None for a stream that goes on.
     pub poll: Option<Duration>,
+    /// It ends after so many events, gaps not counted.
+    pub take: Option<u64>,
+    pub form: Form,
 }
 
 /// What serving streams takes. Shared by all threads.
@@ -107,7 +116,8 @@ enum Step {
 impl Streams {
     /// Counts a subscriber and finds its start, in one hold of the history's lock: what is forgotten in between would be a
     /// gap that nobody tells. The response's head and a first block are left unfinished: the block has no data, so browsers
-    /// dispatch no event for it; but one that is cut off before its first event resumes from the block's id.
+    /// dispatch no event for it; but one that is cut off before its first event resumes from the block's id. Forms without
+    /// blocks begin with what they have to say.
     ///
     /// # Errors
     /// All topic names are in use.
@@ -123,26 +133,32 @@ impl Streams {
         let mut history = self.core.history();
         let Ok(names) = history.subscribe(&wanted.names) else { return Err((NO_NAMES, opened)) };
         let ((cursor, gap), told) = (history.start(&names, wanted.start), history.told(&names));
+        let floors = history.floors(&names, wanted.start);
         drop(history);
         let retry = if wanted.poll.is_some() { POLL_RETRY } else { config.retry };
         // Where a gap follows, the id comes with it: a client that is cut off before the gap must hear of it again.
         let id = if gap.is_none() { format!("id: {cursor}\n") } else { String::new() };
         let first = format!("retry: {}\n{id}\n", retry.as_millis());
         let mut state = enter(&c.state);
-        let mut bytes = [head.as_bytes(), &state.framing.wrap(first.as_bytes())].concat();
-        if let Some(gap) = &gap {
-            bytes.extend_from_slice(gap.bytes(state.framing));
+        let mut bytes = head.as_bytes().to_vec();
+        if wanted.form == Form::Events {
+            bytes.extend(state.shape.framing.wrap(first.as_bytes()));
+        }
+        let told_gap = gap.filter(|_| wanted.form.tells_gaps());
+        if let Some(gap) = &told_gap {
+            bytes.extend_from_slice(&gap.shaped(state.shape, None));
             self.core.counters.gaps.fetch_add(1, Relaxed);
             self.core.counters.delivered.fetch_add(1, Relaxed);
         }
-        (state.cursor, state.sent, state.is_poll) = (cursor, gap.is_some().into(), wanted.poll.is_some());
+        (state.cursor, state.sent, state.is_poll) = (cursor, told_gap.is_some().into(), wanted.poll.is_some());
+        state.wanted = wanted.take.unwrap_or(u64::MAX);
         state.unfinished = Some(Unfinished { what: Outgoing::Other(bytes), offset: 0 });
         drop(state);
         let now = Instant::now();
         let deadline = now + spread(config.lifetime, 80, 100);
         let due = wanted.poll.map_or(deadline, |time| deadline.min(now + time));
         self.desk.note_due(due, c.clone());
-        Ok(Box::new(Subscriber { names, told, lane, has_joined: false, due, deadline, opened }))
+        Ok(Box::new(Subscriber { names, told, floors, lane, has_joined: false, due, deadline, opened }))
     }
 
     /// Serves a subscriber that was just opened, on the thread of its request, where there is one for it.
@@ -219,7 +235,7 @@ impl Streams {
         let (peer, path, reason) = (c.peer, quoted(&opened.path), c.cut.get().copied().unwrap_or(reason));
         let line =
             format_args!("closed peer={peer} path={path} reason={reason:?} seconds={seconds}.{tenths} events={sent}");
-        let repeats = [POLL_IS_OVER, NO_ROOM, NO_THREAD, NO_NAMES].contains(&reason); // as fast as a flood
+        let repeats = [POLL_IS_OVER, ALL_IS_TAKEN, NO_ROOM, NO_THREAD, NO_NAMES].contains(&reason); // as fast as a flood
         self.log.line(if repeats { Log::Debug } else { Log::Info }, line);
     }
 }
@@ -255,18 +271,22 @@ impl<'a> Served<'a> {
         };
         // The state's lock is given up before the history's is taken: whoever takes both takes the history's first.
         let state = enter(&c.state);
-        let (cursor, framing, ending) = (state.cursor, state.framing, state.ending);
-        let is_polled = state.is_poll && (state.sent > 0 || ending.is_some());
+        let (cursor, shape, ending, is_poll) = (state.cursor, state.shape, state.ending, state.is_poll);
+        let is_polled = is_poll && (state.sent > 0 || ending.is_some());
+        let has_taken_all = state.wanted == 0;
         drop(state);
         if core.is_stopping() {
             return self.end(STOPPING, spread(core.config.retry, 50, 150));
         } else if let Some(why) = ending.filter(|why| *why != POLL_IS_OVER) {
             return self.end(why, core.config.retry);
+        } else if has_taken_all {
+            let (why, retry) = if is_poll { (POLL_IS_OVER, POLL_RETRY) } else { (ALL_IS_TAKEN, core.config.retry) };
+            return self.end(why, retry);
         } else if !may_wait() {
             return Step::Queue;
         }
         let history = core.history();
-        match history.next(&subscriber.names, cursor, &subscriber.told, framing) {
+        match history.next(subscriber, cursor) {
             Next::Nothing if is_polled => {
                 drop(history);
                 self.end(POLL_IS_OVER, POLL_RETRY)
@@ -275,13 +295,18 @@ impl<'a> Served<'a> {
             Next::Gap(gap) => {
                 subscriber.told = history.told(&subscriber.names);
                 drop(history);
-                core.counters.gaps.fetch_add(1, Relaxed);
-                enter(&c.state).unfinished = Some(Unfinished { what: Outgoing::Event(gap), offset: 0 });
+                let mut state = enter(&c.state);
+                if shape.form.tells_gaps() {
+                    core.counters.gaps.fetch_add(1, Relaxed);
+                    state.unfinished = Some(Unfinished { what: Outgoing::Gap(gap), offset: 0 });
+                } else {
+                    state.cursor = gap.id;
+                }
                 Step::Again
             }
             Next::Events(run) => {
                 drop(history);
-                match c.deliver(&mut enter(&c.state), &run, Instant::now()) {
+                match c.deliver(&mut enter(&c.state), Shapes::of(&run).get(shape), Instant::now()) {
                     Ok(whole) => core.counters.delivered.fetch_add(whole, Relaxed),
                     Err(reason) => return Step::End(reason),
                 };
@@ -302,6 +327,8 @@ impl<'a> Served<'a> {
         if state.ending.is_some() || self.streams.core.is_stopping() {
             return Step::Again;
         }
+        // Whatever is not newer than the highest floor has been replayed, or is not wanted: from here on, no floor matters.
+        state.cursor = take(&mut subscriber.floors).into_iter().fold(state.cursor, Id::max);
         state.subscriber = self.subscriber.take();
         state.phase = Phase::Live;
         drop((state, history));
@@ -326,7 +353,7 @@ impl<'a> Served<'a> {
         let cursor = enter(&self.c.state).cursor;
         let history = self.streams.core.history();
         let newest = history.newest();
-        let is_ahead = newest > cursor && !history.has_news(&subscriber.names, cursor, &subscriber.told);
+        let is_ahead = newest > cursor && !history.has_news(subscriber, cursor);
         drop(history);
         Step::End(self.c.end(why, retry, is_ahead.then_some(newest)))
     }
