@@ -194,7 +194,7 @@ impl Seen {
     }
 
     /// Reads one block by the rules of the HTML standard. Panics on what our own bytes must never hold.
-    fn parse(block: &[u8]) -> Seen {
+    pub fn parse(block: &[u8]) -> Seen {
         let text = str::from_utf8(block).unwrap();
         assert!(!text.contains('\r'), "a CR went out: {text:?}");
         let mut seen = Seen::default();

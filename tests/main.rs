@@ -12,6 +12,7 @@ mod conversation;
 mod corpus;
 mod door;
 mod event;
+mod forms;
 mod history;
 mod house;
 mod hub;
