@@ -5,7 +5,7 @@ use crate::common::*;
 use brooklet::{Config, Event, Hub, Id};
 use std::collections::{BTreeMap, VecDeque};
 use std::io::{ErrorKind, Read, Write};
-use std::net::{SocketAddr, TcpStream};
+use std::net::{Shutdown, SocketAddr, TcpStream};
 use std::thread;
 use std::time::Duration;
 
@@ -60,8 +60,9 @@ struct Reading {
     head: String,
     is_chunked: bool,
     raw: Vec<u8>,
-    /// What stood in whole chunks, or came without them, and was not taken yet.
+    /// What stood in whole chunks, or came without them; up to `taken` it was taken.
     body: Vec<u8>,
+    taken: usize,
     /// The last chunk has come.
     is_over: bool,
 }
@@ -81,6 +82,7 @@ impl Reading {
             is_chunked: version == "1.1",
             raw: Vec::new(),
             body: Vec::new(),
+            taken: 0,
             is_over: false,
         };
         let end = loop {
@@ -108,7 +110,7 @@ impl Reading {
             }
             Err(error) if error.kind() == ErrorKind::Interrupted => true,
             Err(error) if error.kind() == ErrorKind::ConnectionReset => false,
-            Err(error) => panic!("{error}, after {:?}", String::from_utf8_lossy(&self.body)),
+            Err(error) => panic!("{error}, after {:?}", String::from_utf8_lossy(&self.body[self.taken..])),
         }
     }
 
@@ -141,14 +143,14 @@ impl Reading {
 
     /// Everything up to and with `end`; `None` where the stream ends before.
     fn take_until(&mut self, end: &[u8]) -> Option<String> {
-        let mut searched = 0;
         loop {
-            let from = &self.body[searched..];
-            if let Some(at) = from.windows(end.len()).position(|window| window == end) {
-                let taken = self.body.drain(..searched + at + end.len()).collect();
-                return Some(String::from_utf8(taken).unwrap());
+            let rest = &self.body[self.taken..];
+            if let Some(at) = rest.windows(end.len()).position(|window| window == end) {
+                let taken = &rest[..at + end.len()];
+                self.taken += taken.len();
+                return Some(str::from_utf8(taken).unwrap().into());
             }
-            searched = self.body.len().saturating_sub(end.len() - 1);
+            self.body.drain(..std::mem::take(&mut self.taken));
             if !self.fill() {
                 return None;
             }
@@ -212,7 +214,7 @@ impl Reading {
     fn expect_end(&mut self) -> Option<Seen> {
         while self.fill() {}
         assert_eq!(self.is_over, self.is_chunked, "it was cut");
-        let body = String::from_utf8(std::mem::take(&mut self.body)).unwrap();
+        let body = str::from_utf8(&self.body[self.taken..]).unwrap();
         if self.form != Form::Events {
             assert_eq!(body, "", "something came before the end");
             return None;
@@ -511,4 +513,287 @@ fn two_thousand_random_requests_get_what_a_simple_model_says() {
     }
     println!("{gaps} gaps, {cuts} cut off, {ends} ended, {lived} live");
     assert!(gaps > 100 && cuts > 100 && ends > 100 && lived > 100, "it shows too little");
+}
+
+/// Numbered, and with what must be escaped and has lines of its own.
+fn awkward(n: usize, bytes: usize) -> String {
+    format!("{n} \"\\\n\u{1}é\n{}", "a rather long line of which there are many \"\n".repeat(bytes / 46))
+}
+
+fn publish_told(hub: &Hub, topic: &str, data: String) -> Told {
+    let id = hub.publish(topic, Event::new(data.clone())).unwrap();
+    Told { id, topic: Some(topic.into()), name: "message".into(), data }
+}
+
+#[test]
+fn json_is_one_object_a_line_and_lines_are_the_data_alone() {
+    let server = serve_default();
+    let (addr, hub) = (server.addr().unwrap(), server.hub());
+    let first = hub.publish("a", Event::new("one\ntwo \"\\\"\t\0\u{85}é").name("note")).unwrap();
+    let second = hub.publish("b", Event::new("")).unwrap();
+    let mut json = Reading::open(addr, "/events/a,b?as=json&since=earliest&take=2", Form::Json);
+    while json.fill() {}
+    let first = format!(r#"{{"id":"{first}","topic":"a","event":"note","data":"one\ntwo \"\\\"\u0009\u0000\u0085é"}}"#);
+    let second = format!(r#"{{"id":"{second}","topic":"b","event":"message","data":""}}"#);
+    assert_eq!(String::from_utf8(json.body).unwrap(), format!("{first}\n{second}\n"));
+    let mut lines = Reading::open(addr, "/events/a,b?as=lines&since=earliest&take=2", Form::Lines);
+    while lines.fill() {}
+    assert_eq!(String::from_utf8(lines.body).unwrap(), "one\ntwo \"\\\"\t\0\u{85}é\n\n");
+}
+
+#[test]
+fn a_gap_and_a_heartbeat_are_objects_in_json_and_nothing_in_lines() {
+    let server = serve(Config { heartbeat: Duration::from_millis(3_500), ..Config::default() });
+    let addr = server.addr().unwrap();
+    let target = "/events/a?last_event_id=1-1&as=";
+    let mut lines = Reading::open(addr, &format!("{target}lines"), Form::Lines);
+    let mut json = Reading::open(addr, &format!("{target}json"), Form::Json);
+    let gap = json.next().unwrap();
+    assert!(gap.is_gap() && gap.name == "gap" && gap.data == "{\"after\":\"1-1\",\"oldest\":null}", "{gap:?}");
+    for _ in 0..2 {
+        let beat = json.take_until(b"\n").unwrap();
+        assert_eq!(beat, "{\"id\":null,\"topic\":null,\"event\":\"heartbeat\",\"data\":null}\n");
+    }
+    let event = publish_told(&server.hub(), "a", "after".into());
+    json.expect(&event);
+    lines.expect(&event);
+    server.hub().publish("a", Event::new("end")).unwrap();
+    assert_eq!(lines.take_until(b"\n").as_deref(), Some("end\n"));
+}
+
+#[test]
+fn a_poll_of_lines_waits_for_its_first_event_though_a_gap_comes_first() {
+    let server = serve_default();
+    let addr = server.addr().unwrap();
+    let mut polls = FORMS
+        .map(|form| Reading::open(addr, &format!("/events/a?last_event_id=1-1&poll=30s&{}", form.parameter()), form));
+    for poll in &mut polls[..] {
+        if poll.form != Form::Lines {
+            assert!(poll.next().unwrap().is_gap());
+            poll.expect_end();
+        }
+    }
+    let event = publish_told(&server.hub(), "a", "x".into());
+    polls[1].expect(&event);
+    polls[1].expect_end();
+    let mut empty = Reading::open(addr, "/events/a?poll=1ms&as=lines", Form::Lines);
+    empty.expect_end();
+}
+
+#[test]
+fn head_says_the_form() {
+    let addr = serve_default();
+    let addr = addr.addr().unwrap();
+    for form in FORMS {
+        for version in VERSIONS {
+            let mut wire = Wire::connect(addr);
+            let target = format!("/events/a?{}", form.parameter());
+            wire.send(format!("HEAD {target} HTTP/{version}\r\nHost: localhost\r\n\r\n").as_bytes());
+            let head = String::from_utf8(wire.rest()).unwrap();
+            assert!(head.starts_with("HTTP/1.1 200 OK\r\n") && head.ends_with("\r\n\r\n"), "{head}");
+            assert_eq!(header(&head, "content-type"), Some(form.content_type()));
+        }
+    }
+}
+
+#[test]
+fn what_cannot_be_read_is_refused_and_says_what_can() {
+    let server = serve_default();
+    let addr = server.addr().unwrap();
+    for (query, says) in [
+        ("last=3&since=earliest", "leave one of them out"),
+        ("since=latest&last=3", "leave one of them out"),
+        ("last=1&since=10m&last_event_id=1-1", "leave one of them out"),
+        ("last=", "last is a number of events, 1 or more; not \"\""),
+        ("last=0", "not \"0\""),
+        ("last=-1", "not \"-1\""),
+        ("last=%2B1", "not \"+1\""),
+        ("last=1.5", "1 or more"),
+        ("last=18446744073709551616", "1 or more"),
+        ("take=0", "take is a number of events, 1 or more; not \"0\""),
+        ("take=all", "1 or more"),
+        ("as=xml", "as is lines or json"),
+        ("as=", "as is lines or json"),
+        ("as=JSON", "as is lines or json"),
+        ("since=newest", "since is earliest, latest, a time such as 10m, or an id"),
+    ] {
+        let answer = get(addr, &format!("/events/a?{query}"));
+        assert_eq!((answer.status, answer.body.contains(says)), (400, true), "{query}: {answer:?}");
+    }
+    server.hub().publish("a", Event::new("x")).unwrap();
+    for query in ["last=18446744073709551615", "take=18446744073709551615&since=earliest"] {
+        let mut wire = Wire::stream(addr, &format!("/events/a?{query}"), "");
+        assert_eq!(wire.event().unwrap().data(), "x", "{query}");
+    }
+}
+
+#[test]
+fn a_script_that_finds_no_room_gets_503_where_a_browser_gets_a_stream_that_ends() {
+    let config = Config { subscribers: 1, allow_origins: vec!["http://page.example".into()], ..Config::default() };
+    let server = serve(config);
+    let addr = server.addr().unwrap();
+    let _holder = Wire::subscribe(addr, "/events/a", "");
+    for form in ["json", "lines"] {
+        for version in VERSIONS {
+            let origin = "Origin: http://page.example\r\n";
+            let request = format!("GET /events/a?as={form} HTTP/{version}\r\nHost: localhost\r\n{origin}\r\n");
+            let answer = Wire::ask(addr, &request);
+            assert_eq!((answer.status, &*answer.body), (503, "no room for another stream\n"), "{answer:?}");
+            let seconds: u64 = answer.header("retry-after").unwrap().parse().unwrap();
+            assert!((1..=15).contains(&seconds), "{answer:?}");
+            assert_eq!(answer.header("access-control-allow-origin"), Some("http://page.example"));
+        }
+    }
+    let mut wire = Wire::stream(addr, "/events/a", "");
+    assert_eq!(wire.block().unwrap().comments, ["no room for another stream"]);
+    assert_eq!(metric(addr, "sent_away_total"), 5);
+}
+
+#[test]
+fn when_the_server_stops_every_form_ends_after_a_whole_line() {
+    let server = serve_default();
+    let addr = server.addr().unwrap();
+    let mut readings = Vec::new();
+    for form in FORMS {
+        for version in VERSIONS {
+            let target = format!("/events/a?{}", form.parameter());
+            readings.push(Reading::on(TcpStream::connect(addr).unwrap(), &target, form, version, ""));
+        }
+    }
+    let event = publish_told(&server.hub(), "a", "last".into());
+    let stopper = thread::spawn(move || drop(server));
+    for reading in &mut readings {
+        reading.expect(&event);
+        reading.expect_end();
+    }
+    stopper.join().unwrap();
+}
+
+#[test]
+fn take_is_exact_in_bursts_however_many_follow() {
+    let server = serve(Config { lanes: 2, ..Config::default() });
+    let (addr, hub) = (server.addr().unwrap(), server.hub());
+    let mut random = Random(5);
+    let readers: Vec<_> = (0..60)
+        .map(|n| {
+            let (form, version, take) = (FORMS[n % 3], VERSIONS[n % 2], 1 + random.below(300));
+            let target = format!("/events/a,b?{}&take={take}", form.parameter());
+            (take, Reading::on(TcpStream::connect(addr).unwrap(), &target, form, version, ""))
+        })
+        .collect();
+    let mut told = Vec::new();
+    while told.len() < 300 {
+        let topic = ["a", "b"][random.below(2)];
+        for _ in 0..[1, 1, 7, 50][random.below(4)] {
+            told.push(publish_told(&hub, topic, awkward(told.len(), 30)));
+        }
+    }
+    for (take, mut reading) in readers {
+        told[..take].iter().for_each(|told| reading.expect(told));
+        reading.expect_end();
+    }
+    wait_for_metric(addr, "subscribers", 0);
+}
+
+/// In each form a reader that takes nothing is pushed behind by its lane, in the middle of an event; and so again.
+#[test]
+fn who_is_pushed_behind_in_the_middle_gets_the_rest_in_its_form_and_no_more_than_it_takes() {
+    for (form, version) in FORMS.into_iter().flat_map(|form| VERSIONS.map(|version| (form, version))) {
+        let server = serve(Config { keep_events: 1_000_000, keep_bytes: 1 << 30, lanes: 1, ..Config::default() });
+        let (addr, hub) = (server.addr().unwrap(), server.hub());
+        let take = 1_000;
+        let target = format!("/events/a,b?take={take}&{}", form.parameter());
+        let mut reading = Reading::on(narrow_socket(addr, 32_768, None).unwrap(), &target, form, version, "");
+        let (mut told, mut read) = (Vec::new(), 0);
+        for round in 1..=2 {
+            wait_for_metric(addr, "live", 1); // it has had everything
+            while metric(addr, "woken_total") < round {
+                for _ in 0..5 {
+                    told.push(publish_told(&hub, ["a", "b"][told.len() / 7 % 2], awkward(told.len(), 50_000)));
+                }
+                assert!(told.len() < take, "more than sockets hold, and it is not behind");
+            }
+            told[read..].iter().for_each(|told| reading.expect(told));
+            read = told.len();
+        }
+        told.extend((read..take + 50).map(|n| publish_told(&hub, "a", awkward(n, 10))));
+        told[read..take].iter().for_each(|told| reading.expect(told));
+        reading.expect_end();
+    }
+}
+
+#[test]
+fn what_is_older_than_the_newest_n_does_not_come_and_is_no_gap_when_it_is_forgotten() {
+    for form in FORMS {
+        let server = serve(Config { keep_events: 150, keep_bytes: 1 << 30, ..Config::default() });
+        let (addr, hub) = (server.addr().unwrap(), server.hub());
+        let mut told: Vec<Told> = (0..7).map(|n| publish_told(&hub, "a", awkward(n, 10))).collect();
+        told.extend((0..150).map(|n| publish_told(&hub, "b", awkward(n, 60_000))));
+        told.push(publish_told(&hub, "a", awkward(7, 10)));
+        // Of `a`, all eight; of `b`, the newest hundred.
+        let target = format!("/events/b,a,c?last=100&{}", form.parameter());
+        let mut reading = Reading::on(narrow_socket(addr, 32_768, None).unwrap(), &target, form, "1.1", "");
+        told.drain(7..57);
+        told[..7].iter().for_each(|told| reading.expect(told));
+        // It has most of it still to come: what is forgotten now, it has not asked for.
+        told.extend((0..50).map(|n| publish_told(&hub, "b", awkward(n, 10))));
+        told.push(publish_told(&hub, "c", "end".into()));
+        told[7..].iter().for_each(|told| reading.expect(told));
+        assert_eq!(metric(addr, "gaps_total"), 0);
+    }
+}
+
+#[test]
+fn what_is_forgotten_of_the_newest_n_before_it_came_is_a_gap() {
+    let server = serve(Config { keep_events: 150, keep_bytes: 1 << 30, ..Config::default() });
+    let (addr, hub) = (server.addr().unwrap(), server.hub());
+    (0..150).for_each(|n| drop(publish_told(&hub, "b", awkward(n, 60_000))));
+    hub.publish("a", Event::new("a")).unwrap();
+    let target = "/events/a,b?last=100&as=json";
+    let mut reading = Reading::on(narrow_socket(addr, 32_768, None).unwrap(), target, Form::Json, "1.1", "");
+    assert!(reading.next().unwrap().data.starts_with("50 "));
+    (150..290).for_each(|n| drop(publish_told(&hub, "b", awkward(n, 10))));
+    let (mut last, mut gaps, mut holes, mut is_told) = (50, 0, 0, false);
+    while last < 289 {
+        let came = reading.next().unwrap();
+        if came.is_gap() {
+            (gaps, is_told) = (gaps + 1, true);
+        } else if let Ok(n) = came.data.split(' ').next().unwrap().parse::<usize>() {
+            assert!(n == last + 1 || n > last && is_told, "{n} after {last}, and no gap before it");
+            holes += usize::from(n != last + 1);
+            (last, is_told) = (n, false);
+        }
+    }
+    assert!(gaps >= holes && holes > 0, "{gaps} gaps, {holes} holes");
+}
+
+#[test]
+fn lines_have_no_heartbeat_and_a_reader_that_closed_is_noticed_all_the_same() {
+    let server = serve(Config { lanes: 1, ..Config::default() });
+    let (addr, hub) = (server.addr().unwrap(), server.hub());
+    let open = |version| {
+        let socket = TcpStream::connect(addr).unwrap();
+        Reading::on(socket, "/events/a?as=lines", Form::Lines, version, "")
+    };
+    let closed = open("1.1");
+    wait_for_metric(addr, "subscribers", 1);
+    drop(closed);
+    wait_for_metric(addr, "subscribers", 0);
+    // One that has only ended its sending side keeps its stream. It is swept before the one that has closed behind it.
+    let mut readings = VERSIONS.map(open);
+    let marker = open("1.1");
+    wait_for_metric(addr, "live", 3);
+    readings.iter().for_each(|reading| reading.socket.shutdown(Shutdown::Write).unwrap());
+    drop(marker);
+    wait_for_metric(addr, "subscribers", 2);
+    for data in ["one", "two\nlines"] {
+        let event = publish_told(&hub, "a", data.into());
+        readings.iter_mut().for_each(|reading| reading.expect(&event));
+    }
+    // They have said already that they send nothing more: now only an event tells.
+    drop(readings);
+    wait_for("the next event to find nobody", || {
+        hub.publish("a", Event::new("x")).unwrap();
+        (metric(addr, "subscribers") == 0).then_some(())
+    });
 }
