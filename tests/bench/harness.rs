@@ -2,37 +2,48 @@
 //!
 //! The floor is no server: it writes each event to every socket in turn, once. The server and the floor are driven in turn by
 //! the same load generator, so that their ratio holds on a noisy machine where neither figure would alone. Measured are
-//! processor time of the serving process a delivery, and the time from publishing to each subscriber. The last table has the
-//! server in one file in the floor's place: what a thread for each subscriber costs, which is woken for each event.
+//! processor time of the serving process a delivery, and the time from publishing to each subscriber. The third table has the
+//! server in one file in the floor's place: what a thread for each subscriber costs, which is woken for each event. The last
+//! one has what forms and limits cost 1,000 subscribers beside the plain stream.
 
 mod floor;
 mod load;
 mod plot;
 
-use load::{Load, Measured};
+use load::{AS_FAST_AS_IT_GOES, Load, Measured, PLAIN};
 use std::io::{BufRead, BufReader, Write};
 use std::net::SocketAddr;
 use std::process::{Child, Command, Stdio};
 
-/// A few seconds a row, so that all of it takes three minutes.
+/// A few seconds a row, so that all of it takes four minutes.
 const BY_SUBSCRIBERS: [Load; 4] = [
-    Load { subscribers: 10, rate: 100, events: 200 },
-    Load { subscribers: 100, rate: 50, events: 100 },
-    Load { subscribers: 1_000, rate: 20, events: 60 },
-    Load { subscribers: 10_000, rate: 3, events: 12 },
+    Load { subscribers: 10, rate: 100, events: 200, ..PLAIN },
+    Load { subscribers: 100, rate: 50, events: 100, ..PLAIN },
+    Load { subscribers: 1_000, rate: 20, events: 60, ..PLAIN },
+    Load { subscribers: 10_000, rate: 3, events: 12, ..PLAIN },
 ];
 const BY_RATE: [Load; 5] = [
-    Load { subscribers: 1_000, rate: 1, events: 4 },
-    Load { subscribers: 1_000, rate: 10, events: 20 },
-    Load { subscribers: 1_000, rate: 100, events: 200 },
-    Load { subscribers: 1_000, rate: 1_000, events: 500 },
-    Load { subscribers: 1_000, rate: load::AS_FAST_AS_IT_GOES, events: 1_500 },
+    Load { subscribers: 1_000, rate: 1, events: 4, ..PLAIN },
+    Load { subscribers: 1_000, rate: 10, events: 20, ..PLAIN },
+    Load { subscribers: 1_000, rate: 100, events: 200, ..PLAIN },
+    Load { subscribers: 1_000, rate: 1_000, events: 500, ..PLAIN },
+    Load { subscribers: 1_000, rate: AS_FAST_AS_IT_GOES, events: 1_500, ..PLAIN },
 ];
 /// At higher rates the server in one file drops whoever has not read in time.
 const OF_MINIMAL: [Load; 3] = [
-    Load { subscribers: 10, rate: 100, events: 200 },
-    Load { subscribers: 100, rate: 50, events: 100 },
-    Load { subscribers: 1_000, rate: 20, events: 60 },
+    Load { subscribers: 10, rate: 100, events: 200, ..PLAIN },
+    Load { subscribers: 100, rate: 50, events: 100, ..PLAIN },
+    Load { subscribers: 1_000, rate: 20, events: 60, ..PLAIN },
+];
+const BURSTS: Load = Load { subscribers: 1_000, rate: 250, events: 500, burst: 50, query: "" };
+const FLOOD: Load = Load { subscribers: 1_000, rate: AS_FAST_AS_IT_GOES, events: 1_500, ..PLAIN };
+const OF_FORMS: [Load; 6] = [
+    Load { query: "?as=json", ..BURSTS },
+    Load { query: "?as=lines", ..BURSTS },
+    Load { query: "?take=1000000", ..BURSTS },
+    Load { query: "?as=json", ..FLOOD },
+    Load { query: "?as=lines", ..FLOOD },
+    Load { query: "?take=1000000", ..FLOOD },
 ];
 const ROUNDS: usize = 3;
 
@@ -50,6 +61,7 @@ fn main() {
         ("subscribers", "floor", &BY_SUBSCRIBERS[..]),
         ("events a second", "floor", &BY_RATE),
         ("minimal", "minimal", &OF_MINIMAL),
+        ("forms", "plain", &OF_FORMS),
     ] {
         println!("\n{:>12} {:>9}   {:^24}   {:^21}   {:^21}", "", "", "processor µs a delivery", "p50 ms", "p99 ms");
         println!(
@@ -60,16 +72,10 @@ fn main() {
         for load in loads {
             let (ours, theirs, ratio) = compare(load, other);
             let (rate, lost) = (load.rate_text(), ours.lost + theirs.lost);
+            let who = if load.query.is_empty() { load.subscribers.to_string() } else { load.query.into() };
             println!(
-                "\r{:>12} {rate:>9}   {:>7.2} {:>7.2} {ratio:>8.2}   {:>7.2} {:>7.2}   {:>9.2} {:>9.2}   {:>8.0}  {lost}",
-                load.subscribers,
-                ours.cpu_us,
-                theirs.cpu_us,
-                ours.p50_ms,
-                theirs.p50_ms,
-                ours.p99_ms,
-                theirs.p99_ms,
-                ours.per_second
+                "\r{who:>12} {rate:>9}   {:>7.2} {:>7.2} {ratio:>8.2}   {:>7.2} {:>7.2}   {:>9.2} {:>9.2}   {:>8.0}  {lost}",
+                ours.cpu_us, theirs.cpu_us, ours.p50_ms, theirs.p50_ms, ours.p99_ms, theirs.p99_ms, ours.per_second
             );
             points.push((load.clone(), ours, theirs));
         }
@@ -90,7 +96,8 @@ fn compare(load: &Load, other: &str) -> (Measured, Measured, f64) {
             eprint!("\r{:>12} {:>9}   {name} {round}/{rounds} …   ", load.subscribers, load.rate_text());
             let _ = std::io::stderr().flush();
             let server = Served::start(name);
-            let measured = load.run(server.addr, server.child.id(), name == "minimal");
+            let query = if name == "ours" { load.query } else { "" };
+            let measured = Load { query, ..load.clone() }.run(server.addr, server.child.id(), name == "minimal");
             if results == 0 {
                 turns.push((measured, None));
             } else if let Some(turn) = turns.last_mut() {
@@ -128,7 +135,9 @@ impl Served {
     fn start(name: &str) -> Served {
         let itself = std::env::current_exe().expect("the path of this program");
         let (program, arguments) = match name {
-            "ours" => (env!("CARGO_BIN_EXE_brooklet").into(), &["--listen", "127.0.0.1:0", "--log", "off"][..]),
+            "ours" | "plain" => {
+                (env!("CARGO_BIN_EXE_brooklet").into(), &["--listen", "127.0.0.1:0", "--log", "off"][..])
+            }
             "minimal" => (env!("CARGO_BIN_EXE_brooklet-minimal").into(), &["127.0.0.1:0"][..]),
             _ => (itself, &["floor"][..]),
         };

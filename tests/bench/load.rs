@@ -16,7 +16,14 @@ pub struct Load {
     pub subscribers: usize,
     pub rate: u64,
     pub events: u64,
+    /// So many are published at once, in one write.
+    pub burst: u64,
+    /// What the subscribers ask for.
+    pub query: &'static str,
 }
+
+/// One event at a time, to event streams.
+pub const PLAIN: Load = Load { subscribers: 0, rate: 0, events: 0, burst: 1, query: "" };
 
 #[derive(Clone)]
 pub struct Measured {
@@ -37,17 +44,21 @@ struct Subscriber {
 
 impl Load {
     pub fn rate_text(&self) -> String {
-        if self.rate == AS_FAST_AS_IT_GOES { "max".into() } else { self.rate.to_string() }
+        match (self.rate, self.burst) {
+            (AS_FAST_AS_IT_GOES, _) => "max".into(),
+            (rate, 1) => rate.to_string(),
+            (rate, burst) => format!("{}x{burst}", rate / burst),
+        }
     }
 
     /// `threads_end`: the server has one for each request. What has ended counts in hundredths of a second alone.
     pub fn run(&self, addr: SocketAddr, pid: u32, threads_end: bool) -> Measured {
         let processor_ns = if threads_end { processor_ns_of_all } else { processor_ns };
-        let mut crowd = Crowd::connect(addr, self.subscribers);
+        let mut crowd = Crowd::connect(addr, self.subscribers, self.query);
         let epoch = Instant::now();
         let before = processor_ns(pid);
-        let (rate, count) = (self.rate, self.events);
-        let publisher = thread::spawn(move || publish(addr, rate, count, epoch));
+        let load = self.clone();
+        let publisher = thread::spawn(move || load.publish(addr, epoch));
         let expected = self.events * self.subscribers as u64;
         let started = Instant::now();
         while (crowd.latencies_ns.len() as u64) < expected && started.elapsed() < PATIENCE {
@@ -71,38 +82,49 @@ impl Load {
             lost: expected - latencies.len() as u64,
         }
     }
-}
 
-/// Publishes numbered events that say when they were sent, each once the one before is answered.
-fn publish(addr: SocketAddr, rate: u64, count: u64, epoch: Instant) -> std::net::TcpStream {
-    let mut socket = std::net::TcpStream::connect(addr).expect("connecting the publisher");
-    socket.set_nodelay(true).expect("nodelay");
-    let (mut due, mut answer) = (Instant::now(), [0; 1024]);
-    for n in 0..count {
-        if rate != AS_FAST_AS_IT_GOES {
-            thread::sleep(due.saturating_duration_since(Instant::now()));
-            due += Duration::from_secs(1) / rate as u32;
+    /// Publishes numbered events that say when they were sent, each burst once the one before is answered.
+    fn publish(&self, addr: SocketAddr, epoch: Instant) -> std::net::TcpStream {
+        let mut socket = std::net::TcpStream::connect(addr).expect("connecting the publisher");
+        socket.set_nodelay(true).expect("nodelay");
+        let (mut due, mut answer) = (Instant::now(), [0; 1024]);
+        for first in (0..self.events).step_by(self.burst as usize) {
+            if self.rate != AS_FAST_AS_IT_GOES {
+                thread::sleep(due.saturating_duration_since(Instant::now()));
+                due += Duration::from_secs(1) * self.burst as u32 / self.rate as u32;
+            }
+            let requests = (first..first + self.burst).map(|n| request(n, epoch)).collect::<String>();
+            socket.write_all(requests.as_bytes()).expect("publishing");
+            let (mut got, mut left, mut closes) = (0, self.burst, false);
+            while left > 0 {
+                got += socket.read(&mut answer[got..]).ok().filter(|got| *got > 0).expect("an answer");
+                while let Some(length) = whole(&answer[..got]) {
+                    closes |= String::from_utf8_lossy(&answer[..length]).contains("Connection: close");
+                    answer.copy_within(length..got, 0);
+                    got -= length;
+                    left -= 1;
+                }
+            }
+            if closes {
+                socket = std::net::TcpStream::connect(addr).expect("connecting the publisher again");
+            }
         }
-        let mut body = format!("{n} {} ", epoch.elapsed().as_nanos());
-        body.extend(std::iter::repeat_n('x', BODY_BYTES - body.len()));
-        let head = format!("POST /events/bench HTTP/1.1\r\nHost: localhost\r\nContent-Length: {BODY_BYTES}\r\n\r\n");
-        socket.write_all((head + &body).as_bytes()).expect("publishing");
-        let mut got = 0;
-        while !whole(&answer[..got]) {
-            got += socket.read(&mut answer[got..]).ok().filter(|got| *got > 0).expect("an answer");
-        }
-        if String::from_utf8_lossy(&answer[..got]).contains("Connection: close") {
-            socket = std::net::TcpStream::connect(addr).expect("connecting the publisher again");
-        }
+        socket
     }
-    socket
 }
 
-fn whole(answer: &[u8]) -> bool {
+fn request(n: u64, epoch: Instant) -> String {
+    let mut body = format!("{n} {} ", epoch.elapsed().as_nanos());
+    body.extend(std::iter::repeat_n('x', BODY_BYTES - body.len()));
+    format!("POST /events/bench HTTP/1.1\r\nHost: localhost\r\nContent-Length: {BODY_BYTES}\r\n\r\n{body}")
+}
+
+/// How long the first answer is, once it has come.
+fn whole(answer: &[u8]) -> Option<usize> {
     let text = String::from_utf8_lossy(answer);
-    let Some((head, body)) = text.split_once("\r\n\r\n") else { return false };
-    let length = head.split("Content-Length: ").nth(1).and_then(|rest| rest.lines().next()?.parse().ok());
-    body.len() >= length.unwrap_or(0)
+    let (head, body) = text.split_once("\r\n\r\n")?;
+    let length = head.split("Content-Length: ").nth(1).and_then(|rest| rest.lines().next()?.parse().ok()).unwrap_or(0);
+    (body.len() >= length).then_some(head.len() + 4 + length)
 }
 
 /// Nanoseconds that the threads of a process have run. It must end no thread meanwhile.
@@ -122,6 +144,7 @@ fn processor_ns_of_all(pid: u32) -> u64 {
 }
 
 struct Crowd {
+    query: &'static str,
     poll: Poll,
     events: Events,
     members: Vec<Subscriber>,
@@ -130,10 +153,10 @@ struct Crowd {
 }
 
 impl Crowd {
-    fn connect(addr: SocketAddr, count: usize) -> Crowd {
+    fn connect(addr: SocketAddr, count: usize, query: &'static str) -> Crowd {
         let (poll, events) = (Poll::new().expect("epoll"), Events::with_capacity(4096));
         let mut crowd =
-            Crowd { poll, events, members: Vec::new(), latencies_ns: Vec::new(), buffer: vec![0; 64 * 1024] };
+            Crowd { query, poll, events, members: Vec::new(), latencies_ns: Vec::new(), buffer: vec![0; 64 * 1024] };
         let started = Instant::now();
         while crowd.members.iter().filter(|member| member.ready).count() < count {
             assert!(started.elapsed() < PATIENCE, "the subscribers did not get their streams");
@@ -156,13 +179,13 @@ impl Crowd {
 
     /// Reads what has come. Events count once `epoch` has begun.
     fn turn(&mut self, epoch: Option<Instant>) {
-        let Crowd { poll, events, members, latencies_ns, buffer } = self;
+        let Crowd { query, poll, events, members, latencies_ns, buffer } = self;
         poll.poll(events, Some(Duration::from_millis(20))).expect("polling");
         for event in events.iter() {
             let member = &mut members[event.token().0];
             if !member.asked {
-                let request = b"GET /events/bench HTTP/1.1\r\nHost: localhost\r\n\r\n";
-                member.asked = member.socket.write(request).is_ok_and(|written| written == request.len());
+                let request = format!("GET /events/bench{query} HTTP/1.1\r\nHost: localhost\r\n\r\n");
+                member.asked = member.socket.write(request.as_bytes()).is_ok_and(|written| written == request.len());
             }
             loop {
                 match member.socket.read(buffer) {
@@ -183,9 +206,9 @@ impl Subscriber {
         self.line.extend_from_slice(bytes);
         let whole = self.line.iter().rposition(|b| *b == b'\n').map_or(0, |end| end + 1);
         for line in self.line[..whole].split(|b| *b == b'\n') {
-            if line.starts_with(b"retry: ") {
-                self.ready = true;
-            } else if let Some(data) = line.strip_prefix(b"data: ") {
+            if line == b"\r" || line.starts_with(b"retry: ") {
+                self.ready = true; // the head is over
+            } else if let Some(data) = data_of(line) {
                 let mut words =
                     data.split(|b| *b == b' ').map(|word| str::from_utf8(word).unwrap_or("").parse::<u64>());
                 let (number, sent) = (words.next(), words.next());
@@ -195,5 +218,15 @@ impl Subscriber {
             }
         }
         self.line.drain(..whole);
+    }
+}
+
+/// The data in a line of any form; chunks' sizes have no space in them.
+fn data_of(line: &[u8]) -> Option<&[u8]> {
+    const IN_JSON: &[u8] = b"\"data\":\"";
+    match line.first()? {
+        b'{' => line.windows(IN_JSON.len()).position(|at| at == IN_JSON).map(|at| &line[at + IN_JSON.len()..]),
+        b'0'..=b'9' => Some(line).filter(|line| line.contains(&b' ')),
+        _ => line.strip_prefix(b"data: "),
     }
 }
