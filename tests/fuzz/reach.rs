@@ -7,8 +7,9 @@ use crate::block::Block;
 use crate::body::{Body, skip_quoted};
 use crate::config::{Config, Token};
 use crate::connection::Connection;
-use crate::encoded::Framing;
+use crate::encoded::{Framing, Shape};
 use crate::event::Id;
+use crate::form::Form;
 use crate::history::History;
 use crate::hub::check_topic;
 use crate::kept::{Kept, restore};
@@ -92,6 +93,7 @@ fn streams(request: &Request, names: &str) {
     if let Ok(wanted) = wanted_topics(request, names) {
         assert!((1..=TOPICS_PER_STREAM).contains(&wanted.names.len()));
         assert!(wanted.names.iter().all(|name| check_topic(name).is_ok()));
+        assert!(wanted.take != Some(0));
     }
 }
 
@@ -120,6 +122,8 @@ pub fn cursor(text: &str) {
     }
     let mut request = Request::parse(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n").ok().expect("a plain request");
     request.query = Query(vec![("since".into(), text.into()), ("poll".into(), text.into())]);
+    streams(&request, "a");
+    request.query = Query(["last", "take", "as"].map(|name| (name.into(), text.into())).into());
     streams(&request, "a");
     request.query = Query(Vec::new());
     request.last_event_id = Some(text.into());
@@ -163,6 +167,12 @@ pub fn journal(bytes: &[u8]) {
     for event in snapshot(&history, boot) {
         assert!(event.bytes(Framing::Chunked) == Framing::Chunked.wrap(event.bytes(Framing::Plain)));
         assert!(event.block()[1] == event.bytes(Framing::Plain));
+        let is_event = !is_mark(&event.block().concat());
+        for form in [Form::Lines, Form::Json].into_iter().filter(|_| is_event) {
+            let made = event.shaped(Shape { form, framing: Framing::Plain }, Some("a"));
+            let line = made.strip_suffix(b"\n").expect("an empty chunk would end the stream");
+            assert!(form == Form::Lines || !line.iter().any(u8::is_ascii_control));
+        }
     }
     let blocks = |history: &Arc<Mutex<History>>| {
         let mut blocks: Vec<_> = snapshot(history, boot).iter().map(|event| event.block().concat()).collect();
