@@ -125,7 +125,7 @@ impl Server {
     /// Writes a stream until it ends in order, and returns why; or until a write fails.
     ///
     /// `/test` is the article's. Its timer is a variable in here, so a write that fails ends both. The first write after
-    /// a tab was closed still succeeds, but brings back a reset; the next one fails. So the timer stops in two seconds.
+    /// a tab was closed still succeeds, but brings back a reset; the next one fails. So it stops within two seconds.
     ///
     /// A topic's stream has a queue, and nobody waits for a slow reader. If it takes nothing for PATIENCE, a write fails
     /// ("Resource temporarily unavailable"). If its queue is full, `publish` drops the sending end. If its next event is
@@ -163,8 +163,7 @@ impl Server {
 ///
 /// The first of the kept events stands for all that are forgotten: it is there for its id, and is not sent any more.
 /// Whoever has seen that one or a later one can resume; whoever comes with an earlier id is told of a gap. So it is
-/// after a restart, which loses all of this (surviving it: `journal.rs`): ids are microseconds, so those of before are
-/// earlier.
+/// after a restart, which loses all of this (surviving it: `journal.rs`): ids are microseconds, so old ones are earlier.
 struct Hub {
     kept: VecDeque<Arc<Event>>, // of all topics, in the order of the ids; never empty
     subscribers: HashMap<ThreadId, (String, Sender<Weak<Event>>)>, // each with its topic (several: `subscription.rs`)
