@@ -43,8 +43,8 @@
 //!
 //! # Where a change goes
 //! *A parameter of a stream* is read in `routes` (`wanted_topics`) and kept in `subscription` (`Wanted`). Where the stream
-//! starts is decided in `cursor`; when it ends, in `subscription` (`Served::step`). Live or behind, the events of its topics are
-//! written by `Connection::deliver`, or by `Connection::finish` where one fitted only in part.
+//! starts is decided in `cursor`; when it ends, in `subscription` (`Served::step`); what its events look like, in `form`. Live or
+//! behind, the events of its topics are written by `Connection::deliver`, or by `Connection::finish` where one fitted only in part.
 //!
 //! *Another kind of storage* replaces `journal`, which only `hub` and `unwritten` name; `kept` stands between its blocks and
 //! the history. One that numbers events itself replaces `Core::number`, too. `Core::hand_out` gives an event to the history

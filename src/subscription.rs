@@ -17,6 +17,10 @@
 //! 5. A lane skips what is not newer than the cursor (`Worker::write_run`, `Connection::deliver`): what was replayed and
 //!    still stands in the queue does not come twice.
 //!
+//! A stream that begins with the newest of each topic has a floor for each (`cursor.rs`). What 3 and 4 say is then said of
+//! what is above the floors, which is all that is wanted; turning live, the cursor moves up to the highest of them, so that
+//! it is enough for 5.
+//!
 //! The way back: whoever falls behind does so under the state's lock, with the cursor at the last whole event and the
 //! next one unfinished (`Connection::deliver`). What the lane passes over from then on is kept, or a gap tells of it.
 //!
