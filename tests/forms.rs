@@ -703,7 +703,7 @@ fn who_is_pushed_behind_in_the_middle_gets_the_rest_in_its_form_and_no_more_than
         let (addr, hub) = (server.addr().unwrap(), server.hub());
         let take = 1_000;
         let target = format!("/events/a,b?take={take}&{}", form.parameter());
-        let mut reading = Reading::on(narrow_socket(addr, 32_768, None).unwrap(), &target, form, version, "");
+        let mut reading = Reading::on(narrow_socket(addr, 32_768, Some(1_448)).unwrap(), &target, form, version, "");
         let (mut told, mut read) = (Vec::new(), 0);
         for round in 1..=2 {
             wait_for_metric(addr, "live", 1); // it has had everything
@@ -732,7 +732,7 @@ fn what_is_older_than_the_newest_n_does_not_come_and_is_no_gap_when_it_is_forgot
         told.push(publish_told(&hub, "a", awkward(7, 10)));
         // Of `a`, all eight; of `b`, the newest hundred.
         let target = format!("/events/b,a,c?last=100&{}", form.parameter());
-        let mut reading = Reading::on(narrow_socket(addr, 32_768, None).unwrap(), &target, form, "1.1", "");
+        let mut reading = Reading::on(narrow_socket(addr, 32_768, Some(1_448)).unwrap(), &target, form, "1.1", "");
         told.drain(7..57);
         told[..7].iter().for_each(|told| reading.expect(told));
         // It has most of it still to come: what is forgotten now, it has not asked for.
@@ -750,7 +750,7 @@ fn what_is_forgotten_of_the_newest_n_before_it_came_is_a_gap() {
     (0..150).for_each(|n| drop(publish_told(&hub, "b", awkward(n, 60_000))));
     hub.publish("a", Event::new("a")).unwrap();
     let target = "/events/a,b?last=100&as=json";
-    let mut reading = Reading::on(narrow_socket(addr, 32_768, None).unwrap(), target, Form::Json, "1.1", "");
+    let mut reading = Reading::on(narrow_socket(addr, 32_768, Some(1_448)).unwrap(), target, Form::Json, "1.1", "");
     assert!(reading.next().unwrap().data.starts_with("50 "));
     (150..290).for_each(|n| drop(publish_told(&hub, "b", awkward(n, 10))));
     let (mut last, mut gaps, mut holes, mut is_told) = (50, 0, 0, false);

@@ -4,7 +4,8 @@
 //! the same load generator, so that their ratio holds on a noisy machine where neither figure would alone. Measured are
 //! processor time of the serving process a delivery, and the time from publishing to each subscriber. The third table has the
 //! server in one file in the floor's place: what a thread for each subscriber costs, which is woken for each event. The last
-//! one has what forms and limits cost 1,000 subscribers beside the plain stream.
+//! one has what forms and limits cost 1,000 subscribers beside the plain stream. A table's title as an argument measures that
+//! one alone: `cargo bench --bench bench -- forms`.
 
 mod floor;
 mod load;
@@ -63,6 +64,10 @@ fn main() {
         ("minimal", "minimal", &OF_MINIMAL),
         ("forms", "plain", &OF_FORMS),
     ] {
+        let named = args.iter().skip(1).filter(|arg| !arg.starts_with('-')); // cargo adds `--bench`
+        if named.clone().count() > 0 && !named.clone().any(|name| name == title) {
+            continue;
+        }
         println!("\n{:>12} {:>9}   {:^24}   {:^21}   {:^21}", "", "", "processor µs a delivery", "p50 ms", "p99 ms");
         println!(
             "{:>12} {:>9}   {:>7} {other:>7} {:>8}   {:>7} {other:>7}   {:>9} {other:>9}   {:>8}  lost",
@@ -83,8 +88,8 @@ fn main() {
             charts.push((title, points));
         }
     }
-    let path = plot::draw(&charts);
-    println!("\nmedians of {ROUNDS} rounds in turn; the plot is {path}; {:.0} s", started.elapsed().as_secs_f64());
+    let plot = if charts.is_empty() { "there is none".into() } else { plot::draw(&charts) };
+    println!("\nmedians of {ROUNDS} rounds in turn; the plot: {plot}; {:.0} s", started.elapsed().as_secs_f64());
 }
 
 /// Drives the server and another in turn, and gives the medians, and the median of the ratios of each turn.
