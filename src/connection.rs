@@ -106,7 +106,7 @@ impl Connection {
     /// state locked throughout.
     pub fn deliver(&self, state: &mut State, run: &Run, now: Instant) -> u64 {
         // Leg 5 of the proof in `subscription.rs`: what was replayed and still stood in the queue is skipped.
-        let first = run.events.partition_point(|(event, _)| event.id <= state.cursor);
+        let first = run.events.partition_point(|(id, _)| *id <= state.cursor);
         let start = run.end_of(first);
         let reached = match write_now(&self.socket, &run.bytes[start..]) {
             Ok(written) => start + written,
@@ -118,12 +118,12 @@ impl Connection {
         // The cursor moves by whole events only: what was begun is finished from `unfinished`, never replayed.
         let whole = run.events.partition_point(|(_, end)| *end <= reached);
         if whole > first {
-            state.cursor = run.events[whole - 1].0.id;
+            state.cursor = run.events[whole - 1].0;
             state.sent += (whole - first) as u64;
             state.wrote = now;
         }
-        if let Some((event, _)) = run.events.get(whole) {
-            state.fall_behind(event.clone(), reached - run.end_of(whole));
+        if whole < run.events.len() {
+            state.fall_behind(run.event(whole), reached - run.end_of(whole));
         }
         (whole - first) as u64
     }

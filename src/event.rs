@@ -137,9 +137,6 @@ pub struct Id {
 }
 
 impl Id {
-    /// Above every id that is ever issued.
-    pub(crate) const MAX: Id = Id { ms: u64::MAX, seq: u64::MAX };
-
     /// The id for an event published now: above this one, also when the clock has gone back. Where it has, ids go on
     /// counting in the newest millisecond until the clock has passed it.
     pub(crate) fn next(self, now_ms: u64) -> Id {

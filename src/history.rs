@@ -10,27 +10,42 @@
 //! ([`Steady`]). Moments and ids rise together, in each topic and over all. Nothing here waits: the caller has the
 //! lock.
 
+use crate::cells::{Cells, Chain, MOST_BYTES};
 use crate::clock::{Steady, now_ms};
 use crate::config::Config;
-use crate::encoded::{Encoded, Framing, Run};
+use crate::encoded::{Begun, Encoded, Framing, Layout, Run};
 use crate::event::{Event, Id};
 use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::hash::{BuildHasher, RandomState};
 use std::io::{self, ErrorKind};
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
 
-/// Bytes that a kept event costs beside its own: its part of the queue, its counted pointer, its part of the indexes.
-const EVENT_OVERHEAD: usize = 136;
-/// The same for a key, whose text is counted twice: in the map and in the event.
-const KEY_OVERHEAD: usize = 96;
+/// Bytes that a kept event costs beside its cells: its part of its topic's queue, which may be half empty.
+const EVENT_OVERHEAD: usize = 8;
+/// The same for its key: its part of the index, which may be half empty, too.
+const KEY_OVERHEAD: usize = 64;
+/// Of an [`Entry`].
+const ENTRY_BYTES: usize = 40;
 
 pub struct History {
     topics: HashMap<Arc<str>, Topic>,
+    /// The bytes of all kept events, each with its [`Entry`] before it and its key behind it.
+    cells: Cells,
+    /// The event of each key that is kept, by the hash of its topic's name and the key; forgotten with it. Should two keys
+    /// have one hash, which nobody can bring about, the earlier one is forgotten early.
+    keys: HashMap<u64, Id>,
+    hasher: RandomState,
+    /// What readers are in the middle of.
+    pub begun: Begun,
     /// The oldest event of each topic that keeps any. The first of them is the oldest of all: the next to be forgotten.
     oldest: BTreeMap<Point, Arc<str>>,
     events: usize,
-    /// As [`KeptEvent::cost`] counts; at most `keep_bytes`.
+    /// As [`Entry::cost`] counts; at most `keep_bytes`.
     bytes: usize,
+    /// How many bytes of the journal all kept events take.
+    block_bytes: u64,
     /// The newest id that subscribers may have seen, over all topics.
     newest: Id,
     /// The newest that was forgotten by topics which have left the table; a topic that enters it begins with this.
@@ -45,17 +60,20 @@ pub struct History {
 #[derive(Default)]
 struct Topic {
     name: Arc<str>,
-    events: VecDeque<KeptEvent>,
-    /// The event of each key that is kept; forgotten with it.
-    keys: HashMap<Arc<str>, Id>,
+    /// Oldest first.
+    events: VecDeque<Chain>,
     forgotten: Point,
     subscribers: usize,
 }
 
-struct KeptEvent {
-    event: Encoded,
-    key: Option<Arc<str>>,
+/// What stands before a kept event's bytes in its chain.
+#[derive(Clone, Copy)]
+pub struct Entry {
+    pub id: Id,
     moment_ms: u64,
+    pub layout: Layout,
+    /// Bytes of its key, which stands behind the event; 0 where there is none.
+    key: u32,
 }
 
 /// An id and its moment.
@@ -105,14 +123,19 @@ impl History {
         let clock = Steady::start();
         History {
             topics: HashMap::new(),
+            cells: Cells::new(),
+            keys: HashMap::new(),
+            hasher: RandomState::new(),
+            begun: Begun::default(),
             oldest: BTreeMap::new(),
             events: 0,
             bytes: 0,
+            block_bytes: 0,
             newest: base,
             forgotten: Point { id: base, moment_ms: clock.before_start(base.ms) },
             clock,
             keep_events: config.keep_events,
-            keep_bytes: config.keep_bytes,
+            keep_bytes: config.keep_bytes.min(MOST_BYTES),
             keep_age: config.keep_age,
             topic_limit: config.topics,
         }
@@ -126,14 +149,18 @@ impl History {
         Totals { topics: self.topics.len(), events: self.events, bytes: self.bytes }
     }
 
-    /// How many bytes of the journal all kept events take, and a little more.
+    /// How many bytes of the journal all kept events take.
     pub fn block_bytes(&self) -> u64 {
-        (self.bytes - EVENT_OVERHEAD * self.events) as u64
+        self.block_bytes
     }
 
     /// The id of the kept event that was published to this topic with this key.
     pub fn id_of_key(&self, name: &str, key: &str) -> Option<Id> {
-        self.topics.get(name)?.keys.get(key).copied()
+        let id = *self.keys.get(&self.hasher.hash_one((name, key)))?;
+        let topic = self.topics.get(name)?;
+        let at = topic.events.partition_point(|chain| self.entry(chain).id < id);
+        let chain = topic.events.get(at).filter(|chain| self.entry(chain).id == id)?;
+        Some(id).filter(|_| self.key_of(&self.entry(chain), chain) == key.as_bytes())
     }
 
     /// Whether an event may be published to this topic, or all names are in use.
@@ -151,29 +178,35 @@ impl History {
 
     /// Keeps an event that is published now; ids must rise from call to call. Returns its topic's name if anyone
     /// follows it: only then must the lanes know of the event, since whoever follows the topic later finds it kept.
-    pub fn insert(&mut self, name: &str, event: Encoded, key: Option<Arc<str>>) -> Option<Arc<str>> {
+    pub fn insert(&mut self, name: &str, event: &Encoded, key: Option<&str>) -> Option<Arc<str>> {
         let moment_ms = self.clock.now_ms();
-        self.keep(name, KeptEvent { event, key, moment_ms })
+        self.keep(name, event, key, moment_ms)
     }
 
     /// Keeps an event of an earlier process. What is too old goes at once, or a long journal would fill memory.
-    pub fn restore(&mut self, name: &str, event: Encoded, key: Option<Arc<str>>) {
+    pub fn restore(&mut self, name: &str, event: &Encoded, key: Option<&str>) {
         self.expire();
         let moment_ms = self.clock.before_start(event.id.ms);
-        self.keep(name, KeptEvent { event, key, moment_ms });
+        self.keep(name, event, key, moment_ms);
     }
 
-    fn keep(&mut self, name: &str, kept: KeptEvent) -> Option<Arc<str>> {
+    fn keep(&mut self, name: &str, event: &Encoded, key: Option<&str>, moment_ms: u64) -> Option<Arc<str>> {
+        let text = key.unwrap_or_default().as_bytes();
+        let entry = Entry { id: event.id, moment_ms, layout: event.layout, key: text.len() as u32 };
+        if let Some(key) = key {
+            self.keys.insert(self.hasher.hash_one((name, key)), entry.id);
+        }
+        let chain = self.cells.insert(&[&entry.bytes(), event.whole(), text]);
         let topic = self.topic(name);
-        let (point, is_first, cost) = (kept.point(), topic.events.is_empty(), kept.cost());
-        topic.keys.extend(kept.key.clone().map(|key| (key, point.id)));
-        topic.events.push_back(kept);
+        let is_first = topic.events.is_empty();
+        topic.events.push_back(chain);
         let (name, count, is_followed) = (topic.name.clone(), topic.events.len(), topic.subscribers > 0);
         self.events += 1;
-        self.bytes += cost;
-        self.newest = self.newest.max(point.id);
+        self.bytes += entry.cost();
+        self.block_bytes += entry.layout.block_len() as u64;
+        self.newest = self.newest.max(entry.id);
         if is_first {
-            self.oldest.insert(point, name.clone());
+            self.oldest.insert(entry.point(), name.clone());
         }
         if count > self.keep_events {
             self.forget_oldest_of(&name);
@@ -235,7 +268,7 @@ impl History {
     /// From that long ago. By moments, not ids; only what the gap says of it is by the clock on the wall.
     fn start_ago(&self, names: &[Arc<str>], time: Duration) -> (Id, Option<Encoded>) {
         let limit_ms = self.ago_ms(time);
-        let first = self.topics(names).filter_map(|topic| topic.first_since(limit_ms)).min();
+        let first = self.topics(names).filter_map(|topic| self.first_since(topic, limit_ms)).min();
         let cursor = first.map_or(self.newest, Id::before);
         if self.forgotten_of(names).moment_ms < limit_ms {
             return (cursor, None);
@@ -277,14 +310,13 @@ impl History {
             return Next::Gap(self.gap(names, Some(cursor), cursor));
         }
         let mut run = Run::new(framing);
-        let mut heads: Vec<_> = self.topics(names).map(|topic| topic.after(cursor)).collect();
+        let mut heads: Vec<_> = self.topics(names).map(|topic| self.after(topic, cursor).peekable()).collect();
         // In each topic the ids rise, so the next of all is the lowest of the topics' next ones.
-        let id_ahead = |event: Option<&Encoded>| event.map_or(Id::MAX, |event| event.id);
-        while let Some(head) = heads.iter_mut().min_by_key(|head| id_ahead((**head).clone().next())) {
-            match head.next() {
-                Some(event) if run.has_room_for(event) => run.push(event),
-                _ => break,
-            }
+        while let Some((_, head)) =
+            heads.iter_mut().filter_map(|head| Some((head.peek()?.0.id, head))).min_by_key(|x| x.0)
+        {
+            let Some((entry, chain)) = head.next_if(|(entry, _)| run.has_room_for(entry.layout)) else { break };
+            run.append(entry.id, |bytes| self.copy(chain, entry.layout.wire(framing), bytes));
         }
         if run.bytes.is_empty() { Next::Nothing } else { Next::Events(run) }
     }
@@ -327,28 +359,27 @@ impl History {
         Walk { heads, until: self.newest }
     }
 
-    /// The next events of a walk, in the order of their ids, of about `bytes` bytes together. None at its end.
-    pub fn walk_on(&self, walk: &mut Walk, bytes: usize) -> Vec<Encoded> {
-        let (mut events, mut taken) = (Vec::new(), 0);
-        while taken < bytes
+    /// The blocks of a walk's next events, in the order of their ids, about `most` bytes. None at its end.
+    pub fn walk_on(&self, walk: &mut Walk, most: usize) -> Vec<u8> {
+        let mut blocks = Vec::new();
+        while blocks.len() < most
             && let Some((id, name)) = walk.heads.pop_first()
         {
-            let first = |topic: &Topic| topic.events.partition_point(|kept| kept.event.id < id);
-            let rest = self.topics.get(&name).map(|topic| topic.events.range(first(topic)..));
-            for kept in rest.into_iter().flatten() {
-                let id = kept.event.id;
-                let is_next = walk.heads.first_key_value().is_none_or(|(other, _)| id < *other);
-                if id > walk.until {
+            let rest = self.topics.get(&name).map(|topic| self.after(topic, id.before()));
+            for (entry, chain) in rest.into_iter().flatten() {
+                let is_next = walk.heads.first_key_value().is_none_or(|(other, _)| entry.id < *other);
+                if entry.id > walk.until {
                     break; // this topic's walk is over
-                } else if !is_next || taken >= bytes {
-                    walk.heads.insert(id, name);
+                } else if !is_next || blocks.len() >= most {
+                    walk.heads.insert(entry.id, name);
                     break;
                 }
-                taken += kept.cost();
-                events.push(kept.event.clone());
+                for part in entry.layout.block() {
+                    self.copy(chain, part, &mut blocks);
+                }
             }
         }
-        events
+        blocks
     }
 
     /// The newest id that this topic has forgotten, or any other where it is not in the table.
@@ -377,24 +408,64 @@ impl History {
 
     fn forget_oldest_of(&mut self, name: &Arc<str>) {
         let Some(topic) = self.topics.get_mut(name) else { return };
-        let Some(kept) = topic.events.pop_front() else { return };
-        let point = kept.point();
-        self.oldest.remove(&point);
+        let Some(chain) = topic.events.pop_front() else { return };
+        let entry = Entry::of(self.cells.first(&chain));
+        self.oldest.remove(&entry.point());
         self.events -= 1;
-        self.bytes -= kept.cost();
-        topic.forgotten = topic.forgotten.max(point);
-        if let Some(key) = kept.key.filter(|key| topic.keys.get(key) == Some(&point.id)) {
-            topic.keys.remove(&key);
-        }
+        self.bytes -= entry.cost();
+        self.block_bytes -= entry.layout.block_len() as u64;
+        topic.forgotten = topic.forgotten.max(entry.point());
         // Room that a busier hour has reserved is given back: the budget does not count it.
         if topic.events.len() * 4 < topic.events.capacity() {
             topic.events.shrink_to(topic.events.len() * 2);
-            topic.keys.shrink_to(topic.keys.len() * 2);
         }
-        match topic.events.front() {
-            Some(next) => drop(self.oldest.insert(next.point(), name.clone())),
+        let next = topic.events.front().map(|next| Entry::of(self.cells.first(next)).point());
+        if entry.key > 0 {
+            self.forget_key(name, &entry, &chain);
+        }
+        self.cells.remove(chain);
+        match next {
+            Some(next) => drop(self.oldest.insert(next, name.clone())),
             None => self.remove_if_unused(name),
         }
+    }
+
+    fn forget_key(&mut self, name: &str, entry: &Entry, chain: &Chain) {
+        let key = self.key_of(entry, chain);
+        let hash = self.hasher.hash_one((name, str::from_utf8(&key).unwrap_or_default()));
+        if self.keys.get(&hash) == Some(&entry.id) {
+            self.keys.remove(&hash);
+        }
+        if self.keys.len() * 4 < self.keys.capacity() {
+            self.keys.shrink_to(self.keys.len() * 2);
+        }
+    }
+
+    fn key_of(&self, entry: &Entry, chain: &Chain) -> Vec<u8> {
+        let (mut key, at) = (Vec::new(), entry.layout.length as usize);
+        self.copy(chain, at..at + entry.key as usize, &mut key);
+        key
+    }
+
+    fn entry(&self, chain: &Chain) -> Entry {
+        Entry::of(self.cells.first(chain))
+    }
+
+    /// Appends a part of an event's bytes to `out`.
+    fn copy(&self, chain: &Chain, part: Range<usize>, out: &mut Vec<u8>) {
+        self.cells.copy(chain, ENTRY_BYTES + part.start, part.len(), out);
+    }
+
+    /// The kept events of a topic after `cursor`, oldest first.
+    fn after<'a>(&'a self, topic: &'a Topic, cursor: Id) -> impl Iterator<Item = (Entry, &'a Chain)> {
+        let first = topic.events.partition_point(|chain| self.entry(chain).id <= cursor);
+        topic.events.range(first..).map(|chain| (self.entry(chain), chain))
+    }
+
+    /// The first kept event of a topic since that moment.
+    fn first_since(&self, topic: &Topic, moment_ms: u64) -> Option<Id> {
+        let first = topic.events.partition_point(|chain| self.entry(chain).moment_ms < moment_ms);
+        topic.events.get(first).map(|chain| self.entry(chain).id)
     }
 
     /// What it had forgotten goes into the one number first, or a later subscriber would hear no gap.
@@ -415,7 +486,7 @@ impl History {
     }
 
     fn oldest_after(&self, names: &[Arc<str>], cursor: Id) -> Option<Id> {
-        self.topics(names).filter_map(|topic| topic.after(cursor).next()).map(|event| event.id).min()
+        self.topics(names).filter_map(|topic| self.after(topic, cursor).next()).map(|(entry, _)| entry.id).min()
     }
 
     /// The event that says that something may be missing between `after`, the id that was asked for, and `oldest`, from
@@ -431,27 +502,32 @@ impl History {
     }
 }
 
-impl Topic {
-    /// The kept events after `cursor`, oldest first.
-    fn after(&self, cursor: Id) -> impl Iterator<Item = &Encoded> + Clone {
-        let first = self.events.partition_point(|kept| kept.event.id <= cursor);
-        self.events.range(first..).map(|kept| &kept.event)
+impl Entry {
+    fn bytes(&self) -> [u8; ENTRY_BYTES] {
+        let Layout { chunk_at, frame_at, length } = self.layout;
+        let [high, low] = [[chunk_at, frame_at], [length, self.key]].map(|[a, b]| u64::from(a) << 32 | u64::from(b));
+        let words = [self.id.ms, self.id.seq, self.moment_ms, high, low];
+        let mut bytes = [0; ENTRY_BYTES];
+        bytes.as_chunks_mut().0.iter_mut().zip(words).for_each(|(place, word)| *place = word.to_le_bytes());
+        bytes
     }
 
-    /// The first kept event since that moment.
-    fn first_since(&self, moment_ms: u64) -> Option<Id> {
-        let first = self.events.partition_point(|kept| kept.moment_ms < moment_ms);
-        self.events.get(first).map(|kept| kept.event.id)
+    /// Reads it from the first bytes of a chain.
+    fn of(bytes: &[u8]) -> Entry {
+        let word = |n: usize| u64::from_le_bytes(*bytes[8 * n..].first_chunk().unwrap_or(&[0; 8]));
+        let pair = |n: usize| [(word(n) >> 32) as u32, word(n) as u32];
+        let ([chunk_at, frame_at], [length, key]) = (pair(3), pair(4));
+        let layout = Layout { chunk_at, frame_at, length };
+        Entry { id: Id { ms: word(0), seq: word(1) }, moment_ms: word(2), layout, key }
     }
-}
 
-impl KeptEvent {
     fn point(&self) -> Point {
-        Point { id: self.event.id, moment_ms: self.moment_ms }
+        Point { id: self.id, moment_ms: self.moment_ms }
     }
 
     fn cost(&self) -> usize {
-        EVENT_OVERHEAD + self.event.memory() + self.key.as_ref().map_or(0, |key| 2 * key.len() + KEY_OVERHEAD)
+        let key = if self.key > 0 { KEY_OVERHEAD } else { 0 };
+        Cells::memory(ENTRY_BYTES + (self.layout.length + self.key) as usize) + EVENT_OVERHEAD + key
     }
 }
 

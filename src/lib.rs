@@ -79,6 +79,7 @@ mod locked; // whose a file is
 mod recovery; // reading the journal at the start
 mod block; // what it is made of
 mod history; // kept events, cursors, gaps
+mod cells; // where kept bytes are
 mod lane; // writing to whoever is live
 mod door; // who may do what: hosts, origins, tokens
 mod lines; // the lines of a PUT

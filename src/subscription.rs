@@ -20,7 +20,7 @@
 //! next one unfinished (`State::fall_behind`). What the lane passes over from then on is kept, or a gap tells of it.
 
 use crate::clock::spread;
-use crate::connection::{Connection, Phase, Reason, STOPPING, State};
+use crate::connection::{Connection, Phase, Reason, STOPPING, State, Unfinished};
 use crate::encoded::Encoded;
 use crate::event::Id;
 use crate::history::{Next, Start};
@@ -156,6 +156,11 @@ impl<'a> Subscription<'a> {
                     core.counters.delivered.fetch_add(c.deliver(&mut state, &run, Instant::now()), Relaxed);
                     if let Phase::Closed(reason) = state.phase {
                         return reason;
+                    }
+                    if let Some(Unfinished { event, offset }) = state.unfinished.take() {
+                        drop(state); // the history's lock is taken first
+                        let event = core.history().begun.share(event);
+                        enter(&c.state).fall_behind(event, offset);
                     }
                 }
             }

@@ -1,0 +1,208 @@
+//! Where the bytes of kept events are: one buffer, in cells of one size.
+//!
+//! What is kept lives long, and every publisher brings it. Allocated one by one, kept bytes lie in the memory of all the
+//! threads that have published (malloc gives them arenas of their own), with holes between them that no other thread
+//! uses: ten times what is kept, after publishers that came in turn. So the bytes are copied into this one buffer. An
+//! event is a chain of cells, anywhere in it, so that a free cell fits every event, whatever was there before. Where too
+//! many cells are free, the last ones move to the free places, and the buffer is cut off behind them. So it is never
+//! much larger than what is in it, and the system has the rest back.
+//!
+//! A large buffer is memory that malloc maps by itself: it grows and shrinks in place, without being copied.
+
+/// Bytes of an event in each cell. With its links a cell is two cache lines; a small event fits into one, and of the last
+/// cell half is lost on average, whatever the event's size.
+const ROOM: usize = 116;
+/// Stands where no cell follows.
+const NONE: u32 = u32::MAX;
+/// So many cells may be free, and a sixteenth of those in use: else publishing would grow and cut the buffer all the time.
+const FREE_CELLS: usize = 2 * 1024;
+/// The buffer grows by so many cells (1 MiB), or by a sixteenth. It begins with as many: malloc maps 128 KiB and more.
+const GROW_CELLS: usize = 8 * 1024;
+/// More cannot be numbered: 512 GiB.
+pub const MOST_BYTES: usize = CELL_BYTES * (NONE as usize - 1);
+const CELL_BYTES: usize = size_of::<Cell>();
+const _: () = assert!(CELL_BYTES == 128, "the links take 12 bytes");
+
+#[derive(Clone, Copy)]
+struct Cell {
+    before: Before,
+    /// The next cell of the chain, or of the free ones.
+    next: u32,
+    bytes: [u8; ROOM],
+}
+
+/// What stands before a cell, and so names it.
+#[derive(Clone, Copy)]
+enum Before {
+    /// It is the first of this chain.
+    Chain(u32),
+    /// The one before it in its chain.
+    Cell(u32),
+    /// It is free; the free one before it, or `NONE`.
+    Free(u32),
+}
+
+/// Bytes in [`Cells`], until they are removed. Its number stays while its cells move.
+pub struct Chain(u32);
+
+pub struct Cells {
+    cells: Vec<Cell>,
+    /// The first cell of each chain; where a number is not in use, the next such number.
+    firsts: Vec<u32>,
+    /// The first of the numbers that are not in use, or `NONE`.
+    free_number: u32,
+    /// The first free cell, or `NONE`.
+    free: u32,
+    free_count: usize,
+}
+
+impl Cells {
+    pub fn new() -> Cells {
+        let cells = Vec::with_capacity(GROW_CELLS);
+        Cells { cells, firsts: Vec::new(), free_number: NONE, free: NONE, free_count: 0 }
+    }
+
+    /// What a chain of so many bytes takes of memory, with its number.
+    pub fn memory(length: usize) -> usize {
+        length.div_ceil(ROOM).max(1) * CELL_BYTES + size_of::<u32>()
+    }
+
+    /// Copies these bytes, one part after the other, into a new chain.
+    pub fn insert(&mut self, parts: &[&[u8]]) -> Chain {
+        let number = self.take_number();
+        let first = self.take(Before::Chain(number));
+        self.firsts[number as usize] = first;
+        let (mut cell, mut filled) = (first, 0);
+        for part in parts {
+            let mut rest = *part;
+            while !rest.is_empty() {
+                if filled == ROOM {
+                    let next = self.take(Before::Cell(cell));
+                    self.cell(cell).next = next;
+                    (cell, filled) = (next, 0);
+                }
+                let (now, later) = rest.split_at(rest.len().min(ROOM - filled));
+                self.cell(cell).bytes[filled..filled + now.len()].copy_from_slice(now);
+                filled += now.len();
+                rest = later;
+            }
+        }
+        Chain(number)
+    }
+
+    /// The first bytes of a chain, without copying them. What stands behind its end means nothing.
+    pub fn first(&self, chain: &Chain) -> &[u8; ROOM] {
+        &self.cells[self.firsts[chain.0 as usize] as usize].bytes
+    }
+
+    /// Appends the `count` bytes of a chain from `start` on to `out`.
+    pub fn copy(&self, chain: &Chain, start: usize, count: usize, out: &mut Vec<u8>) {
+        let mut cell = &self.cells[self.firsts[chain.0 as usize] as usize];
+        for _ in 0..start / ROOM {
+            cell = &self.cells[cell.next as usize];
+        }
+        let (mut from, mut left) = (start % ROOM, count);
+        out.reserve(count);
+        while left > 0 {
+            let taken = left.min(ROOM - from);
+            out.extend_from_slice(&cell.bytes[from..from + taken]);
+            left -= taken;
+            if left > 0 {
+                cell = &self.cells[cell.next as usize];
+                from = 0;
+            }
+        }
+    }
+
+    /// Forgets a chain. Its cells are free, or the system's.
+    pub fn remove(&mut self, chain: Chain) {
+        let mut cell = std::mem::replace(&mut self.firsts[chain.0 as usize], self.free_number);
+        self.free_number = chain.0;
+        while cell != NONE {
+            let next = self.cell(cell).next;
+            self.give_back(cell);
+            cell = next;
+        }
+        self.shrink();
+    }
+
+    fn cell(&mut self, number: u32) -> &mut Cell {
+        &mut self.cells[number as usize]
+    }
+
+    fn take_number(&mut self) -> u32 {
+        if self.free_number == NONE {
+            self.firsts.push(NONE);
+            return self.firsts.len() as u32 - 1;
+        }
+        let number = self.free_number;
+        self.free_number = self.firsts[number as usize];
+        number
+    }
+
+    /// A cell that is the last of its chain, for now.
+    fn take(&mut self, before: Before) -> u32 {
+        if self.free != NONE {
+            let number = self.free;
+            self.unlink(number);
+            let cell = self.cell(number);
+            (cell.before, cell.next) = (before, NONE);
+            return number;
+        }
+        if self.cells.len() == self.cells.capacity() {
+            self.cells.reserve_exact(GROW_CELLS.max(self.cells.len() / 16));
+        }
+        self.cells.push(Cell { before, next: NONE, bytes: [0; ROOM] });
+        self.cells.len() as u32 - 1
+    }
+
+    fn give_back(&mut self, number: u32) {
+        let next = std::mem::replace(&mut self.free, number);
+        let cell = self.cell(number);
+        (cell.before, cell.next) = (Before::Free(NONE), next);
+        if next != NONE {
+            self.cell(next).before = Before::Free(number);
+        }
+        self.free_count += 1;
+    }
+
+    /// Takes a cell out of the free ones.
+    fn unlink(&mut self, number: u32) {
+        let Cell { before: Before::Free(before), next, .. } = *self.cell(number) else { return };
+        match before {
+            NONE => self.free = next,
+            _ => self.cell(before).next = next,
+        }
+        if next != NONE {
+            self.cell(next).before = Before::Free(before);
+        }
+        self.free_count -= 1;
+    }
+
+    /// Moves cells from the end to where others are free, one for each that was freed too many, and gives the end back.
+    fn shrink(&mut self) {
+        while self.free_count > FREE_CELLS + (self.cells.len() - self.free_count) / 16 {
+            let last = self.cells.len() as u32 - 1;
+            self.unlink(last); // if it is free
+            let moved = self.cells[last as usize];
+            if !matches!(moved.before, Before::Free(_)) {
+                let to = self.free;
+                self.unlink(to);
+                *self.cell(to) = moved;
+                match moved.before {
+                    Before::Chain(number) => self.firsts[number as usize] = to,
+                    Before::Cell(before) | Before::Free(before) => self.cell(before).next = to,
+                }
+                if moved.next != NONE {
+                    self.cell(moved.next).before = Before::Cell(to);
+                }
+            }
+            self.cells.pop();
+        }
+        // What is behind the end was touched, and stays in memory until the buffer is cut.
+        let (length, spare) = (self.cells.len(), GROW_CELLS.max(self.cells.len() / 16));
+        if self.cells.capacity() > length + 2 * spare {
+            self.cells.shrink_to(length + spare);
+        }
+    }
+}
