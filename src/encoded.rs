@@ -6,6 +6,7 @@
 //! and each form is a slice of it. Nobody changes a buffer once it is made.
 
 use crate::event::Id;
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::{Arc, Weak};
@@ -44,12 +45,20 @@ impl Framing {
     }
 }
 
+/// The bytes of an event that is published, before anybody shares them: what only the journal needs, the chunk's size, the
+/// frame, the chunk's end.
+pub struct Parts<'a> {
+    pub id: Id,
+    fields: &'a [u8],
+    size: Cow<'a, [u8]>, // in hexadecimal, as RFC 9112 §7.1 has it
+    frame: &'a [u8],
+}
+
 /// An event as it is queued and written: its bytes are shared, never copied per subscriber.
 #[derive(Clone)]
 pub struct Encoded {
     pub id: Id,
     pub layout: Layout,
-    /// What only the journal needs, the chunk's size, the frame, the chunk's end.
     buffer: Arc<Vec<u8>>,
 }
 
@@ -84,14 +93,39 @@ impl Layout {
     }
 }
 
-impl Encoded {
+impl<'a> Parts<'a> {
     /// `fields` are what the journal says of it; without a journal, nothing.
+    pub fn new(id: Id, fields: &'a [u8], frame: &'a [u8]) -> Parts<'a> {
+        Parts { id, fields, size: size_line(frame).into_bytes().into(), frame }
+    }
+
+    pub fn layout(&self) -> Layout {
+        let chunk_at = self.fields.len() as u32;
+        let frame_at = chunk_at + self.size.len() as u32;
+        Layout { chunk_at, frame_at, length: frame_at + (self.frame.len() + CHUNK_END.len()) as u32 }
+    }
+
+    /// All of its bytes, one part after another.
+    pub fn bytes(&self) -> [&[u8]; 4] {
+        [self.fields, &self.size, self.frame, CHUNK_END]
+    }
+
+    pub fn encode(&self) -> Encoded {
+        Encoded { id: self.id, layout: self.layout(), buffer: Arc::new(self.bytes().concat()) }
+    }
+}
+
+impl Encoded {
+    /// As [`Parts::new`].
     pub fn new(id: Id, fields: &[u8], frame: &[u8]) -> Encoded {
-        let size = size_line(frame); // in hexadecimal, as RFC 9112 §7.1 has it
-        let buffer = [fields, size.as_bytes(), frame, CHUNK_END].concat();
-        let (chunk_at, length) = (fields.len() as u32, buffer.len() as u32);
-        let layout = Layout { chunk_at, frame_at: chunk_at + size.len() as u32, length };
-        Encoded { id, layout, buffer: Arc::new(buffer) }
+        Parts::new(id, fields, frame).encode()
+    }
+
+    /// The same, as it is kept.
+    pub fn parts(&self) -> Parts<'_> {
+        let Layout { chunk_at, frame_at, .. } = self.layout;
+        let [fields, frame] = self.block();
+        Parts { id: self.id, fields, size: self.buffer[chunk_at as usize..frame_at as usize].into(), frame }
     }
 
     /// An event of which only the wire's bytes are there.
@@ -112,11 +146,6 @@ impl Encoded {
     /// What stands in the journal.
     pub fn block(&self) -> [&[u8]; 2] {
         self.layout.block().map(|part| &self.buffer[part])
-    }
-
-    /// All of its bytes.
-    pub fn whole(&self) -> &[u8] {
-        &self.buffer
     }
 
     /// What its bytes take of memory, counted once however many share them: budgets of memory go by this.

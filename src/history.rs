@@ -13,7 +13,7 @@
 use crate::cells::{Cells, Chain, MOST_BYTES};
 use crate::clock::{Steady, now_ms};
 use crate::config::Config;
-use crate::encoded::{Begun, Encoded, Framing, Layout, Run};
+use crate::encoded::{Begun, Encoded, Framing, Layout, Parts, Run};
 use crate::event::{Event, Id};
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::hash::{BuildHasher, RandomState};
@@ -178,25 +178,26 @@ impl History {
 
     /// Keeps an event that is published now; ids must rise from call to call. Returns its topic's name if anyone
     /// follows it: only then must the lanes know of the event, since whoever follows the topic later finds it kept.
-    pub fn insert(&mut self, name: &str, event: &Encoded, key: Option<&str>) -> Option<Arc<str>> {
+    pub fn insert(&mut self, name: &str, event: &Parts, key: Option<&str>) -> Option<Arc<str>> {
         let moment_ms = self.clock.now_ms();
         self.keep(name, event, key, moment_ms)
     }
 
     /// Keeps an event of an earlier process. What is too old goes at once, or a long journal would fill memory.
-    pub fn restore(&mut self, name: &str, event: &Encoded, key: Option<&str>) {
+    pub fn restore(&mut self, name: &str, event: &Parts, key: Option<&str>) {
         self.expire();
         let moment_ms = self.clock.before_start(event.id.ms);
         self.keep(name, event, key, moment_ms);
     }
 
-    fn keep(&mut self, name: &str, event: &Encoded, key: Option<&str>, moment_ms: u64) -> Option<Arc<str>> {
+    fn keep(&mut self, name: &str, event: &Parts, key: Option<&str>, moment_ms: u64) -> Option<Arc<str>> {
         let text = key.unwrap_or_default().as_bytes();
-        let entry = Entry { id: event.id, moment_ms, layout: event.layout, key: text.len() as u32 };
+        let entry = Entry { id: event.id, moment_ms, layout: event.layout(), key: text.len() as u32 };
         if let Some(key) = key {
             self.keys.insert(self.hasher.hash_one((name, key)), entry.id);
         }
-        let chain = self.cells.insert(&[&entry.bytes(), event.whole(), text]);
+        let [fields, size, frame, end] = event.bytes();
+        let chain = self.cells.insert(&[&entry.bytes(), fields, size, frame, end, text]);
         let topic = self.topic(name);
         let is_first = topic.events.is_empty();
         topic.events.push_back(chain);

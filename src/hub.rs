@@ -11,7 +11,7 @@ use crate::block::{Block, encode_block};
 use crate::clock::now_ms;
 use crate::config::{Config, Log};
 use crate::connection::STOPPING;
-use crate::encoded::Encoded;
+use crate::encoded::Parts;
 use crate::event::{Event, Id};
 use crate::history::{History, Totals};
 use crate::journal::{Journal, LOOK_TIME};
@@ -251,7 +251,7 @@ impl Core {
         // Both ways make the same event; for the journal, its fields stand before the frame. The id is inside the frame,
         // so whoever numbers events must do so before this.
         if self.config.journal.is_none() {
-            self.hand_out(topic, &Encoded::new(id, b"", frame.as_bytes()), key.as_deref());
+            self.hand_out(topic, &Parts::new(id, b"", frame.as_bytes()), key.as_deref());
             return Ok((id, None));
         }
         let event = encode_block(id, &[("topic", Some(topic)), ("key", key.as_deref())], &frame);
@@ -362,7 +362,7 @@ impl Core {
         }
         for unwritten in order.take(count) {
             if result.is_ok() {
-                self.hand_out(&unwritten.topic, &unwritten.event, unwritten.key.as_deref());
+                self.hand_out(&unwritten.topic, &unwritten.event.parts(), unwritten.key.as_deref());
             }
             let _ = unwritten.outcome.set(result.clone());
         }
@@ -375,11 +375,12 @@ impl Core {
 
     /// Keeps an event, and then queues it for every lane, in this order: leg 4 of the proof in `subscription.rs`.
     /// Called in the order of the ids, under the order lock; it may wait for room in a queue.
-    fn hand_out(&self, topic: &str, event: &Encoded, key: Option<&str>) {
+    fn hand_out(&self, topic: &str, event: &Parts, key: Option<&str>) {
         let followed = enter(&self.history).insert(topic, event, key);
         self.counters.published.fetch_add(1, Relaxed);
         if let Some(topic) = followed {
-            self.lanes.iter().for_each(|lane| send_event(lane, &topic, event));
+            let event = event.encode();
+            self.lanes.iter().for_each(|lane| send_event(lane, &topic, &event));
         }
     }
 }

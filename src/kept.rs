@@ -6,7 +6,7 @@
 //! publishing and replays wait for that lock.
 
 use crate::block::{Block, encode_block};
-use crate::encoded::Encoded;
+use crate::encoded::Parts;
 use crate::event::Id;
 use crate::history::{History, Walk};
 use crate::rewrite::Snapshot;
@@ -24,7 +24,7 @@ pub fn restore(history: &mut History, block: Block, bytes: &[u8]) {
     match topic {
         Some(name) if !is_mark => {
             let (fields, frame) = bytes.split_at(frame_at);
-            history.restore(name, &Encoded::new(id, fields, frame), key);
+            history.restore(name, &Parts::new(id, fields, frame), key);
         }
         _ => history.restore_forgotten(topic, id),
     }
