@@ -11,10 +11,11 @@
 //! lock.
 
 use crate::cells::{Cells, Chain, MOST_BYTES};
-use crate::clock::{Steady, now_ms};
+use crate::clock::{Steady, millis};
 use crate::config::Config;
-use crate::encoded::{Begun, Encoded, Framing, Layout, Parts, Run};
-use crate::event::{Event, Id};
+use crate::encoded::{Begun, Parts};
+use crate::entry::{Entry, Point};
+use crate::event::Id;
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::hash::{BuildHasher, RandomState};
 use std::io::{self, ErrorKind};
@@ -22,16 +23,10 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
 
-/// Bytes that a kept event costs beside its cells: its part of its topic's queue, which may be half empty.
-const EVENT_OVERHEAD: usize = 8;
-/// The same for its key: its part of the index, which may be half empty, too.
-const KEY_OVERHEAD: usize = 64;
-/// Of an [`Entry`].
-const ENTRY_BYTES: usize = 40;
-
+/// What subscribers ask of it is in `cursor.rs`.
 pub struct History {
     topics: HashMap<Arc<str>, Topic>,
-    /// The bytes of all kept events, each with its [`Entry`] before it and its key behind it.
+    /// All kept events (`entry.rs`).
     cells: Cells,
     /// The event of each key that is kept, by the hash of its topic's name and the key; forgotten with it. Should two keys
     /// have one hash, which nobody can bring about, the earlier one is forgotten early.
@@ -49,7 +44,7 @@ pub struct History {
     /// The newest id that subscribers may have seen, over all topics.
     newest: Id,
     /// The newest that was forgotten by topics which have left the table; a topic that enters it begins with this.
-    forgotten: Point,
+    newest_forgotten: Point,
     clock: Steady,
     keep_events: usize,
     keep_bytes: usize,
@@ -58,47 +53,13 @@ pub struct History {
 }
 
 #[derive(Default)]
-struct Topic {
+pub struct Topic {
     name: Arc<str>,
     /// Oldest first.
     events: VecDeque<Chain>,
-    forgotten: Point,
+    /// The newest that it has forgotten.
+    pub newest_forgotten: Point,
     subscribers: usize,
-}
-
-/// What stands before a kept event's bytes in its chain.
-#[derive(Clone, Copy)]
-pub struct Entry {
-    pub id: Id,
-    moment_ms: u64,
-    pub layout: Layout,
-    /// Bytes of its key, which stands behind the event; 0 where there is none.
-    key: u32,
-}
-
-/// An id and its moment.
-#[derive(Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord)]
-struct Point {
-    id: Id,
-    moment_ms: u64,
-}
-
-/// Where a new stream wants to begin: now, with all that is kept, some time ago, or after an id.
-#[derive(Clone, Copy)]
-pub enum Start {
-    Now,
-    Earliest,
-    Ago(Duration),
-    /// None where it cannot be read. It gets a gap: a browser gives up for good on a refusal.
-    After(Option<Id>),
-}
-
-/// What a subscriber that is behind gets next.
-pub enum Next {
-    /// The event that says that events before the next one may have been forgotten.
-    Gap(Encoded),
-    Events(Run),
-    Nothing,
 }
 
 /// A walk over the kept events, some at a time, so that nobody waits long for the lock meanwhile. What is forgotten
@@ -132,7 +93,7 @@ impl History {
             bytes: 0,
             block_bytes: 0,
             newest: base,
-            forgotten: Point { id: base, moment_ms: clock.before_start(base.ms) },
+            newest_forgotten: Point { id: base, moment_ms: clock.before_start(base.ms) },
             clock,
             keep_events: config.keep_events,
             keep_bytes: config.keep_bytes.min(MOST_BYTES),
@@ -157,10 +118,8 @@ impl History {
     /// The id of the kept event that was published to this topic with this key.
     pub fn id_of_key(&self, name: &str, key: &str) -> Option<Id> {
         let id = *self.keys.get(&self.hasher.hash_one((name, key)))?;
-        let topic = self.topics.get(name)?;
-        let at = topic.events.partition_point(|chain| self.entry(chain).id < id);
-        let chain = topic.events.get(at).filter(|chain| self.entry(chain).id == id)?;
-        Some(id).filter(|_| self.key_of(&self.entry(chain), chain) == key.as_bytes())
+        let (entry, chain) = self.after(self.topics.get(name)?, id.before()).next()?;
+        Some(id).filter(|_| entry.point.id == id && entry.key(&self.cells, chain).as_deref() == Some(key))
     }
 
     /// Whether an event may be published to this topic, or all names are in use.
@@ -191,13 +150,10 @@ impl History {
     }
 
     fn keep(&mut self, name: &str, event: &Parts, key: Option<&str>, moment_ms: u64) -> Option<Arc<str>> {
-        let text = key.unwrap_or_default().as_bytes();
-        let entry = Entry { id: event.id, moment_ms, layout: event.layout(), key: text.len() as u32 };
+        let (entry, chain) = Entry::keep(&mut self.cells, event, key.unwrap_or_default(), moment_ms);
         if let Some(key) = key {
-            self.keys.insert(self.hasher.hash_one((name, key)), entry.id);
+            self.keys.insert(self.hasher.hash_one((name, key)), event.id);
         }
-        let [fields, size, frame, end] = event.bytes();
-        let chain = self.cells.insert(&[&entry.bytes(), fields, size, frame, end, text]);
         let topic = self.topic(name);
         let is_first = topic.events.is_empty();
         topic.events.push_back(chain);
@@ -205,9 +161,9 @@ impl History {
         self.events += 1;
         self.bytes += entry.cost();
         self.block_bytes += entry.layout.block_len() as u64;
-        self.newest = self.newest.max(entry.id);
+        self.newest = self.newest.max(event.id);
         if is_first {
-            self.oldest.insert(entry.point(), name.clone());
+            self.oldest.insert(entry.point, name.clone());
         }
         if count > self.keep_events {
             self.forget_oldest_of(&name);
@@ -256,85 +212,14 @@ impl History {
         }
     }
 
-    /// The cursor that a new stream starts after, and the gap that it must hear first.
-    pub fn start(&self, names: &[Arc<str>], from: Start) -> (Id, Option<Encoded>) {
-        match from {
-            Start::Now => (self.newest, None),
-            Start::Earliest => (self.oldest_after(names, Id::default()).map_or(self.newest, Id::before), None),
-            Start::Ago(time) => self.start_ago(names, time),
-            Start::After(cursor) => self.resume(names, cursor),
-        }
-    }
-
-    /// From that long ago. By moments, not ids; only what the gap says of it is by the clock on the wall.
-    fn start_ago(&self, names: &[Arc<str>], time: Duration) -> (Id, Option<Encoded>) {
-        let limit_ms = self.ago_ms(time);
-        let first = self.topics(names).filter_map(|topic| self.first_since(topic, limit_ms)).min();
-        let cursor = first.map_or(self.newest, Id::before);
-        if self.forgotten_of(names).moment_ms < limit_ms {
-            return (cursor, None);
-        }
-        let after = Id { ms: now_ms().saturating_sub(millis(time)), seq: 0 };
-        let gap = self.gap(names, Some(after), cursor);
-        (gap.id, Some(gap))
-    }
-
-    fn resume(&self, names: &[Arc<str>], asked: Option<Id>) -> (Id, Option<Encoded>) {
-        // An id later than both the newest id and the clock can only be from before this server's history was lost: all
-        // that is kept is new to its owner. An id between the two means "from now on", which is after the newest: if
-        // the clock is set back, ids up to the asked one are still to come.
-        let is_known = |asked: &Id| *asked <= self.newest || asked.ms <= now_ms();
-        let known = asked.filter(is_known).map(|asked| asked.min(self.newest));
-        match known {
-            Some(cursor) if cursor >= self.forgotten_of(names).id => (cursor, None),
-            _ => {
-                let gap = self.gap(names, asked, known.unwrap_or_default());
-                (gap.id, Some(gap))
-            }
-        }
-    }
-
-    /// Whether [`History::next`] has anything for a subscriber at `cursor`.
-    pub fn has_news(&self, names: &[Arc<str>], cursor: Id, told: &[Id]) -> bool {
-        self.has_untold(names, cursor, told) || self.oldest_after(names, cursor).is_some()
-    }
-
-    fn has_untold(&self, names: &[Arc<str>], cursor: Id, told: &[Id]) -> bool {
-        self.topics(names).zip(told).any(|(topic, told)| topic.forgotten.id > cursor.max(*told))
-    }
-
-    /// What comes after `cursor` in all of these topics, in one order, up to one run. A gap comes first where a topic
-    /// has forgotten something after the cursor that the subscriber was not told of. `told` has an id for each topic:
-    /// with one for all, a gap told for one topic would hide what another forgets later.
-    pub fn next(&self, names: &[Arc<str>], cursor: Id, told: &[Id], framing: Framing) -> Next {
-        if self.has_untold(names, cursor, told) {
-            return Next::Gap(self.gap(names, Some(cursor), cursor));
-        }
-        let mut run = Run::new(framing);
-        let mut heads: Vec<_> = self.topics(names).map(|topic| self.after(topic, cursor).peekable()).collect();
-        // In each topic the ids rise, so the next of all is the lowest of the topics' next ones.
-        while let Some((_, head)) =
-            heads.iter_mut().filter_map(|head| Some((head.peek()?.0.id, head))).min_by_key(|x| x.0)
-        {
-            let Some((entry, chain)) = head.next_if(|(entry, _)| run.has_room_for(entry.layout)) else { break };
-            run.append(entry.id, |bytes| self.copy(chain, entry.layout.wire(framing), bytes));
-        }
-        if run.bytes.is_empty() { Next::Nothing } else { Next::Events(run) }
-    }
-
-    /// What each of these topics has forgotten by now: kept by a subscriber that has just been told of a gap.
-    pub fn told(&self, names: &[Arc<str>]) -> Vec<Id> {
-        self.topics(names).map(|topic| topic.forgotten.id).collect()
-    }
-
     /// Notes what an earlier process has forgotten: of one topic, or of all that are not in the table.
-    pub fn restore_forgotten(&mut self, name: Option<&str>, id: Id) {
+    pub fn restore_newest_forgotten(&mut self, name: Option<&str>, id: Id) {
         let point = Point { id, moment_ms: self.clock.before_start(id.ms) };
         match name {
-            None => self.forgotten = self.forgotten.max(point),
+            None => self.newest_forgotten = self.newest_forgotten.max(point),
             Some(name) => {
-                let known = self.topics.get(name).map_or(point, |topic| topic.forgotten);
-                self.topic(name).forgotten = known.max(point);
+                let known = self.topics.get(name).map_or(point, |topic| topic.newest_forgotten);
+                self.topic(name).newest_forgotten = known.max(point);
             }
         }
         self.newest = self.newest.max(id);
@@ -350,8 +235,8 @@ impl History {
     /// Counts everything up to `id` as forgotten, in every topic.
     pub fn count_as_forgotten(&mut self, id: Id) {
         self.newest = self.newest.max(id);
-        self.forgotten = Point { id: self.newest, moment_ms: self.clock.now_ms() };
-        self.topics.values_mut().for_each(|topic| topic.forgotten = self.forgotten);
+        self.newest_forgotten = Point { id: self.newest, moment_ms: self.clock.now_ms() };
+        self.topics.values_mut().for_each(|topic| topic.newest_forgotten = self.newest_forgotten);
     }
 
     /// Begins a walk over all that is kept now.
@@ -368,11 +253,11 @@ impl History {
         {
             let rest = self.topics.get(&name).map(|topic| self.after(topic, id.before()));
             for (entry, chain) in rest.into_iter().flatten() {
-                let is_next = walk.heads.first_key_value().is_none_or(|(other, _)| entry.id < *other);
-                if entry.id > walk.until {
+                let is_next = walk.heads.first_key_value().is_none_or(|(other, _)| entry.point.id < *other);
+                if entry.point.id > walk.until {
                     break; // this topic's walk is over
                 } else if !is_next || blocks.len() >= most {
-                    walk.heads.insert(entry.id, name);
+                    walk.heads.insert(entry.point.id, name);
                     break;
                 }
                 for part in entry.layout.block() {
@@ -384,45 +269,46 @@ impl History {
     }
 
     /// The newest id that this topic has forgotten, or any other where it is not in the table.
-    pub fn forgotten(&self, name: &str) -> Id {
-        self.topics.get(name).map_or(self.forgotten, |topic| topic.forgotten).id
+    pub fn newest_forgotten(&self, name: &str) -> Id {
+        self.topics.get(name).map_or(self.newest_forgotten, |topic| topic.newest_forgotten).id
     }
 
-    /// The topics that keep events, with what each has forgotten; and the newest id that any other topic has forgotten.
-    pub fn all_forgotten(&self) -> (Vec<(Arc<str>, Id)>, Id) {
+    /// The topics that keep events, each with the newest id that it has forgotten; and the newest of any other topic.
+    pub fn newest_forgotten_of_each(&self) -> (Vec<(Arc<str>, Id)>, Id) {
         let (used, unused): (Vec<_>, Vec<_>) = self.topics.values().partition(|topic| !topic.events.is_empty());
-        let others = unused.iter().map(|topic| topic.forgotten).fold(self.forgotten, Point::max);
-        (used.iter().map(|topic| (topic.name.clone(), topic.forgotten.id)).collect(), others.id)
+        let others = unused.iter().map(|topic| topic.newest_forgotten).fold(self.newest_forgotten, Point::max);
+        (used.iter().map(|topic| (topic.name.clone(), topic.newest_forgotten.id)).collect(), others.id)
     }
 
     /// The topic, put into the table if it is not there. The caller must keep an event or count a subscriber at once:
     /// nothing removes a topic that was never used.
     fn topic(&mut self, name: &str) -> &mut Topic {
         let name: Arc<str> = name.into();
-        let new = Topic { name: name.clone(), forgotten: self.forgotten, ..Topic::default() };
+        let new = Topic { name: name.clone(), newest_forgotten: self.newest_forgotten, ..Topic::default() };
         self.topics.entry(name).or_insert(new)
     }
 
-    fn topics(&self, names: &[Arc<str>]) -> impl Iterator<Item = &Topic> {
+    /// Those of these topics that are in the table: of a subscriber's, all.
+    pub fn topics(&self, names: &[Arc<str>]) -> impl Iterator<Item = &Topic> {
         names.iter().filter_map(|name| self.topics.get(name))
     }
 
     fn forget_oldest_of(&mut self, name: &Arc<str>) {
         let Some(topic) = self.topics.get_mut(name) else { return };
         let Some(chain) = topic.events.pop_front() else { return };
-        let entry = Entry::of(self.cells.first(&chain));
-        self.oldest.remove(&entry.point());
+        let entry = Entry::of(&self.cells, &chain);
+        self.oldest.remove(&entry.point);
         self.events -= 1;
         self.bytes -= entry.cost();
         self.block_bytes -= entry.layout.block_len() as u64;
-        topic.forgotten = topic.forgotten.max(entry.point());
+        topic.newest_forgotten = topic.newest_forgotten.max(entry.point);
         // Room that a busier hour has reserved is given back: the budget does not count it.
         if topic.events.len() * 4 < topic.events.capacity() {
             topic.events.shrink_to(topic.events.len() * 2);
         }
-        let next = topic.events.front().map(|next| Entry::of(self.cells.first(next)).point());
-        if entry.key > 0 {
-            self.forget_key(name, &entry, &chain);
+        let next = topic.events.front().map(|next| Entry::of(&self.cells, next).point);
+        if let Some(key) = entry.key(&self.cells, &chain) {
+            self.forget_key(name, &key, entry.point.id);
         }
         self.cells.remove(chain);
         match next {
@@ -431,10 +317,10 @@ impl History {
         }
     }
 
-    fn forget_key(&mut self, name: &str, entry: &Entry, chain: &Chain) {
-        let key = self.key_of(entry, chain);
-        let hash = self.hasher.hash_one((name, str::from_utf8(&key).unwrap_or_default()));
-        if self.keys.get(&hash) == Some(&entry.id) {
+    /// Forgets a key with its event, unless a later one has it.
+    fn forget_key(&mut self, name: &str, key: &str, id: Id) {
+        let hash = self.hasher.hash_one((name, key));
+        if self.keys.get(&hash) == Some(&id) {
             self.keys.remove(&hash);
         }
         if self.keys.len() * 4 < self.keys.capacity() {
@@ -442,96 +328,46 @@ impl History {
         }
     }
 
-    fn key_of(&self, entry: &Entry, chain: &Chain) -> Vec<u8> {
-        let (mut key, at) = (Vec::new(), entry.layout.length as usize);
-        self.copy(chain, at..at + entry.key as usize, &mut key);
-        key
-    }
-
-    fn entry(&self, chain: &Chain) -> Entry {
-        Entry::of(self.cells.first(chain))
-    }
-
-    /// Appends a part of an event's bytes to `out`.
-    fn copy(&self, chain: &Chain, part: Range<usize>, out: &mut Vec<u8>) {
-        self.cells.copy(chain, ENTRY_BYTES + part.start, part.len(), out);
-    }
-
-    /// The kept events of a topic after `cursor`, oldest first.
-    fn after<'a>(&'a self, topic: &'a Topic, cursor: Id) -> impl Iterator<Item = (Entry, &'a Chain)> {
-        let first = topic.events.partition_point(|chain| self.entry(chain).id <= cursor);
-        topic.events.range(first..).map(|chain| (self.entry(chain), chain))
-    }
-
-    /// The first kept event of a topic since that moment.
-    fn first_since(&self, topic: &Topic, moment_ms: u64) -> Option<Id> {
-        let first = topic.events.partition_point(|chain| self.entry(chain).moment_ms < moment_ms);
-        topic.events.get(first).map(|chain| self.entry(chain).id)
-    }
-
     /// What it had forgotten goes into the one number first, or a later subscriber would hear no gap.
     fn remove_if_unused(&mut self, name: &str) {
         if let Some(topic) = self.topics.get(name).filter(|t| t.subscribers == 0 && t.events.is_empty()) {
-            self.forgotten = self.forgotten.max(topic.forgotten);
+            self.newest_forgotten = self.newest_forgotten.max(topic.newest_forgotten);
             self.topics.remove(name);
         }
     }
 
     /// The moment that long ago.
-    fn ago_ms(&self, time: Duration) -> u64 {
+    pub fn ago_ms(&self, time: Duration) -> u64 {
         self.clock.now_ms().saturating_sub(millis(time))
     }
 
-    fn forgotten_of(&self, names: &[Arc<str>]) -> Point {
-        self.topics(names).map(|topic| topic.forgotten).max().unwrap_or(self.forgotten)
+    /// The newest that any of these topics has forgotten.
+    pub fn newest_forgotten_of(&self, names: &[Arc<str>]) -> Point {
+        self.topics(names).map(|topic| topic.newest_forgotten).max().unwrap_or(self.newest_forgotten)
     }
 
-    fn oldest_after(&self, names: &[Arc<str>], cursor: Id) -> Option<Id> {
-        self.topics(names).filter_map(|topic| self.after(topic, cursor).next()).map(|(entry, _)| entry.id).min()
+    /// The kept events of a topic after `cursor`, oldest first.
+    pub fn after<'a>(&'a self, topic: &'a Topic, cursor: Id) -> impl Iterator<Item = (Entry, &'a Chain)> {
+        self.from(topic, move |point| point.id > cursor)
     }
 
-    /// The event that says that something may be missing between `after`, the id that was asked for, and `oldest`, from
-    /// which on all of these topics are whole. Its own id is just before all that is kept after the cursor, so whoever
-    /// resumes from it gets all of that, though one topic may keep what is older than something that another forgot.
-    fn gap(&self, names: &[Arc<str>], asked: Option<Id>, cursor: Id) -> Encoded {
-        let forgotten = self.forgotten_of(names).id;
-        let id = self.oldest_after(names, cursor).map_or(forgotten, Id::before);
-        let oldest = self.oldest_after(names, cursor.max(forgotten));
-        let json = |id: Option<Id>| id.map_or("null".into(), |id| format!("\"{id}\""));
-        let data = format!("{{\"after\":{},\"oldest\":{}}}", json(asked), json(oldest));
-        Encoded::new(id, b"", Event::new(data).name("gap").encode_with_id(id).as_bytes())
-    }
-}
-
-impl Entry {
-    fn bytes(&self) -> [u8; ENTRY_BYTES] {
-        let Layout { chunk_at, frame_at, length } = self.layout;
-        let [high, low] = [[chunk_at, frame_at], [length, self.key]].map(|[a, b]| u64::from(a) << 32 | u64::from(b));
-        let words = [self.id.ms, self.id.seq, self.moment_ms, high, low];
-        let mut bytes = [0; ENTRY_BYTES];
-        bytes.as_chunks_mut().0.iter_mut().zip(words).for_each(|(place, word)| *place = word.to_le_bytes());
-        bytes
+    /// The first kept event of a topic since that moment.
+    pub fn first_since(&self, topic: &Topic, moment_ms: u64) -> Option<Id> {
+        self.from(topic, |point| point.moment_ms >= moment_ms).next().map(|(entry, _)| entry.point.id)
     }
 
-    /// Reads it from the first bytes of a chain.
-    fn of(bytes: &[u8]) -> Entry {
-        let word = |n: usize| u64::from_le_bytes(*bytes[8 * n..].first_chunk().unwrap_or(&[0; 8]));
-        let pair = |n: usize| [(word(n) >> 32) as u32, word(n) as u32];
-        let ([chunk_at, frame_at], [length, key]) = (pair(3), pair(4));
-        let layout = Layout { chunk_at, frame_at, length };
-        Entry { id: Id { ms: word(0), seq: word(1) }, moment_ms: word(2), layout, key }
+    /// The kept events of a topic from the first one on that `is_there`.
+    fn from<'a>(
+        &'a self,
+        topic: &'a Topic,
+        is_there: impl Fn(Point) -> bool,
+    ) -> impl Iterator<Item = (Entry, &'a Chain)> {
+        let first = topic.events.partition_point(|chain| !is_there(Entry::of(&self.cells, chain).point));
+        topic.events.range(first..).map(|chain| (Entry::of(&self.cells, chain), chain))
     }
 
-    fn point(&self) -> Point {
-        Point { id: self.id, moment_ms: self.moment_ms }
+    /// Appends a part of a kept event's bytes to `out`.
+    pub fn copy(&self, chain: &Chain, part: Range<usize>, out: &mut Vec<u8>) {
+        Entry::copy(&self.cells, chain, part, out);
     }
-
-    fn cost(&self) -> usize {
-        let key = if self.key > 0 { KEY_OVERHEAD } else { 0 };
-        Cells::memory(ENTRY_BYTES + (self.layout.length + self.key) as usize) + EVENT_OVERHEAD + key
-    }
-}
-
-fn millis(time: Duration) -> u64 {
-    u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
 }

@@ -7,7 +7,6 @@ use crate::block::Block;
 use crate::body::{Body, skip_quoted};
 use crate::config::{Config, Token};
 use crate::connection::Connection;
-
 use crate::event::Id;
 use crate::history::History;
 use crate::hub::check_topic;
@@ -158,7 +157,7 @@ pub fn journal(bytes: &[u8]) {
     let (found, history) = read(bytes);
     assert!(found.whole <= bytes.len() as u64 && found.events + found.damaged <= found.blocks);
     let totals = enter(&history).totals();
-    assert!(totals.bytes <= config.keep_bytes && totals.topics == enter(&history).all_forgotten().0.len());
+    assert!(totals.bytes <= config.keep_bytes && totals.topics == enter(&history).newest_forgotten_of_each().0.len());
     let boot = found.boot.as_deref();
     let blocks = |history: &Arc<Mutex<History>>| {
         let mut blocks: Vec<_> = snapshot(history, boot).split_inclusive("\n\n").map(String::from).collect();
