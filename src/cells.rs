@@ -67,6 +67,12 @@ impl Cells {
         length.div_ceil(ROOM).max(1) * CELL_BYTES + size_of::<u32>()
     }
 
+    /// What the buffer takes of memory, with what is free in it.
+    #[cfg(test)]
+    pub fn taken(&self) -> usize {
+        self.cells.capacity() * CELL_BYTES + self.firsts.capacity() * size_of::<u32>()
+    }
+
     /// Copies these bytes, one part after the other, into a new chain.
     pub fn insert(&mut self, parts: &[&[u8]]) -> Chain {
         let number = self.take_number();
@@ -97,20 +103,17 @@ impl Cells {
 
     /// Appends the `count` bytes of a chain from `start` on to `out`.
     pub fn copy(&self, chain: &Chain, start: usize, count: usize, out: &mut Vec<u8>) {
-        let mut cell = &self.cells[self.firsts[chain.0 as usize] as usize];
-        for _ in 0..start / ROOM {
-            cell = &self.cells[cell.next as usize];
-        }
-        let (mut from, mut left) = (start % ROOM, count);
+        let (mut number, mut skip, mut left) = (self.firsts[chain.0 as usize], start, count);
         out.reserve(count);
         while left > 0 {
-            let taken = left.min(ROOM - from);
-            out.extend_from_slice(&cell.bytes[from..from + taken]);
-            left -= taken;
-            if left > 0 {
-                cell = &self.cells[cell.next as usize];
-                from = 0;
+            let cell = &self.cells[number as usize];
+            if skip < ROOM {
+                let part = &cell.bytes[skip..ROOM.min(skip + left)];
+                out.extend_from_slice(part);
+                left -= part.len();
             }
+            skip = skip.saturating_sub(ROOM);
+            number = cell.next;
         }
     }
 

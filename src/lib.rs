@@ -128,3 +128,7 @@ pub mod fuzzing;
 #[cfg(test)]
 #[path = "../tests/turn.rs"]
 mod turn;
+
+#[cfg(test)]
+#[path = "../tests/cells.rs"]
+mod cells_test;
