@@ -165,16 +165,16 @@ pub struct Begun {
 
 impl Begun {
     /// The same event, with the bytes that others hold already, if any do.
-    pub fn share(&mut self, event: Encoded) -> Encoded {
+    pub fn share(&mut self, event: &Encoded) -> Encoded {
         if self.events.len() > 2 * self.counted {
             self.events.retain(|_, held| held.strong_count() > 0);
             self.counted = self.events.len().max(16);
         }
         match self.events.get(&event.id).and_then(Weak::upgrade) {
-            Some(buffer) => Encoded { buffer, ..event },
+            Some(buffer) => Encoded { buffer, ..*event },
             None => {
                 self.events.insert(event.id, Arc::downgrade(&event.buffer));
-                event
+                event.clone()
             }
         }
     }

@@ -13,7 +13,7 @@
 use crate::cells::{Cells, Chain, MOST_BYTES};
 use crate::clock::{Steady, millis};
 use crate::config::Config;
-use crate::encoded::{Begun, Parts};
+use crate::encoded::Parts;
 use crate::entry::{Entry, Point};
 use crate::event::Id;
 use std::collections::{BTreeMap, HashMap, VecDeque};
@@ -32,8 +32,6 @@ pub struct History {
     /// have one hash, which nobody can bring about, the earlier one is forgotten early.
     keys: HashMap<u64, Id>,
     hasher: RandomState,
-    /// What readers are in the middle of.
-    pub begun: Begun,
     /// The oldest event of each topic that keeps any. The first of them is the oldest of all: the next to be forgotten.
     oldest: BTreeMap<Point, Arc<str>>,
     events: usize,
@@ -87,7 +85,6 @@ impl History {
             cells: Cells::new(),
             keys: HashMap::new(),
             hasher: RandomState::new(),
-            begun: Begun::default(),
             oldest: BTreeMap::new(),
             events: 0,
             bytes: 0,

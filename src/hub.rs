@@ -11,12 +11,12 @@ use crate::block::{Block, encode_block};
 use crate::clock::now_ms;
 use crate::config::{Config, Log};
 use crate::connection::STOPPING;
-use crate::encoded::Parts;
+use crate::encoded::{Begun, Parts};
 use crate::event::{Event, Id};
 use crate::history::{History, Totals};
 use crate::journal::Journal;
 use crate::kept::{Kept, restore};
-use crate::lane::{ToLane, send_event};
+use crate::lane::Lane;
 use crate::log::Logger;
 use crate::metrics::Counters;
 use crate::rewrite::Snapshot;
@@ -24,7 +24,6 @@ use crate::sync::{enter, start_thread};
 use crate::text::{invalid, quoted};
 use crate::unwritten::{Numbered, Order, Outcome, Turn, Turns, Unwritten};
 use crate::watch::LOOK_TIME;
-use crossbeam_channel::Sender;
 use std::io::{self, ErrorKind};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
@@ -90,8 +89,7 @@ impl Hub {
 pub struct Core {
     /// As the system allows it (`system.rs`).
     pub config: Config,
-    /// The queue of each lane.
-    pub lanes: Vec<Sender<ToLane>>,
+    pub lanes: Vec<Lane>,
     pub counters: Arc<Counters>,
     /// Set without any lock: stopping must not stand in line behind all who want to publish.
     stopped_at: OnceLock<Instant>,
@@ -101,6 +99,8 @@ pub struct Core {
     is_journal_failing: AtomicBool,
     /// Locked shortly, under the order lock or alone. A snapshot for the journal has a share of it.
     history: Arc<Mutex<History>>,
+    /// Locked shortly, and nothing is locked under it.
+    pub begun: Mutex<Begun>,
     log: Arc<Logger>,
 }
 
@@ -109,12 +109,7 @@ impl Core {
     ///
     /// # Errors
     /// The journal cannot be used: see [`Server::bind`](crate::Server::bind).
-    pub fn new(
-        config: Config,
-        lanes: Vec<Sender<ToLane>>,
-        counters: Arc<Counters>,
-        log: &Arc<Logger>,
-    ) -> io::Result<Core> {
+    pub fn new(config: Config, lanes: Vec<Lane>, counters: Arc<Counters>, log: &Arc<Logger>) -> io::Result<Core> {
         // Ids begin above those of the journal; without one, whatever an earlier process had counts as forgotten.
         let base = if config.journal.is_none() { Id { ms: now_ms(), seq: 0 } } else { Id::default() };
         let history = Arc::new(Mutex::new(History::new(base, &config)));
@@ -129,6 +124,7 @@ impl Core {
             turns: Turns { order, ended: Condvar::new(), work: Condvar::new() },
             is_journal_failing: AtomicBool::new(false),
             history,
+            begun: Mutex::default(),
             log: log.clone(),
             config,
         })
@@ -163,6 +159,14 @@ impl Core {
         self.turns.ended.notify_all();
         self.turns.work.notify_one();
         is_first
+    }
+
+    /// Has the lanes end all live streams, once the server stops. Under the order lock, so that each lane has everything
+    /// before it that was published, and nothing after.
+    pub fn end_streams(&self) {
+        let _order = enter(&self.turns.order);
+        let newest = self.history().newest();
+        self.lanes.iter().for_each(|lane| lane.end_streams(newest, self.config.retry));
     }
 
     /// The history, without what is too old. Whoever holds it may take a connection's state, but not the order lock.
@@ -382,7 +386,7 @@ impl Core {
         self.counters.published.fetch_add(1, Relaxed);
         if let Some(topic) = followed {
             let event = event.encode();
-            self.lanes.iter().for_each(|lane| send_event(lane, &topic, &event));
+            self.lanes.iter().for_each(|lane| lane.send(&topic, &event));
         }
     }
 }

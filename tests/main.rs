@@ -22,6 +22,7 @@ mod memory;
 mod metrics;
 mod minimal;
 mod places;
+mod pool;
 mod power;
 mod request;
 mod response;
