@@ -7,7 +7,8 @@
 //! many cells are free, the last ones move to the free places, and the buffer is cut off behind them. So it is never
 //! much larger than what is in it, and the system has the rest back.
 //!
-//! A large buffer is memory that malloc maps by itself: it grows and shrinks in place, without being copied.
+//! A large buffer is memory that malloc maps by itself: it is cut in place, and what was never touched of it takes no
+//! memory. So the buffer has its whole size at once, as address space, which nobody else can use up then.
 
 /// Bytes of an event in each cell. With its links a cell is two cache lines; a small event fits into one, and of the last
 /// cell half is lost on average, whatever the event's size.
@@ -16,8 +17,9 @@ const ROOM: usize = 116;
 const NONE: u32 = u32::MAX;
 /// So many cells may be free, and a sixteenth of those in use: else publishing would grow and cut the buffer all the time.
 const FREE_CELLS: usize = 2 * 1024;
-/// The buffer grows by so many cells (1 MiB), or by a sixteenth. It begins with as many: malloc maps 128 KiB and more.
-const GROW_CELLS: usize = 8 * 1024;
+/// The buffer is cut where so much was used behind its end (1 MiB), or a sixteenth. Where there is no room for all of it
+/// at once, it grows by as much.
+const STEP_CELLS: usize = 8 * 1024;
 /// More cannot be numbered: 512 GiB.
 pub const MOST_BYTES: usize = CELL_BYTES * (NONE as usize - 1);
 const CELL_BYTES: usize = size_of::<Cell>();
@@ -54,12 +56,20 @@ pub struct Cells {
     /// The first free cell, or `NONE`.
     free: u32,
     free_count: usize,
+    /// So many cells have room at once.
+    most: usize,
+    /// So many have been used since the buffer was last cut: they are in memory.
+    touched: usize,
 }
 
 impl Cells {
-    pub fn new() -> Cells {
-        let cells = Vec::with_capacity(GROW_CELLS);
-        Cells { cells, firsts: Vec::new(), free_number: NONE, free: NONE, free_count: 0 }
+    /// Room for about so many bytes.
+    pub fn new(bytes: usize) -> Cells {
+        let most = bytes / CELL_BYTES / 16 * 17 + STEP_CELLS;
+        let (cells, firsts) = (Vec::new(), Vec::new());
+        let mut all = Cells { cells, firsts, free_number: NONE, free: NONE, free_count: 0, most, touched: 0 };
+        all.cut();
+        all
     }
 
     /// What a chain of so many bytes takes of memory, with its number.
@@ -70,7 +80,7 @@ impl Cells {
     /// What the buffer takes of memory, with what is free in it.
     #[cfg(test)]
     pub fn taken(&self) -> usize {
-        self.cells.capacity() * CELL_BYTES + self.firsts.capacity() * size_of::<u32>()
+        self.touched * CELL_BYTES + self.firsts.capacity() * size_of::<u32>()
     }
 
     /// Copies these bytes, one part after the other, into a new chain.
@@ -160,9 +170,10 @@ impl Cells {
             return number;
         }
         if self.cells.len() == self.cells.capacity() {
-            self.cells.reserve_exact(GROW_CELLS.max(self.cells.len() / 16));
+            self.cells.reserve_exact(STEP_CELLS.max(self.cells.len() / 16));
         }
         self.cells.push(Cell { before, next: NONE, bytes: [0; ROOM] });
+        self.touched = self.touched.max(self.cells.len());
         self.cells.len() as u32 - 1
     }
 
@@ -199,10 +210,16 @@ impl Cells {
             }
             self.cells.pop();
         }
-        // What is behind the end was touched, and stays in memory until the buffer is cut.
-        let (length, spare) = (self.cells.len(), GROW_CELLS.max(self.cells.len() / 16));
-        if self.cells.capacity() > length + 2 * spare {
-            self.cells.shrink_to(length + spare);
+        if self.touched > self.cells.len() + STEP_CELLS.max(self.cells.len() / 16) {
+            self.cut();
         }
+    }
+
+    /// Gives the system back what was used behind the end, and takes the address space for all again. Where it is not to
+    /// be had, the buffer grows step by step.
+    fn cut(&mut self) {
+        self.cells.shrink_to(self.cells.len().max(1)); // given back whole, it would count for malloc as a usual size
+        self.touched = self.cells.len();
+        let _ = self.cells.try_reserve_exact(self.most.saturating_sub(self.cells.len()));
     }
 }

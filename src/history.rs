@@ -82,7 +82,7 @@ impl History {
         let clock = Steady::start();
         History {
             topics: HashMap::new(),
-            cells: Cells::new(),
+            cells: Cells::new(config.keep_bytes.min(MOST_BYTES)),
             keys: HashMap::new(),
             hasher: RandomState::new(),
             oldest: BTreeMap::new(),
