@@ -10,9 +10,11 @@
 //! A large buffer is memory that malloc maps by itself: it is cut in place, and what was never touched of it takes no
 //! memory. So the buffer has its whole size at once, as address space, which nobody else can use up then.
 
-/// Bytes of an event in each cell. With its links a cell is two cache lines; a small event fits into one, and of the last
-/// cell half is lost on average, whatever the event's size.
-const ROOM: usize = 116;
+use std::ops::Range;
+
+/// Bytes in each cell: two cache lines. A small event fits into one, and of the last cell half is lost on average, whatever
+/// the event's size.
+const ROOM: usize = 128;
 /// Stands where no cell follows.
 const NONE: u32 = u32::MAX;
 /// So many cells may be free, and a sixteenth of those in use: else publishing would grow and cut the buffer all the time.
@@ -20,17 +22,17 @@ const FREE_CELLS: usize = 2 * 1024;
 /// The buffer is cut where so much was used behind its end (1 MiB), or a sixteenth. Where there is no room for all of it
 /// at once, it grows by as much.
 const STEP_CELLS: usize = 8 * 1024;
-/// More cannot be numbered: 512 GiB.
-pub const MOST_BYTES: usize = CELL_BYTES * (NONE as usize - 1);
-const CELL_BYTES: usize = size_of::<Cell>();
-const _: () = assert!(CELL_BYTES == 128, "the links take 12 bytes");
+/// What a cell takes with its link.
+const CELL_BYTES: usize = ROOM + size_of::<Link>();
+/// More cannot be numbered: some 500 GiB.
+pub const MOST_BYTES: usize = CELL_BYTES.saturating_mul(NONE as usize - 1);
 
+/// What stands before and after a cell.
 #[derive(Clone, Copy)]
-struct Cell {
+struct Link {
     before: Before,
     /// The next cell of the chain, or of the free ones.
     next: u32,
-    bytes: [u8; ROOM],
 }
 
 /// What stands before a cell, and so names it.
@@ -44,11 +46,19 @@ enum Before {
     Free(u32),
 }
 
+/// A place in a chain: so many bytes behind the beginning of this cell.
+struct Place {
+    cell: u32,
+    at: usize,
+}
+
 /// Bytes in [`Cells`], until they are removed. Its number stays while its cells move.
 pub struct Chain(u32);
 
 pub struct Cells {
-    cells: Vec<Cell>,
+    cells: Vec<[u8; ROOM]>,
+    /// One for each cell. Apart from the cells, so that the bytes of neighbours stand together: most chains are neighbours.
+    links: Vec<Link>,
     /// The first cell of each chain; where a number is not in use, the next such number.
     firsts: Vec<u32>,
     /// The first of the numbers that are not in use, or `NONE`.
@@ -66,8 +76,8 @@ impl Cells {
     /// Room for about so many bytes.
     pub fn new(bytes: usize) -> Cells {
         let most = bytes / CELL_BYTES / 16 * 17 + STEP_CELLS;
-        let (cells, firsts) = (Vec::new(), Vec::new());
-        let mut all = Cells { cells, firsts, free_number: NONE, free: NONE, free_count: 0, most, touched: 0 };
+        let (cells, links, firsts) = (Vec::new(), Vec::new(), Vec::new());
+        let mut all = Cells { cells, links, firsts, free_number: NONE, free: NONE, free_count: 0, most, touched: 0 };
         all.cut();
         all
     }
@@ -88,18 +98,19 @@ impl Cells {
         let number = self.take_number();
         let first = self.take(Before::Chain(number));
         self.firsts[number as usize] = first;
-        let (mut cell, mut filled) = (first, 0);
+        let (mut last, length) = (first, parts.iter().map(|part| part.len()).sum::<usize>());
+        for _ in 1..length.div_ceil(ROOM) {
+            let next = self.take(Before::Cell(last));
+            self.link(last).next = next;
+            last = next;
+        }
+        let mut place = Place { cell: first, at: 0 };
         for part in parts {
             let mut rest = *part;
             while !rest.is_empty() {
-                if filled == ROOM {
-                    let next = self.take(Before::Cell(cell));
-                    self.cell(cell).next = next;
-                    (cell, filled) = (next, 0);
-                }
-                let (now, later) = rest.split_at(rest.len().min(ROOM - filled));
-                self.cell(cell).bytes[filled..filled + now.len()].copy_from_slice(now);
-                filled += now.len();
+                let range = self.together(&mut place, rest.len());
+                let (now, later) = rest.split_at(range.len());
+                self.cells.as_flattened_mut()[range].copy_from_slice(now);
                 rest = later;
             }
         }
@@ -108,46 +119,58 @@ impl Cells {
 
     /// The first bytes of a chain, without copying them. What stands behind its end means nothing.
     pub fn first(&self, chain: &Chain) -> &[u8; ROOM] {
-        &self.cells[self.firsts[chain.0 as usize] as usize].bytes
+        &self.cells[self.firsts[chain.0 as usize] as usize]
     }
 
     /// Appends the `count` bytes of a chain from `start` on to `out`.
     pub fn copy(&self, chain: &Chain, start: usize, count: usize, out: &mut Vec<u8>) {
-        let (mut number, mut skip, mut left) = (self.firsts[chain.0 as usize], start, count);
+        let mut place = Place { cell: self.firsts[chain.0 as usize], at: start };
+        let mut left = count;
         out.reserve(count);
         while left > 0 {
-            let cell = &self.cells[number as usize];
-            if skip < ROOM {
-                let part = &cell.bytes[skip..ROOM.min(skip + left)];
-                out.extend_from_slice(part);
-                left -= part.len();
-            }
-            skip = skip.saturating_sub(ROOM);
-            number = cell.next;
+            let range = self.together(&mut place, left);
+            left -= range.len();
+            out.extend_from_slice(&self.cells.as_flattened()[range]);
         }
+    }
+
+    /// Where bytes of a chain stand together from a place on, at most `most` of them. The place moves behind them; there
+    /// must be some.
+    fn together(&self, place: &mut Place, most: usize) -> Range<usize> {
+        while place.at >= ROOM {
+            *place = Place { cell: self.links[place.cell as usize].next, at: place.at - ROOM };
+        }
+        let start = place.cell as usize * ROOM + place.at;
+        let mut end = start - place.at + ROOM;
+        while end < start + most && self.links[place.cell as usize].next == place.cell + 1 {
+            place.cell += 1;
+            end += ROOM;
+        }
+        place.at = ROOM - end.saturating_sub(start + most);
+        start..end.min(start + most)
     }
 
     /// Forgets a chain. Its cells are free, or the system's.
     pub fn remove(&mut self, chain: Chain) {
         let first = std::mem::replace(&mut self.firsts[chain.0 as usize], self.free_number);
         self.free_number = chain.0;
-        // In the same order, before those that are free already: copying goes best along the buffer.
+        // In the same order, before those that are free already: so neighbours stay neighbours.
         let (mut last, mut cell) = (NONE, first);
         while cell != NONE {
-            self.cell(cell).before = Before::Free(last);
+            self.link(cell).before = Before::Free(last);
             self.free_count += 1;
-            (last, cell) = (cell, self.cell(cell).next);
+            (last, cell) = (cell, self.link(cell).next);
         }
-        self.cell(last).next = self.free;
+        self.link(last).next = self.free;
         if self.free != NONE {
-            self.cell(self.free).before = Before::Free(last);
+            self.link(self.free).before = Before::Free(last);
         }
         self.free = first;
         self.shrink();
     }
 
-    fn cell(&mut self, number: u32) -> &mut Cell {
-        &mut self.cells[number as usize]
+    fn link(&mut self, number: u32) -> &mut Link {
+        &mut self.links[number as usize]
     }
 
     fn take_number(&mut self) -> u32 {
@@ -165,27 +188,29 @@ impl Cells {
         if self.free != NONE {
             let number = self.free;
             self.unlink(number);
-            let cell = self.cell(number);
-            (cell.before, cell.next) = (before, NONE);
+            *self.link(number) = Link { before, next: NONE };
             return number;
         }
         if self.cells.len() == self.cells.capacity() {
-            self.cells.reserve_exact(STEP_CELLS.max(self.cells.len() / 16));
+            let step = STEP_CELLS.max(self.cells.len() / 16);
+            self.cells.reserve_exact(step);
+            self.links.reserve_exact(step);
         }
-        self.cells.push(Cell { before, next: NONE, bytes: [0; ROOM] });
+        self.cells.push([0; ROOM]);
+        self.links.push(Link { before, next: NONE });
         self.touched = self.touched.max(self.cells.len());
         self.cells.len() as u32 - 1
     }
 
     /// Takes a cell out of the free ones.
     fn unlink(&mut self, number: u32) {
-        let Cell { before: Before::Free(before), next, .. } = *self.cell(number) else { return };
+        let Link { before: Before::Free(before), next } = *self.link(number) else { return };
         match before {
             NONE => self.free = next,
-            _ => self.cell(before).next = next,
+            _ => self.link(before).next = next,
         }
         if next != NONE {
-            self.cell(next).before = Before::Free(before);
+            self.link(next).before = Before::Free(before);
         }
         self.free_count -= 1;
     }
@@ -195,20 +220,22 @@ impl Cells {
         while self.free_count > FREE_CELLS + (self.cells.len() - self.free_count) / 16 {
             let last = self.cells.len() as u32 - 1;
             self.unlink(last); // if it is free
-            let moved = self.cells[last as usize];
+            let moved = *self.link(last);
             if !matches!(moved.before, Before::Free(_)) {
                 let to = self.free;
                 self.unlink(to);
-                *self.cell(to) = moved;
+                *self.link(to) = moved;
+                self.cells[to as usize] = self.cells[last as usize];
                 match moved.before {
                     Before::Chain(number) => self.firsts[number as usize] = to,
-                    Before::Cell(before) | Before::Free(before) => self.cell(before).next = to,
+                    Before::Cell(before) | Before::Free(before) => self.link(before).next = to,
                 }
                 if moved.next != NONE {
-                    self.cell(moved.next).before = Before::Cell(to);
+                    self.link(moved.next).before = Before::Cell(to);
                 }
             }
             self.cells.pop();
+            self.links.pop();
         }
         if self.touched > self.cells.len() + STEP_CELLS.max(self.cells.len() / 16) {
             self.cut();
@@ -218,8 +245,11 @@ impl Cells {
     /// Gives the system back what was used behind the end, and takes the address space for all again. Where it is not to
     /// be had, the buffer grows step by step.
     fn cut(&mut self) {
-        self.cells.shrink_to(self.cells.len().max(1)); // given back whole, it would count for malloc as a usual size
+        let least = self.cells.len().max(1); // given back whole, it would count for malloc as a usual size
+        let more = self.most.saturating_sub(self.cells.len());
+        self.cells.shrink_to(least);
+        self.links.shrink_to(least);
         self.touched = self.cells.len();
-        let _ = self.cells.try_reserve_exact(self.most.saturating_sub(self.cells.len()));
+        let _ = self.cells.try_reserve_exact(more).and_then(|()| self.links.try_reserve_exact(more));
     }
 }

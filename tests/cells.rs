@@ -26,7 +26,7 @@ fn what_is_in_the_cells_comes_out_whole_whatever_was_removed_and_moved_meanwhile
     for (round, most) in [30_000, 100, 10_000, 0, 500].into_iter().enumerate() {
         while kept.len() != most {
             if kept.len() < most {
-                let length = [0, 1, 40, 115, 116, 117, 232, 1_000, 5_000][random(&mut state, 9)];
+                let length = [0, 1, 40, 127, 128, 129, 256, 1_000, 5_000][random(&mut state, 9)];
                 let bytes: Vec<u8> = (0..length).map(|_| random(&mut state, 256) as u8).collect();
                 let (head, tail) = bytes.split_at(random(&mut state, length + 1));
                 kept.push((cells.insert(&[head, b"", tail]), bytes));
