@@ -62,6 +62,7 @@ impl Entry {
         cells.copy(chain, ENTRY_BYTES + part.start, part.len(), out);
     }
 
+    /// The key that it was published with, if any.
     pub fn key(&self, cells: &Cells, chain: &Chain) -> Option<String> {
         let (mut key, at) = (Vec::new(), self.layout.length as usize);
         Entry::copy(cells, chain, at..at + self.key as usize, &mut key);

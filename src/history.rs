@@ -148,7 +148,7 @@ impl History {
 
     fn keep(&mut self, name: &str, event: &Parts, key: Option<&str>, moment_ms: u64) -> Option<Arc<str>> {
         let (entry, chain) = Entry::keep(&mut self.cells, event, key.unwrap_or_default(), moment_ms);
-        if let Some(key) = key {
+        if let Some(key) = key.filter(|key| !key.is_empty()) {
             self.keys.insert(self.hasher.hash_one((name, key)), event.id);
         }
         let topic = self.topic(name);

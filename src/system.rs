@@ -90,7 +90,7 @@ pub struct AddressSpace {
     reserve: Mutex<Vec<u8>>,
 }
 
-/// What there is address space for. Streams are let in first and rejected first: publishing and health work longest.
+/// What there is address space for. Streams are rejected first: publishing and health work longest.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Room {
     Nothing,
