@@ -169,23 +169,22 @@ impl Connection {
     /// The connection is closed.
     pub fn deliver(&self, state: &mut State, run: &Run, now: Instant) -> Result<u64, Reason> {
         // Leg 5 of the proof in `subscription.rs`: what was replayed and still stood in the queue is skipped.
-        let first = run.events.partition_point(|(event, _)| event.id <= state.cursor);
+        let first = run.events.partition_point(|(id, _)| *id <= state.cursor);
         let last = (first as u64).saturating_add(state.wanted).min(run.events.len() as u64) as usize;
         let start = run.end_of(first);
         let reached = start + self.write_some(state, &run.bytes[start..run.end_of(last)])?;
         // The cursor moves by whole events only: what was begun is finished from `unfinished`, never replayed.
         let whole = run.events.partition_point(|(_, end)| *end <= reached);
         if whole > first {
-            state.cursor = run.events[whole - 1].0.id;
+            state.cursor = run.events[whole - 1].0;
             state.sent += (whole - first) as u64;
             state.wanted -= (whole - first) as u64;
             state.wrote = now;
             state.stalled = Duration::ZERO;
         }
         if whole < last {
-            let (event, topic) = (run.events[whole].0.clone(), run.topic(whole).clone());
-            let offset = reached - run.end_of(whole);
-            state.unfinished = Some(Unfinished { what: Outgoing::Event(event, topic), offset });
+            let what = Outgoing::Event(run.event(whole), run.topic(whole).clone());
+            state.unfinished = Some(Unfinished { what, offset: reached - run.end_of(whole) });
         }
         Ok((whole - first) as u64)
     }

@@ -9,8 +9,10 @@
 //! them, and each topic has a floor besides, up to which its events are passed over. Floors are ids of events that were
 //! published before the stream began, so they only matter until everything of then has been replayed.
 
+use crate::cells::Chain;
 use crate::clock::{millis, now_ms};
-use crate::encoded::{Encoded, Run};
+use crate::encoded::{Encoded, Framing, Run};
+use crate::entry::Entry;
 use crate::event::{Event, Id};
 use crate::history::{History, Topic};
 use crate::subscriber::Subscriber;
@@ -52,7 +54,7 @@ impl History {
     /// From that long ago. By moments, not ids; only what the gap says of it is by the clock on the wall.
     fn start_ago(&self, names: &[Arc<str>], time: Duration) -> (Id, Option<Encoded>) {
         let limit_ms = self.ago_ms(time);
-        let first = self.topics(names).filter_map(|topic| topic.first_since(limit_ms)).min();
+        let first = self.topics(names).filter_map(|topic| self.first_since(topic, limit_ms)).min();
         let cursor = first.map_or(self.newest(), Id::before);
         if self.newest_forgotten_of(names).moment_ms < limit_ms {
             return (cursor, None);
@@ -82,7 +84,7 @@ impl History {
     pub fn floors(&self, names: &[Arc<str>], from: Start) -> Box<[Id]> {
         match from {
             Start::Newest(count) => {
-                let floor = |topic: &Topic| topic.first_of_newest(count).map_or(self.newest(), Id::before);
+                let floor = |topic: &Topic| self.first_of_newest(topic, count).map_or(self.newest(), Id::before);
                 self.topics(names).map(floor).collect()
             }
             _ => Box::default(),
@@ -103,13 +105,13 @@ impl History {
     }
 
     /// What of each topic comes after the cursor and its floor, oldest first.
-    fn heads(
-        &self,
-        subscriber: &Subscriber,
+    fn heads<'a>(
+        &'a self,
+        subscriber: &'a Subscriber,
         cursor: Id,
-    ) -> impl Iterator<Item = (&Topic, impl Iterator<Item = &Encoded> + Clone)> {
+    ) -> impl Iterator<Item = (&'a Topic, impl Iterator<Item = (Entry, &'a Chain)>)> {
         let places = (0..).map(move |index| cursor.max(subscriber.floor(index)));
-        self.topics(&subscriber.names).zip(places).map(|(topic, place)| (topic, topic.after(place)))
+        self.topics(&subscriber.names).zip(places).map(|(topic, place)| (topic, self.after(topic, place)))
     }
 
     /// What comes after `cursor` in all of a subscriber's topics, in one order, up to one run. A gap comes first where
@@ -119,14 +121,14 @@ impl History {
             return Next::Gap(self.gap(&subscriber.names, Some(cursor), cursor));
         }
         let mut run = Run::new();
-        let mut heads: Vec<_> = self.heads(subscriber, cursor).collect();
-        // In each topic the ids rise, so the next of all is the lowest of the topics' next ones.
-        let id_ahead = |event: Option<&Encoded>| event.map_or(Id::MAX, |event| event.id);
-        while let Some((topic, head)) = heads.iter_mut().min_by_key(|(_, head)| id_ahead(head.clone().next())) {
-            match head.next() {
-                Some(event) if run.has_room_for(event) => run.push(topic.name(), event),
-                _ => break,
-            }
+        let mut heads: Vec<_> = self.heads(subscriber, cursor).map(|(topic, head)| (topic, head.peekable())).collect();
+        loop {
+            // In each topic the ids rise, so the next of all is the lowest of the topics' next ones.
+            let ahead = heads.iter_mut().filter_map(|(topic, head)| Some((head.peek()?.0.point, topic, head)));
+            let Some((_, topic, head)) = ahead.min_by_key(|(point, ..)| *point) else { break };
+            let Some((entry, chain)) = head.next_if(|(entry, _)| run.has_room_for(entry.layout)) else { break };
+            let wire = entry.layout.wire(Framing::Chunked);
+            run.append(topic.name(), entry.point.id, |bytes| self.copy(chain, wire, bytes));
         }
         if run.bytes.is_empty() { Next::Nothing } else { Next::Events(run) }
     }
@@ -137,7 +139,7 @@ impl History {
     }
 
     fn oldest_after(&self, names: &[Arc<str>], cursor: Id) -> Option<Id> {
-        self.topics(names).filter_map(|topic| topic.after(cursor).next()).map(|event| event.id).min()
+        self.topics(names).filter_map(|topic| self.after(topic, cursor).next()).map(|(entry, _)| entry.point.id).min()
     }
 
     /// The event that says that something may be missing between `after`, the id that was asked for, and `oldest`, from

@@ -8,7 +8,9 @@
 use crate::event::Id;
 use crate::form::Form;
 use std::borrow::Cow;
-use std::sync::Arc;
+use std::collections::BTreeMap;
+use std::ops::Range;
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 /// One write to a live subscriber takes at most this much, unless a single event is larger. Loopback buffers megabytes,
@@ -84,33 +86,98 @@ impl Framing {
     }
 }
 
-/// An event as it is kept, queued and written: its bytes are shared, never copied per subscriber.
+/// The bytes of an event that is published, before anybody shares them: what only the journal needs, the chunk's size, the
+/// frame, the chunk's end.
+pub struct Parts<'a> {
+    pub id: Id,
+    fields: &'a [u8],
+    size: Cow<'a, [u8]>, // in hexadecimal, as RFC 9112 §7.1 has it
+    frame: &'a [u8],
+}
+
+/// An event as it is queued and written: its bytes are shared, never copied per subscriber.
 #[derive(Clone)]
 pub struct Encoded {
     pub id: Id,
-    /// What only the journal needs, the chunk's size, the frame, the chunk's end.
-    buffer: Arc<[u8]>,
+    pub layout: Layout,
+    buffer: Arc<Vec<u8>>,
+}
+
+/// Where the forms of an event stand in its bytes, wherever these are.
+#[derive(Clone, Copy)]
+pub struct Layout {
     /// Where the chunk begins with its size line: `..chunk_at` are the journal's fields.
-    chunk_at: usize,
+    pub chunk_at: u32,
     /// Where the frame begins, which is the event as the standard defines it.
-    frame_at: usize,
+    pub frame_at: u32,
+    /// How many bytes there are.
+    pub length: u32,
+}
+
+impl Layout {
+    /// What goes out on the wire.
+    pub fn wire(self, framing: Framing) -> Range<usize> {
+        match framing {
+            Framing::Chunked => self.chunk_at as usize..self.length as usize,
+            Framing::Plain => self.frame_at as usize..self.length as usize - CHUNK_END.len(),
+        }
+    }
+
+    /// What stands in the journal, which is an event stream without chunks: the fields, and the frame.
+    pub fn block(self) -> [Range<usize>; 2] {
+        [0..self.chunk_at as usize, self.wire(Framing::Plain)]
+    }
+
+    /// How many bytes of the journal that takes.
+    pub fn block_len(self) -> usize {
+        self.block().iter().map(ExactSizeIterator::len).sum()
+    }
+}
+
+impl<'a> Parts<'a> {
+    /// `fields` are what the journal says of it; without a journal, nothing.
+    pub fn new(id: Id, fields: &'a [u8], frame: &'a [u8]) -> Parts<'a> {
+        Parts { id, fields, size: size_line(frame).into_bytes().into(), frame }
+    }
+
+    pub fn layout(&self) -> Layout {
+        let chunk_at = self.fields.len() as u32;
+        let frame_at = chunk_at + self.size.len() as u32;
+        Layout { chunk_at, frame_at, length: frame_at + (self.frame.len() + CHUNK_END.len()) as u32 }
+    }
+
+    /// All of its bytes, one part after another.
+    pub fn bytes(&self) -> [&[u8]; 4] {
+        [self.fields, &self.size, self.frame, CHUNK_END]
+    }
+
+    pub fn encode(&self) -> Encoded {
+        Encoded { id: self.id, layout: self.layout(), buffer: Arc::new(self.bytes().concat()) }
+    }
 }
 
 impl Encoded {
-    /// `fields` are what the journal says of it; without a journal, nothing.
+    /// As [`Parts::new`].
     pub fn new(id: Id, fields: &[u8], frame: &[u8]) -> Encoded {
-        let size = size_line(frame); // in hexadecimal, as RFC 9112 §7.1 has it
-        let (chunk_at, frame_at) = (fields.len(), fields.len() + size.len());
-        let buffer = [fields, size.as_bytes(), frame, CHUNK_END].concat().into();
-        Encoded { id, buffer, chunk_at, frame_at }
+        Parts::new(id, fields, frame).encode()
+    }
+
+    /// The same, as it is kept.
+    pub fn parts(&self) -> Parts<'_> {
+        let Layout { chunk_at, frame_at, .. } = self.layout;
+        let [fields, frame] = self.block();
+        Parts { id: self.id, fields, size: self.buffer[chunk_at as usize..frame_at as usize].into(), frame }
+    }
+
+    /// An event of which only its chunk is there.
+    fn of_wire(id: Id, chunk: &[u8]) -> Encoded {
+        let frame_at = chunk.iter().position(|b| *b == b'\n').map_or(0, |lf| lf + 1);
+        Encoded::new(id, b"", &chunk[frame_at..chunk.len() - CHUNK_END.len()])
     }
 
     /// What goes out on the wire.
     pub fn bytes(&self, framing: Framing) -> &[u8] {
-        match framing {
-            Framing::Chunked => &self.buffer[self.chunk_at..],
-            Framing::Plain => self.frame(),
-        }
+        &self.buffer[self.layout.wire(framing)]
     }
 
     /// What goes out on the wire to a stream of this shape. Other forms than the event stream are made here, each time.
@@ -118,29 +185,46 @@ impl Encoded {
         match shape.form {
             Form::Events => self.bytes(shape.framing).into(),
             form => {
-                let made = form.make(self.id, topic, &String::from_utf8_lossy(self.frame()));
+                let made = form.make(self.id, topic, &String::from_utf8_lossy(self.bytes(Framing::Plain)));
                 shape.framing.wrap(made.as_bytes()).into()
             }
         }
     }
 
-    /// What stands in the journal, which is an event stream without chunks.
+    /// What stands in the journal.
     pub fn block(&self) -> [&[u8]; 2] {
-        [&self.buffer[..self.chunk_at], self.frame()]
-    }
-
-    /// How many bytes of the journal it takes.
-    pub fn block_len(&self) -> usize {
-        self.block().iter().map(|part| part.len()).sum()
+        self.layout.block().map(|part| &self.buffer[part])
     }
 
     /// What its bytes take of memory, counted once however many share them: budgets of memory go by this.
     pub fn memory(&self) -> usize {
         self.buffer.len()
     }
+}
 
-    fn frame(&self) -> &[u8] {
-        &self.buffer[self.frame_at..self.buffer.len() - CHUNK_END.len()]
+/// The events that readers who replay are in the middle of: where a thousand stop in the same one, its bytes are there
+/// once.
+#[derive(Default)]
+pub struct Begun {
+    events: BTreeMap<Id, Weak<Vec<u8>>>,
+    /// How many there were when those that nobody holds any more were last taken out.
+    counted: usize,
+}
+
+impl Begun {
+    /// The same event, with the bytes that others hold already, if any do.
+    pub fn share(&mut self, event: &Encoded) -> Encoded {
+        if self.events.len() > 2 * self.counted {
+            self.events.retain(|_, held| held.strong_count() > 0);
+            self.counted = self.events.len().max(16);
+        }
+        match self.events.get(&event.id).and_then(Weak::upgrade) {
+            Some(buffer) => Encoded { buffer, ..*event },
+            None => {
+                self.events.insert(event.id, Arc::downgrade(&event.buffer));
+                event.clone()
+            }
+        }
     }
 }
 
@@ -148,14 +232,16 @@ fn size_line(chunk: &[u8]) -> String {
     format!("{:x}\r\n", chunk.len())
 }
 
-/// Encoded events in the order of their ids, one after another in one buffer, so that one write can send them all.
-/// Where that write stops half-way, the offsets tell how many events are out whole.
+/// Events in the order of their ids, one after another in one buffer, so that one write can send them all. Where that
+/// write stops half-way, the offsets tell how many events are out whole.
 pub struct Run {
     shape: Shape,
-    /// Each with the offset in `bytes` where it ends.
-    pub events: Vec<(Encoded, usize)>,
+    /// Each event's id, with the offset in `bytes` where it ends.
+    pub events: Vec<(Id, usize)>,
     /// All of them in this run's shape.
     pub bytes: Vec<u8>,
+    /// The same events, where they came encoded: not straight from the history.
+    encoded: Vec<Encoded>,
     /// The topic of the events from each of these indexes on.
     topics: Vec<(usize, Arc<str>)>,
 }
@@ -163,35 +249,50 @@ pub struct Run {
 impl Run {
     /// A run of the usual shape; others are made from it.
     pub fn new() -> Run {
-        Run { shape: Shape::USUAL, events: Vec::new(), bytes: Vec::new(), topics: Vec::new() }
+        Run { shape: Shape::USUAL, events: Vec::new(), bytes: Vec::new(), encoded: Vec::new(), topics: Vec::new() }
     }
 
     /// The same events for streams of another shape. Copies them all, so it is made only where somebody reads that.
-    pub fn in_shape(&self, shape: Shape) -> Run {
+    fn in_shape(&self, shape: Shape) -> Run {
         let mut run = Run { shape, ..Run::new() };
-        for (index, (event, _)) in self.events.iter().enumerate() {
-            run.push(self.topic(index), event);
-        }
+        (0..self.events.len()).for_each(|index| run.push(self.topic(index), &self.event(index)));
         run
     }
 
     pub fn push(&mut self, topic: &Arc<str>, event: &Encoded) {
+        let shape = self.shape;
+        self.append(topic, event.id, |bytes| bytes.extend_from_slice(&event.shaped(shape, Some(topic))));
+        self.encoded.push(event.clone());
+    }
+
+    /// Adds the event that `copy` appends to the buffer, in this run's shape.
+    pub fn append(&mut self, topic: &Arc<str>, id: Id, copy: impl FnOnce(&mut Vec<u8>)) {
         if self.topics.last().is_none_or(|(_, last)| !Arc::ptr_eq(last, topic)) {
             self.topics.push((self.events.len(), topic.clone()));
         }
-        self.bytes.extend_from_slice(&event.shaped(self.shape, Some(topic)));
-        self.events.push((event.clone(), self.bytes.len()));
+        copy(&mut self.bytes);
+        self.events.push((id, self.bytes.len()));
     }
 
-    /// The topic of the event at this index, which must be there.
+    /// The topic of the event at `index`, which must be there.
     pub fn topic(&self, index: usize) -> &Arc<str> {
         let later = self.topics.partition_point(|(first, _)| *first <= index);
         &self.topics[later - 1].1
     }
 
-    /// Whether the event still fits into one write; an empty run takes any event, however large.
-    pub fn has_room_for(&self, event: &Encoded) -> bool {
-        self.bytes.is_empty() || self.bytes.len() + event.bytes(Framing::Chunked).len() <= BATCH_BYTES
+    /// Whether an event of this layout still fits into one write; an empty run takes any event, however large.
+    pub fn has_room_for(&self, layout: Layout) -> bool {
+        self.bytes.is_empty() || self.bytes.len() + layout.wire(self.shape.framing).len() <= BATCH_BYTES
+    }
+
+    /// The event at `index`, for who has to remember it. Of a run that came from the history, it is cut out of the bytes:
+    /// that is one of the usual shape.
+    pub fn event(&self, index: usize) -> Encoded {
+        let copy = || {
+            let (id, end) = self.events[index];
+            Encoded::of_wire(id, &self.bytes[self.end_of(index)..end])
+        };
+        self.encoded.get(index).cloned().unwrap_or_else(copy)
     }
 
     /// Where the first `count` events end.
@@ -201,12 +302,13 @@ impl Run {
 
     /// The id of the last event; of an empty run, the lowest id.
     pub fn newest(&self) -> Id {
-        self.events.last().map_or(Id::default(), |(event, _)| event.id)
+        self.events.last().map_or(Id::default(), |(id, _)| *id)
     }
 
     pub fn clear(&mut self) {
         self.topics.clear();
         self.events.clear();
+        self.encoded.clear();
         self.bytes.clear();
         self.bytes.shrink_to(2 * BATCH_BYTES); // one event of 448 KiB must not stay for ever
     }
