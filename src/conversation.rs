@@ -162,8 +162,11 @@ impl Conversation {
         response.fields += &cors; // refusals, too: without these lines no page of another origin could read why
         self.log_request(&request, response.status);
         // A body that was not read whole stands before the next request, which nobody could find.
-        let close =
-            request.close || response.close || !request.body.is_over() || self.shared.streams.core.is_stopping();
+        let close = request.close
+            || response.close
+            || !request.body.is_over()
+            || self.shared.streams.core.is_stopping()
+            || self.shared.streams.pool.is_crowded();
         if !close {
             let idle_time = self.config().idle_time.as_secs();
             response.fields += &format!("Connection: keep-alive\r\nKeep-Alive: timeout={idle_time}\r\n");

@@ -16,7 +16,7 @@ use crate::event::{Event, Id};
 use crate::history::{History, Totals};
 use crate::journal::Journal;
 use crate::kept::{Kept, restore};
-use crate::lane::{Ending, Lane};
+use crate::lane::Lane;
 use crate::log::Logger;
 use crate::metrics::Counters;
 use crate::rewrite::Snapshot;
@@ -27,7 +27,7 @@ use crate::watch::LOOK_TIME;
 use std::io::{self, ErrorKind};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
-use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -97,6 +97,8 @@ pub struct Core {
     turns: Turns,
     /// The last try to write the journal has failed.
     is_journal_failing: AtomicBool,
+    /// How many publishers wait for the journal.
+    waiting: AtomicUsize,
     /// Locked shortly, under the order lock or alone. A snapshot for the journal has a share of it.
     history: Arc<Mutex<History>>,
     /// Locked shortly, and nothing is locked under it.
@@ -123,6 +125,7 @@ impl Core {
             stopped_at: OnceLock::new(),
             turns: Turns { order, ended: Condvar::new(), work: Condvar::new() },
             is_journal_failing: AtomicBool::new(false),
+            waiting: AtomicUsize::new(0),
             history,
             begun: Mutex::default(),
             log: log.clone(),
@@ -163,10 +166,10 @@ impl Core {
 
     /// Has the lanes end all live streams, once the server stops. Under the order lock, so that each lane has everything
     /// before it that was published, and nothing after.
-    pub fn end_streams(&self, deadline: Instant) {
+    pub fn end_streams(&self) {
         let _order = enter(&self.turns.order);
-        let ending = Ending { newest: self.history().newest(), retry: self.config.retry, deadline };
-        self.lanes.iter().for_each(|lane| lane.end_streams(ending));
+        let newest = self.history().newest();
+        self.lanes.iter().for_each(|lane| lane.end_streams(newest));
     }
 
     /// The history, without what is too old. Whoever holds it may take a connection's state, but not the order lock.
@@ -247,7 +250,9 @@ impl Core {
         }
         history.check_room(topic)?;
         drop(history);
-        if order.unwritten_bytes > UNWRITTEN_BYTES {
+        // Each that waits has a thread: others must not be locked out because a disk is stuck.
+        let is_waited_for = self.waiting.load(Relaxed) >= (self.config.threads / 4).max(1);
+        if order.unwritten_bytes > UNWRITTEN_BYTES || is_waited_for {
             return Err(io::Error::new(ErrorKind::ResourceBusy, "the disk is too slow for what waits for the journal"));
         }
         let id = order.newest.next(now_ms());
@@ -268,6 +273,7 @@ impl Core {
     /// Waits until an event is in the journal and handed out, writing the journal itself where nobody else does.
     fn settle(&self, (id, outcome): Numbered) -> io::Result<Id> {
         let Some(outcome) = outcome else { return Ok(id) };
+        let _waits = Waits::new(&self.waiting);
         let mut order = enter(&self.turns.order);
         while outcome.get().is_none() {
             // The lock is held from here until this thread sleeps: otherwise a turn could end in between, and nobody
@@ -388,6 +394,22 @@ impl Core {
             let event = event.encode();
             self.lanes.iter().for_each(|lane| lane.send(&topic, &event));
         }
+    }
+}
+
+/// One that is counted for as long as it waits.
+struct Waits<'a>(&'a AtomicUsize);
+
+impl<'a> Waits<'a> {
+    fn new(count: &'a AtomicUsize) -> Waits<'a> {
+        count.fetch_add(1, Relaxed);
+        Waits(count)
+    }
+}
+
+impl Drop for Waits<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Relaxed);
     }
 }
 

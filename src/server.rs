@@ -13,7 +13,7 @@ use crate::conversation::{self, Shared};
 use crate::desk::Desk;
 use crate::door::Door;
 use crate::hub::{Core, Hub, STOP_WAIT};
-use crate::lane::Lane;
+use crate::lane::{Ending, Lane};
 use crate::log::{Logger, OncePerSecond};
 use crate::metrics::Counters;
 use crate::places::Places;
@@ -26,8 +26,8 @@ use crate::system::{self, AddressSpace, Room};
 use crossbeam_channel::{Receiver, Sender, bounded};
 use std::io::{self, ErrorKind};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
-use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
+use std::sync::{Arc, OnceLock};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
@@ -40,6 +40,8 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(20);
 /// When stopping, streams have this long to take their end; then sockets are cut, and threads have until the second
 /// time to end. Publishers who wait for the disk are answered within the first.
 const STOP_GRACE: Duration = Duration::from_millis(700);
+/// When stopping, what is published already has this long to go out to live streams.
+const HURRY_TIME: Duration = Duration::from_millis(300);
 const STOP_TIME: Duration = Duration::from_millis(950);
 const _: () = assert!(STOP_WAIT.as_millis() < STOP_GRACE.as_millis() && STOP_GRACE.as_millis() < STOP_TIME.as_millis());
 const _: () = assert!(STOP_TIME.as_millis() < 1_000, "the process is gone within a second");
@@ -64,6 +66,7 @@ pub struct Handle {
     address_space: Arc<AddressSpace>,
     /// The threads that accept and admit. None before [`Server::spawn`], and once they are joined.
     acceptors: Vec<JoinHandle<()>>,
+    ending: Arc<OnceLock<Ending>>,
     /// The lanes and the clerk, likewise.
     helpers: Vec<JoinHandle<()>>,
 }
@@ -87,9 +90,10 @@ impl Server {
         let lane_count = if config.lanes == 0 { default_lanes() } else { config.lanes };
         let config = system::fit(config, lane_count, &log)?;
         let (mut lanes, mut helpers, counters) = (Vec::new(), Vec::new(), Arc::new(Counters::default()));
-        let desk = Arc::new(Desk::default());
+        let (desk, ending) = (Arc::new(Desk::default()), Arc::new(OnceLock::new()));
         for n in 0..lane_count {
-            let (lane, thread) = Lane::start(format!("lane {n}"), config.heartbeat, desk.clone(), counters.clone())?;
+            let (lane, thread) =
+                Lane::start(format!("lane {n}"), config.heartbeat, ending.clone(), desk.clone(), counters.clone())?;
             lanes.push(lane);
             helpers.push(thread);
         }
@@ -98,7 +102,7 @@ impl Server {
         let pool = Pool::start(core.config.threads, desk.clone())?;
         let streams = Arc::new(Streams { core: core.clone(), places: places.clone(), pool, desk, log: log.clone() });
         let address_space = Arc::new(AddressSpace::read());
-        helpers.push(clerk::start(streams.clone(), address_space.clone())?);
+        helpers.push(clerk::start(streams.clone(), address_space.clone()).inspect_err(|_| streams.pool.close())?);
         // Only a server on loopback knows all of its names; the door needs its port to tell them from other servers'.
         let door = Door::new(&core.config, Some(address.port()).filter(|_| address.ip().is_loopback()));
         let routes = Routes::new(Hub { core }, door, streams.clone());
@@ -107,6 +111,7 @@ impl Server {
             listener: Arc::new(listener),
             doorbell,
             address_space,
+            ending,
             acceptors: Vec::new(),
             helpers,
         };
@@ -222,6 +227,10 @@ impl Handle {
     /// where it has stopped already.
     fn stop_once(&mut self) -> usize {
         let Streams { core, pool, desk, log, .. } = &*self.shared.streams;
+        let started = Instant::now();
+        let (grace, deadline) = (started + STOP_GRACE, started + STOP_TIME); // for connections and journal together
+        let ending = Ending { retry: core.config.retry, hurry_at: started + HURRY_TIME, deadline: grace };
+        let _ = self.ending.set(ending);
         if !core.stop() {
             return 0;
         }
@@ -232,15 +241,15 @@ impl Handle {
         for acceptor in self.acceptors.drain(..) {
             let _ = acceptor.join();
         }
-        let deadline = Instant::now() + STOP_TIME; // for connections and journal together
-        let left = end_connections(&self.shared.streams, deadline);
-        pool.close();
-        pool.wait_for_threads(deadline);
-        desk.close();
+        let left = end_connections(&self.shared.streams, grace, deadline);
+        // In this order, so that nobody hands anything to those who have ended.
         core.lanes.iter().for_each(Lane::stop);
+        desk.close();
         for helper in self.helpers.drain(..) {
             let _ = helper.join();
         }
+        pool.close();
+        pool.wait_for_threads(deadline);
         core.close_journal(deadline);
         log.finish();
         left
@@ -296,14 +305,16 @@ fn admit_all(shared: &Arc<Shared>, space: &AddressSpace, accepted: &Receiver<(Tc
 /// for the peer.
 fn admit(shared: &Arc<Shared>, space: &AddressSpace, socket: TcpStream, peer: SocketAddr) {
     let Streams { core, places, log, .. } = &*shared.streams;
+    if core.is_stopping() {
+        return;
+    }
     let room = space.look();
     let has_space = room > Room::Nothing;
     if !has_space {
         places.make_room(); // for the next: an ending connection's space is not free at once
     }
     places.close_to_streams(room < Room::Streams);
-    let has_way = has_space && !core.is_stopping();
-    let Some(c) = has_way.then(|| places.admit(socket, peer)).flatten() else {
+    let Some(c) = has_space.then(|| places.admit(socket, peer)).flatten() else {
         core.counters.rejected.fetch_add(1, Relaxed);
         let why = if has_space { "are taken" } else { "have no address space (ulimit -v)" };
         return log.warn(format_args!("no room for {peer}: all {} places {why}", places.limit()));
@@ -313,9 +324,9 @@ fn admit(shared: &Arc<Shared>, space: &AddressSpace, socket: TcpStream, peer: So
 
 /// Ends every connection: streams with their reconnection time, publishers with their response. Idle ones are cut last,
 /// so that they can still ask for `/health`. Returns how many did not end in time.
-fn end_connections(streams: &Streams, deadline: Instant) -> usize {
-    let (places, grace) = (&streams.places, Instant::now() + STOP_GRACE);
-    streams.core.end_streams(grace);
+fn end_connections(streams: &Streams, grace: Instant, deadline: Instant) -> usize {
+    let places = &streams.places;
+    streams.core.end_streams();
     for c in places.at_work() {
         enter(&c.state).ending = Some(STOPPING);
         let _ = c.socket.shutdown(Shutdown::Read); // wakes who waits for a body or a handler's timer

@@ -109,6 +109,9 @@ impl Stream<'_> {
     fn rest(&self, time: Duration) {
         let heartbeat = self.core.config.heartbeat;
         let mut state = enter(&self.c.state);
+        if state.phase != Phase::Live {
+            return; // its lane has just found it closed
+        }
         let silent = state.wrote.elapsed();
         if state.unfinished.is_some() || state.has_said_all {
             drop(state);
@@ -151,6 +154,9 @@ impl Stream<'_> {
     fn write(&mut self, frame: &[u8], events: u64) -> io::Result<()> {
         self.check_open()?;
         let mut state = enter(&self.c.state);
+        if let Phase::Closed(reason) = state.phase {
+            return Err(io::Error::other(reason));
+        }
         let bytes = state.shape.framing.wrap(frame);
         let written = match &mut state.unfinished {
             // The rest of a heartbeat goes first.
