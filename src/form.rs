@@ -60,7 +60,12 @@ impl Form {
         let mut out = String::with_capacity(frame.len() + 96); // for the names; what must be escaped makes it grow
         match self {
             Form::Events => out.push_str(frame),
-            Form::Lines => values(frame, "data").for_each(|line| out.extend([line, "\n"])),
+            Form::Lines => {
+                values(frame, "data").for_each(|line| out.extend([line, "\n"]));
+                if out.is_empty() {
+                    out.push('\n'); // a journal may hold events without data, and an empty chunk would end the stream
+                }
+            }
             Form::Json => {
                 let _ = write!(out, "{{\"id\":\"{id}\",\"topic\":");
                 match topic {

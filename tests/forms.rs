@@ -542,6 +542,19 @@ fn json_is_one_object_a_line_and_lines_are_the_data_alone() {
 }
 
 #[test]
+fn a_journals_event_without_data_is_an_empty_line_and_does_not_end_the_stream() {
+    let dir = Scratch::new();
+    let path = dir.path("journal");
+    let frames = ["retry: 5\nid: 6-0\n\n", "data: x\nid: 7-0\n\n"].map(|frame| sealed("topic: a\n", frame));
+    std::fs::write(&path, sealed("", "id: 5-0\n\n") + &frames.concat()).unwrap();
+    let server = serve(Config { keep_age: Duration::MAX, ..with_journal(&path) });
+    let target = "/events/a?last=9&take=2&as=lines";
+    let mut lines = Reading::open(server.addr().unwrap(), target, Form::Lines);
+    while lines.fill() {}
+    assert_eq!((str::from_utf8(&lines.body), lines.is_over), (Ok("\nx\n"), true));
+}
+
+#[test]
 fn a_gap_and_a_heartbeat_are_objects_in_json_and_nothing_in_lines() {
     let server = serve(Config { heartbeat: Duration::from_millis(3_500), ..Config::default() });
     let addr = server.addr().unwrap();
