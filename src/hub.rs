@@ -22,7 +22,7 @@ use crate::metrics::Counters;
 use crate::rewrite::Snapshot;
 use crate::sync::{enter, start_thread};
 use crate::text::{invalid, quoted};
-use crate::unwritten::{Numbered, Order, Outcome, Turn, Turns, Unwritten};
+use crate::unwritten::{Numbered, Order, Outcome, Turn, Turns, Unwritten, Waits};
 use crate::watch::LOOK_TIME;
 use std::io::{self, ErrorKind};
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -394,22 +394,6 @@ impl Core {
             let event = event.encode();
             self.lanes.iter().for_each(|lane| lane.send(&topic, &event));
         }
-    }
-}
-
-/// One that is counted for as long as it waits.
-struct Waits<'a>(&'a AtomicUsize);
-
-impl<'a> Waits<'a> {
-    fn new(count: &'a AtomicUsize) -> Waits<'a> {
-        count.fetch_add(1, Relaxed);
-        Waits(count)
-    }
-}
-
-impl Drop for Waits<'_> {
-    fn drop(&mut self) {
-        self.0.fetch_sub(1, Relaxed);
     }
 }
 
