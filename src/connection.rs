@@ -10,6 +10,8 @@
 use crate::encoded::{Encoded, Framing, Run};
 use crate::event::Id;
 use crate::sync::enter;
+use crossbeam_channel::Sender;
+use std::convert::Infallible;
 use std::io::{self, ErrorKind, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpStream};
 use std::sync::{Condvar, Mutex, OnceLock};
@@ -63,6 +65,9 @@ pub struct State {
     pub sent: u64,
     /// Bytes that the subscriber has sent after its request, of [`STRAY_BYTES`].
     pub stray: usize,
+    /// Of a handler's stream: while this is here, the stream is open. Dropping it tells the handler that waits for
+    /// something else.
+    pub open: Option<Sender<Infallible>>,
 }
 
 /// Who owns the socket. Its thread turns a subscriber live; the lane, the thread or stopping takes it back; once
@@ -91,13 +96,20 @@ impl State {
         self.phase = Phase::Behind;
         self.unfinished = Some(Unfinished { event, offset });
     }
+
+    /// The end, for whoever finds that the connection is over.
+    pub fn close(&mut self, reason: Reason) {
+        self.phase = Phase::Closed(reason);
+        self.open = None;
+    }
 }
 
 impl Connection {
     pub fn new(serial: u64, peer: SocketAddr, socket: TcpStream) -> Connection {
         let (phase, framing, cursor) = (Phase::Behind, Framing::Chunked, Id::default());
         let wrote = Instant::now();
-        let state = State { phase, framing, cursor, unfinished: None, is_poll: false, wrote, sent: 0, stray: 0 };
+        let state =
+            State { phase, framing, cursor, unfinished: None, is_poll: false, wrote, sent: 0, stray: 0, open: None };
         Connection { serial, peer, socket, state: Mutex::new(state), wake: Condvar::new(), cut: OnceLock::new() }
     }
 
@@ -254,10 +266,11 @@ impl Connection {
         let _ = self.socket.shutdown(Shutdown::Both);
     }
 
-    /// Takes the socket from the lane and wakes the thread, if the subscriber is live. Stopping does so, to let each
-    /// end in order.
+    /// Takes the socket from the lane and wakes the thread, if the subscriber is live; tells a handler that its stream
+    /// is over. Stopping does so, to let each end in order.
     pub fn take_back(&self) {
         let mut state = enter(&self.state);
+        state.open = None;
         if state.phase == Phase::Live {
             state.phase = Phase::Behind;
             self.wake.notify_one();

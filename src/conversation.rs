@@ -13,16 +13,17 @@ use crate::clock::spread;
 use crate::config::{Config, Log};
 use crate::connection::{AWAKE_TIME, Connection, LINGER, Reason, STOPPING};
 use crate::encoded::Framing;
+use crate::handler::Outcome;
 use crate::hub::Core;
 use crate::log::{Logger, OncePerSecond};
 use crate::places::{MADE_ROOM, Place, Places};
 use crate::reader::Reader;
 use crate::request::Request;
 use crate::response::{Response, stream_head};
-use crate::routes::{Reply, Routes, Source};
-use crate::subscription::{POLL_IS_OVER, Subscription};
+use crate::routes::{Reply, Routes};
+use crate::subscription::{POLL_IS_OVER, Subscription, Wanted};
 use crate::sync::{enter, start_thread};
-use crate::text::quoted;
+use crate::text::{LONGEST, quoted};
 use std::borrow::Cow;
 use std::io;
 use std::net::Shutdown;
@@ -57,20 +58,22 @@ struct Conversation {
     opened: Instant,
 }
 
-/// A stream that a request has asked for, and all that is kept of the request.
+/// A stream of topics that a request has asked for, and all that is kept of the request.
 struct Opening {
     path: String,
     framing: Framing,
     head: String,
-    source: Source,
+    wanted: Wanted,
 }
 
 /// What comes of one request.
 enum AfterRequest {
     /// Both parts are written, one after the other; then the next request is read, or the connection ends.
     Respond { parts: (Vec<u8>, Arc<[u8]>), close: bool },
-    /// No more requests: the connection becomes a stream.
+    /// No more requests: the connection becomes a stream of topics.
     Open(Opening),
+    /// It was a handler's stream, of this path, and is over for this reason.
+    Ended(String, Cow<'static, str>),
     /// Nothing is answered: the peer has gone, or has made room.
     End,
 }
@@ -96,13 +99,15 @@ impl Conversation {
         if prepared.and(c.socket.set_write_timeout(Some(self.config().stall_time))).is_err() {
             return; // it has gone already
         }
-        if let Some(Opening { path, framing, head, source }) = self.answer_requests() {
-            enter(&self.c.state).framing = framing;
-            self.path = Some(quoted(&path));
-            // For the log, should the call after this panic.
-            self.reason =
-                if source.is_handler() { "the handler panicked" } else { "this server panicked: a fault" }.into();
-            self.reason = self.stream(head, source);
+        match self.answer_requests() {
+            AfterRequest::Open(Opening { path, framing, head, wanted }) => {
+                enter(&self.c.state).framing = framing;
+                self.path = Some(quoted(&path));
+                self.reason = "this server panicked: a fault".into(); // for the log, should the call after this panic
+                self.reason = self.stream(head, wanted).into();
+            }
+            AfterRequest::Ended(path, reason) => (self.path, self.reason) = (Some(quoted(&path)), reason),
+            _ => {}
         }
     }
 
@@ -110,8 +115,9 @@ impl Conversation {
         &self.shared.core.config
     }
 
-    /// Answers requests until the connection ends, or asks for a stream. The reader's buffer goes with this frame.
-    fn answer_requests(&self) -> Option<Opening> {
+    /// Answers requests until the connection ends, or asks for a stream; this returns the last of what came of them. The
+    /// reader's buffer goes with this frame.
+    fn answer_requests(&self) -> AfterRequest {
         let (c, places, config) = (&*self.c, &self.shared.places, self.config());
         let mut reader = Reader::new(c);
         reader.wait_at_most(config.head_time);
@@ -125,16 +131,15 @@ impl Conversation {
                 Err(refusal) => self.refuse(&reader, &refusal),
             };
             match after {
-                AfterRequest::End => return None,
-                AfterRequest::Open(opening) => return Some(opening),
+                AfterRequest::Open(_) | AfterRequest::Ended(..) | AfterRequest::End => return after,
                 AfterRequest::Respond { parts: (first, rest), close } => {
                     // A response gets as long as a body does: some are a page of many KiB over a slow link.
                     let deadline = Instant::now() + config.body_time;
                     if c.write_whole(&first, deadline).and_then(|()| c.write_whole(&rest, deadline)).is_err() {
-                        return None;
+                        return AfterRequest::End;
                     } else if close {
                         reader.linger();
-                        return None;
+                        return AfterRequest::End;
                     }
                 }
             }
@@ -142,7 +147,7 @@ impl Conversation {
             // Only a client that has just shown that it asks at once is waited for awake; for all others that would
             // burn the processor for nothing.
             if !places.move_to(Place::Idle, c) || is_keen && c.stay_awake().is_err() {
-                return None;
+                return AfterRequest::End;
             }
             answered = Instant::now();
         }
@@ -156,16 +161,30 @@ impl Conversation {
         }
         let is_head = request.method == "HEAD";
         let (framing, cors) = (request.framing, self.shared.routes.door.cors(&request));
-        let mut response = match self.shared.routes.reply(reader, &mut request) {
-            Ok(Reply::Response(response)) | Err(response) => response,
-            Ok(Reply::Stream(_)) if is_head => {
+        let outcome = match self.shared.routes.reply(reader, &mut request) {
+            Ok(Reply::Response(response)) | Err(response) => Outcome::Respond(response),
+            Ok(Reply::Topics(wanted)) => Outcome::Follow(wanted),
+            Ok(Reply::Handler(handled)) => {
+                reader.give_up_memory(); // a handler's stream may last
+                handled.run(&self.shared.core, &self.c, &|| self.open(framing, &cors))
+            }
+        };
+        let mut response = match outcome {
+            Outcome::Respond(response) => response,
+            Outcome::Failed(error) => {
+                let line = format_args!("{} got no answer from {}: {error}", self.c.peer, quoted(&request.path));
+                self.shared.log.warn(line);
+                self.shared.routes.failed(&error)
+            }
+            Outcome::Ended(reason) => return AfterRequest::Ended(request.path, reason),
+            Outcome::Follow(wanted) if !is_head => {
+                let head = stream_head(framing, &cors);
+                return AfterRequest::Open(Opening { path: request.path, framing, head, wanted });
+            }
+            Outcome::Follow(_) | Outcome::Head => {
                 self.log_request(&request, 200);
                 let head = stream_head(framing, &cors).into_bytes();
                 return AfterRequest::Respond { parts: (head, Arc::default()), close: true };
-            }
-            Ok(Reply::Stream(source)) => {
-                let head = stream_head(framing, &cors);
-                return AfterRequest::Open(Opening { path: request.path, framing, head, source });
             }
         };
         response.fields += &cors; // refusals, too: without these lines no page of another origin could read why
@@ -193,27 +212,42 @@ impl Conversation {
 
     /// Finds a place among the streams, serves the stream to its end, and returns why it ended.
     #[inline(never)] // a small stack
-    fn stream(&self, head: String, source: Source) -> Cow<'static, str> {
+    fn stream(&self, head: String, wanted: Wanted) -> Reason {
         let (c, core) = (&self.c, &*self.shared.core);
-        let count = self.shared.places.move_to_streams(c);
-        // Checked after the move: a server that begins to stop from here on finds this connection among its streams.
-        if core.is_stopping() {
-            return self.reject(&head, STOPPING).into();
-        }
-        let Some(count) = count else {
-            let was_cut = c.cut.get(); // since its request was read
-            return was_cut.copied().unwrap_or_else(|| self.reject(&head, NO_ROOM)).into();
+        let count = match self.take_place(&head) {
+            Ok(count) => count,
+            Err(reason) => return reason,
         };
-        match source {
-            Source::Topics(wanted) => {
-                // The lanes take turns. A stream stays with its lane, or its events could overtake each other.
-                match Subscription::open(core, c, &core.lanes[count % core.lanes.len()], wanted) {
-                    Some(subscription) => subscription.serve(head).into(),
-                    None => self.reject(&head, NO_NAMES).into(),
-                }
+        // The lanes take turns. A stream stays with its lane, or its events could overtake each other.
+        match Subscription::open(core, c, &core.lanes[count % core.lanes.len()], wanted) {
+            Some(subscription) => {
+                let names = subscription.names();
+                core.watch.tell(&names, c.peer, None);
+                let reason = subscription.serve(head);
+                core.watch.tell(&names, c.peer, Some(c.cut.get().copied().unwrap_or(reason)));
+                reason
             }
-            Source::Handler(handled) => handled.serve(core, c, head),
+            None => self.reject(&head, NO_NAMES),
         }
+    }
+
+    /// Opens a handler's stream: its place, and its head.
+    fn open(&self, framing: Framing, cors: &str) -> Result<(), Reason> {
+        enter(&self.c.state).framing = framing;
+        let head = stream_head(framing, cors);
+        self.take_place(&head)?;
+        self.c.write_whole(head.as_bytes(), Instant::now() + LONGEST)
+    }
+
+    /// Finds a place among the streams, and returns how many there have been so far; or rejects the stream.
+    fn take_place(&self, head: &str) -> Result<usize, Reason> {
+        let count = self.shared.places.move_to_streams(&self.c);
+        // Checked after the move: a server that begins to stop from here on finds this connection among its streams.
+        if self.shared.core.is_stopping() {
+            return Err(self.reject(head, STOPPING));
+        }
+        let was_cut = self.c.cut.get().copied(); // since its request was read
+        count.ok_or_else(|| was_cut.unwrap_or_else(|| self.reject(head, NO_ROOM)))
     }
 
     /// Rejects a stream in a way that a browser comes back from: it is opened, told when to come back, and ended. The

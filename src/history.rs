@@ -289,6 +289,17 @@ impl History {
         if run.bytes.is_empty() { Next::Nothing } else { Next::Events(run) }
     }
 
+    /// Which of these topics keeps the event of this id.
+    pub fn topic_of(&self, names: &[Arc<str>], id: Id) -> Option<Arc<str>> {
+        let has_it = |topic: &&Topic| topic.events.binary_search_by_key(&id, |kept| kept.event.id).is_ok();
+        self.topics(names).find(has_it).map(|topic| topic.name.clone())
+    }
+
+    /// What this topic keeps, oldest first.
+    pub fn kept(&self, name: &str) -> Vec<Encoded> {
+        self.topics.get(name).into_iter().flat_map(|topic| topic.after(Id::default())).cloned().collect()
+    }
+
     /// What each of these topics has forgotten by now: kept by a subscriber that has just been told of a gap.
     pub fn told(&self, names: &[Arc<str>]) -> Vec<Id> {
         self.topics(names).map(|topic| topic.forgotten.id).collect()
@@ -418,13 +429,18 @@ impl History {
         self.topics(names).filter_map(|topic| topic.after(cursor).next()).map(|event| event.id).min()
     }
 
+    /// The first event after the cursor from which on all of these topics are whole.
+    pub fn whole_from(&self, names: &[Arc<str>], cursor: Id) -> Option<Id> {
+        self.oldest_after(names, cursor.max(self.forgotten_of(names).id))
+    }
+
     /// The event that says that something may be missing between `after`, the id that was asked for, and `oldest`, from
     /// which on all of these topics are whole. Its own id is just before all that is kept after the cursor, so whoever
     /// resumes from it gets all of that, though one topic may keep what is older than something that another forgot.
     fn gap(&self, names: &[Arc<str>], asked: Option<Id>, cursor: Id) -> Encoded {
         let forgotten = self.forgotten_of(names).id;
         let id = self.oldest_after(names, cursor).map_or(forgotten, Id::before);
-        let oldest = self.oldest_after(names, cursor.max(forgotten));
+        let oldest = self.whole_from(names, cursor);
         let json = |id: Option<Id>| id.map_or("null".into(), |id| format!("\"{id}\""));
         let data = format!("{{\"after\":{},\"oldest\":{}}}", json(asked), json(oldest));
         Encoded::new(id, b"", Event::new(data).name("gap").encode_with_id(id).as_bytes())

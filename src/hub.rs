@@ -7,6 +7,7 @@
 //! can be answered when the server stops. A lane takes neither the order lock nor that of the history, so a publisher
 //! that waits for room in its queue always gets it.
 
+use crate::bell::Bells;
 use crate::block::{Block, encode_block};
 use crate::clock::now_ms;
 use crate::config::{Config, Log};
@@ -23,6 +24,7 @@ use crate::rewrite::Snapshot;
 use crate::sync::{enter, start_thread};
 use crate::text::{invalid, quoted};
 use crate::unwritten::{Numbered, Order, Outcome, Turn, Turns, Unwritten};
+use crate::watch::Watch;
 use crossbeam_channel::Sender;
 use std::io::{self, ErrorKind};
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -92,6 +94,10 @@ pub struct Core {
     /// The queue of each lane.
     pub lanes: Vec<Sender<ToLane>>,
     pub counters: Arc<Counters>,
+    /// Who in the program waits for a topic.
+    pub bells: Bells,
+    /// Who is told of subscribers that come and go.
+    pub watch: Watch,
     /// Set without any lock: stopping must not stand in line behind all who want to publish.
     stopped_at: OnceLock<Instant>,
     /// The outermost lock, and the events that wait for the journal.
@@ -124,6 +130,8 @@ impl Core {
         Ok(Core {
             lanes,
             counters,
+            bells: Bells::default(),
+            watch: Watch::default(),
             stopped_at: OnceLock::new(),
             turns: Turns { order, ended: Condvar::new(), work: Condvar::new() },
             is_journal_failing: AtomicBool::new(false),
@@ -150,6 +158,12 @@ impl Core {
         self.stopped_at.get().is_some()
     }
 
+    /// # Errors
+    /// [`ErrorKind::NotConnected`]: it is stopping.
+    pub fn check_running(&self) -> io::Result<()> {
+        if self.is_stopping() { Err(io::Error::new(ErrorKind::NotConnected, STOPPING)) } else { Ok(()) }
+    }
+
     /// Whether the last try to write the journal failed, so that publishing would be refused: then `/health` is 503.
     pub fn is_journal_failing(&self) -> bool {
         self.is_journal_failing.load(Relaxed)
@@ -161,6 +175,7 @@ impl Core {
         drop(enter(&self.turns.order)); // or whoever has just looked, and is falling asleep, would miss it
         self.turns.ended.notify_all();
         self.turns.work.notify_one();
+        self.bells.close();
         is_first
     }
 
@@ -229,9 +244,7 @@ impl Core {
     /// Gives an event its id. Without a journal, it is published at once; else it waits, and the caller must
     /// [`Core::settle`] it.
     fn number(&self, order: &mut Order, topic: &str, event: Event) -> io::Result<Numbered> {
-        if self.is_stopping() {
-            return Err(stopped());
-        }
+        self.check_running()?;
         check_topic(topic)?;
         self.check(&event)?;
         let key: Option<Arc<str>> = event.key.as_deref().map(Arc::from);
@@ -380,6 +393,7 @@ impl Core {
         self.counters.published.fetch_add(1, Relaxed);
         if let Some(topic) = followed {
             self.lanes.iter().for_each(|lane| send_event(lane, &topic, &event));
+            self.bells.ring(&topic);
         }
     }
 }
@@ -391,10 +405,6 @@ pub fn check_topic(name: &str) -> io::Result<()> {
         return Ok(());
     }
     invalid(format!("{} is no topic name: that is 1 to {TOPIC_NAME_BYTES} of A-Z a-z 0-9 . _ ~ -", quoted(name)))
-}
-
-fn stopped() -> io::Error {
-    io::Error::new(ErrorKind::NotConnected, STOPPING)
 }
 
 /// Takes a journal into use, and fills the history with what is in it.

@@ -68,9 +68,14 @@ mod server; // bind, accept, start and stop
 mod conversation; // one connection on its thread: requests one after another
 mod routes; // what each request gets
 mod publishing; // POST and PUT
+mod handler; // a program's route: its handler, and what it answers
 mod subscription; // a stream of topics, while it must be waited for
 mod stream; // a handler's stream
+mod asked; // what a program's route sees of a request
+mod follower; // subscribing in the program
 mod hub; // publishing: number, write down, hand out
+mod bell; // wakes those in the program who wait for a topic
+mod watch; // tells the program of subscribers that come and go
 mod unwritten; // what waits for the journal, and whose turn it is
 mod kept; // between the journal's blocks and the history
 mod journal; // the file that outlives the process
@@ -100,12 +105,17 @@ mod sync; // locks that outlive a panic, threads
 mod authority; // hosts and ports
 mod text; // durations, quoting
 
+pub use asked::Request;
 pub use config::{Config, Log, Token};
+pub use crossbeam_channel;
 pub use event::{Event, Id};
+pub use follower::{News, Published, Since, Subscriber};
+pub use handler::Answer;
 pub use hub::Hub;
 pub use server::{Handle, Server};
 pub use stream::Stream;
 pub use text::parse_duration;
+pub use watch::Presence;
 
 #[cfg(fuzzing)]
 #[path = "../tests/fuzz/reach.rs"]

@@ -5,19 +5,22 @@
 //! its own. Stopping is over within a second, whatever peers and disks do: first streams are ended in order, then
 //! sockets are cut, then lanes and the journal end, each with its share of the time.
 
+use crate::asked::Request;
 use crate::config::{Config, Log};
 use crate::connection::STOPPING;
 use crate::conversation::{self, Shared};
 use crate::door::Door;
+use crate::handler::{Answer, check_content_type};
 use crate::hub::{Core, Hub, STOP_WAIT};
 use crate::lane::{self, ToLane};
 use crate::log::{Logger, OncePerSecond};
 use crate::metrics::Counters;
 use crate::places::Places;
-use crate::routes::{Route, Routes};
+use crate::routes::{Kind, Route, Routes};
 use crate::stream::Stream;
 use crate::sync::start_thread;
 use crate::system::{self, AddressSpace};
+use crate::watch::Presence;
 use std::io::{self, ErrorKind};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
 use std::sync::Arc;
@@ -100,22 +103,70 @@ impl Server {
         Ok(Server { handle })
     }
 
-    /// Answers `GET path` with these bytes: a page, a script, a small answer of one's own.
+    /// Answers whatever is asked of `path` with what the handler says: see [`Request`] and [`Answer`]. A path that ends in
+    /// a slash is also the route of everything below it, unless a longer one fits; [`Request::rest`] has what follows.
+    /// The server's own paths (`/events/…`, `/health`, `/metrics`) come first. A path that had a route gets the new one.
     ///
-    /// # Errors
-    /// [`ErrorKind::InvalidInput`] for a path that does not begin with a slash, that is the server's own, or that has
-    /// control characters, `?` or `#` in it; and for what is no content type.
-    pub fn page(&self, path: &str, content_type: &str, body: impl Into<Vec<u8>>) -> io::Result<()> {
-        self.handle.shared.routes.add(path, Route::Page(content_type.into(), body.into().into()))
-    }
-
-    /// Answers `GET path` with a stream that `handler` writes, on the connection's own thread, until it returns or the
-    /// socket closes. The head goes out before the handler is called. The thread's stack has 128 KiB: what is large
-    /// belongs on the heap.
+    /// What is checked before the handler is called: the request is whole and well-formed, its body is at most
+    /// [`Config::body_bytes`] and came within [`Config::body_time`] (413, 408); on loopback, the host is one of this
+    /// machine's names or of [`Config::allow_origins`]; and for all but `GET`, the page that asks is of this server's origin
+    /// or an allowed one (403). [Tokens](Config::publish_tokens) are for topics: who may use a route is decided by its
+    /// handler.
+    ///
+    /// An error of the handler's becomes the answer while no stream is open: 400 for
+    /// [`InvalidInput`](ErrorKind::InvalidInput), with its text, so that a handler can return the errors of
+    /// [`Request::text`] and of the [`Hub`]; what the hub says when it has no room or is stopping, 503 or 507; any other
+    /// 500, and its text stands only in the log. So does a panic's.
+    ///
+    /// The handler runs on the connection's own thread, beside those of other connections. Its stack has 128 KiB: what is
+    /// large belongs on the heap.
     ///
     /// # Errors
     /// [`ErrorKind::InvalidInput`] for a path that does not begin with a slash, that is the server's own, or that has
     /// control characters, `?` or `#` in it.
+    ///
+    /// ```
+    /// # fn main() -> std::io::Result<()> {
+    /// # use brooklet::{Answer, Config, Event, Server};
+    /// # let server = Server::bind("127.0.0.1:0", Config::default())?;
+    /// let hub = server.hub();
+    /// server.route("/rooms/", move |request| match (request.method(), request.rest()) {
+    ///     ("GET", room) => request.follow([room]),
+    ///     ("POST", room) => {
+    ///         let id = hub.publish(room, Event::new(request.text()?))?;
+    ///         Ok(Answer::text(201, id))
+    ///     }
+    ///     _ => Ok(Answer::empty(405).field("Allow", "GET, POST")),
+    /// })?;
+    /// # Ok(()) }
+    /// ```
+    pub fn route<H>(&self, path: &str, handler: H) -> io::Result<()>
+    where
+        H: Fn(&Request) -> io::Result<Answer> + Send + Sync + 'static,
+    {
+        self.add(path, Kind::Own, handler)
+    }
+
+    /// Answers `GET path` with these bytes: a page, a script, a small answer of one's own. Other sites may not show it in
+    /// a frame.
+    ///
+    /// # Errors
+    /// [`ErrorKind::InvalidInput`] for a path that may not be, as for [`Server::route`]; and for what is no content type.
+    pub fn page(&self, path: &str, content_type: &str, body: impl Into<Vec<u8>>) -> io::Result<()> {
+        check_content_type(content_type)?;
+        let (content_type, body): (String, Arc<[u8]>) = (content_type.into(), body.into().into());
+        self.add(path, Kind::Page, move |_| {
+            // In a frame of another site, a page that publishes could be made to take a click not meant for it.
+            Ok(Answer::shared(200, content_type.clone(), body.clone()).field("X-Frame-Options", "SAMEORIGIN"))
+        })
+    }
+
+    /// Answers `GET path` with a stream that `handler` writes, until it returns or the page closes. Where
+    /// [`Config::subscribe_tokens`] are set, one of them must be shown, as for topics. For all else it is a
+    /// [route](Server::route) whose handler [opens a stream](Request::stream) at once.
+    ///
+    /// # Errors
+    /// [`ErrorKind::InvalidInput`] for a path that may not be, as for [`Server::route`].
     ///
     /// ```
     /// # fn main() -> std::io::Result<()> {
@@ -135,7 +186,34 @@ impl Server {
     where
         H: Fn(&mut Stream) -> io::Result<()> + Send + Sync + 'static,
     {
-        self.handle.shared.routes.add(path, Route::Stream(Arc::new(handler)))
+        self.add(path, Kind::Stream, move |request| handler(&mut request.stream()?).map(|()| Answer::ended()))
+    }
+
+    fn add<H>(&self, path: &str, kind: Kind, handler: H) -> io::Result<()>
+    where
+        H: Fn(&Request) -> io::Result<Answer> + Send + Sync + 'static,
+    {
+        self.handle.shared.routes.add(path, Route { kind, handler: Arc::new(handler) })
+    }
+
+    /// Calls `hook` for each subscriber of topics that comes over the network, and again when it has gone, with the
+    /// reason. It is called on a thread of the server's, with no lock held, so it may take its time and publish; what
+    /// comes and goes meanwhile may wait for it. A hook that panics is called again for the next. There is one hook: the
+    /// last that was given.
+    ///
+    /// ```
+    /// # fn main() -> std::io::Result<()> {
+    /// # use brooklet::{Config, Event, Server};
+    /// # let server = Server::bind("127.0.0.1:0", Config::default())?;
+    /// let hub = server.hub();
+    /// server.on_subscription(move |presence| {
+    ///     let what = if presence.ended.is_some() { "left" } else { "came" };
+    ///     let _ = hub.publish("lobby", Event::new(format!("{} {what}", presence.peer)));
+    /// });
+    /// # Ok(()) }
+    /// ```
+    pub fn on_subscription(&self, hook: impl Fn(&Presence) + Send + Sync + 'static) {
+        self.handle.shared.core.watch.set(hook);
     }
 
     /// The hub, to publish with.

@@ -5,61 +5,42 @@
 //! is noticed when the handler writes, or while it sleeps on the socket. So every call says whether the stream is still
 //! open, and a handler that returns its errors ends in time.
 
-use crate::clock::spread;
+use crate::asked::Request;
 use crate::connection::{Connection, Phase, Reason, STOPPING};
 use crate::event::Event;
 use crate::hub::Core;
 use crate::sync::enter;
-use crate::target::Query;
 use crate::text::{LONGEST, with_lf};
-use std::borrow::Cow;
+use crossbeam_channel::{Receiver, bounded};
+use std::convert::Infallible;
 use std::io;
-use std::net::SocketAddr;
-use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant};
 
-/// What writes a stream. Its error ends the stream, and is the reason in the log.
-pub type Handler = dyn Fn(&mut Stream) -> io::Result<()> + Send + Sync;
-
-/// A handler's stream, on its connection's own thread: see [`Server::stream`](crate::Server::stream).
+/// A handler's stream, on its connection's own thread: see [`Request::stream`] and
+/// [`Server::stream`](crate::Server::stream).
 pub struct Stream<'a> {
     c: &'a Connection,
     core: &'a Core,
-    query: Query,
-    last_event_id: Option<String>,
+    request: &'a Request<'a>,
     /// Bytes that the peer has sent after its request.
     stray: usize,
+    /// Disconnected once the connection's state has dropped its half.
+    closed: Receiver<Infallible>,
 }
 
-/// A handler, and what it may ask of its request.
-pub struct Handled {
-    pub handler: Arc<Handler>,
-    pub query: Query,
-    pub last_event_id: Option<String>,
-}
-
-impl Handled {
-    /// Writes the head, runs the handler, and returns why the stream ended. No lock may be held: a handler takes its
-    /// time.
-    pub fn serve(self, core: &Core, c: &Connection, head: String) -> Cow<'static, str> {
-        if let Err(reason) = c.write_whole(head.as_bytes(), Instant::now() + LONGEST) {
-            return reason.into();
-        }
-        drop(head); // while the handler runs, its memory is of no use
-        let Handled { handler, query, last_event_id } = self;
-        let result = handler(&mut Stream { c, core, query, last_event_id, stray: 0 });
-        // An end is written only after a whole frame; a stream that is closed may be in the middle of one.
-        if core.is_stopping() && enter(&c.state).phase == Phase::Behind {
-            return c.end(STOPPING, spread(core.config.retry, 50, 150), None).into();
-        }
-        if enter(&c.state).phase == Phase::Behind {
-            c.end_silently();
-        }
-        match result {
-            Ok(()) => "the handler returned".into(),
-            Err(error) => error.to_string().into(),
-        }
+impl<'a> Stream<'a> {
+    /// Takes a place among the streams and writes the head; once for each request.
+    ///
+    /// # Errors
+    /// There is no stream, and why.
+    pub(crate) fn open(request: &'a Request<'a>) -> Result<Stream<'a>, Reason> {
+        let (sender, closed) = bounded(0);
+        let c = &**request.c;
+        // Before the place is taken: stopping drops it for all that it finds there.
+        enter(&c.state).open = Some(sender);
+        (request.open)()?;
+        Ok(Stream { c, core: request.core, request, stray: 0, closed })
     }
 }
 
@@ -103,19 +84,35 @@ impl Stream<'_> {
         }
     }
 
-    /// What the request's query says of `name`, percent-decoded.
-    pub fn query(&self, name: &str) -> Option<&str> {
-        self.query.get(name)
+    /// What asked for this stream.
+    pub fn request(&self) -> &Request<'_> {
+        self.request
     }
 
-    /// The id after which a page that reconnects wants to go on.
-    pub fn last_event_id(&self) -> Option<&str> {
-        self.last_event_id.as_deref()
-    }
-
-    /// The other end's address.
-    pub fn peer(&self) -> SocketAddr {
-        self.c.peer
+    /// For a `select!` beside a channel of the program's own: nothing ever comes of it, and it is disconnected once the
+    /// page has gone or the server is stopping, whatever the handler is doing.
+    ///
+    /// ```
+    /// # fn main() -> std::io::Result<()> {
+    /// # use brooklet::{Config, Event, Server};
+    /// use brooklet::crossbeam_channel::{select, unbounded};
+    /// # let server = Server::bind("127.0.0.1:0", Config::default())?;
+    /// let (_sender, moves) = unbounded::<String>(); // a program's own
+    /// server.stream("/moves", move |stream| {
+    ///     loop {
+    ///         select! {
+    ///             recv(stream.closed()) -> _ => return Ok(()),
+    ///             recv(moves) -> text => match text {
+    ///                 Ok(text) => stream.send(&Event::new(text))?,
+    ///                 Err(_) => return Ok(()), // no more moves
+    ///             },
+    ///         }
+    ///     }
+    /// })?;
+    /// # Ok(()) }
+    /// ```
+    pub fn closed(&self) -> &Receiver<Infallible> {
+        &self.closed
     }
 
     /// Writes one frame, waiting for the peer.
@@ -137,10 +134,10 @@ impl Stream<'_> {
 
     /// From here on every call fails with this reason.
     fn close(&self, reason: Reason) {
-        enter(&self.c.state).phase = Phase::Closed(reason);
+        enter(&self.c.state).close(reason);
     }
 
-    fn check_open(&self) -> io::Result<()> {
+    pub(crate) fn check_open(&self) -> io::Result<()> {
         match enter(&self.c.state).phase {
             Phase::Closed(reason) => Err(io::Error::other(reason)),
             _ if self.core.is_stopping() => Err(io::Error::other(STOPPING)),

@@ -83,6 +83,11 @@ impl<'a> Subscription<'a> {
         Some(Subscription { core, c, lane, names, start, told, poll_until, deadline })
     }
 
+    /// The topics that it follows.
+    pub fn names(&self) -> Arc<[Arc<str>]> {
+        self.names.clone()
+    }
+
     /// Serves the stream to its end, and returns why it ended.
     pub fn serve(mut self, head: String) -> Reason {
         if let Err(reason) = self.begin(head) {

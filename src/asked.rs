@@ -1,0 +1,134 @@
+//! What a program's route sees of a request.
+//!
+//! All of it was read before the program is called: the head strictly, the body within its limit and time. So whatever a
+//! handler does with it, it waits for nothing, and a peer that sends slowly holds no handler. Text from outside stands
+//! here as it came, but whole and decoded once: quote it before it goes into a page or a log.
+
+use crate::connection::{Connection, Reason};
+use crate::hub::Core;
+use crate::target::Query;
+use crate::text::invalid;
+use std::fmt;
+use std::io;
+use std::net::SocketAddr;
+use std::sync::{Arc, OnceLock};
+
+/// Finds a place among the streams and writes the head; else the stream is rejected in a way that a browser comes back
+/// from, and this says why.
+pub type Opener<'a> = dyn Fn() -> Result<(), Reason> + Sync + 'a;
+
+/// What a request says, taken out of its head and its body.
+pub struct Parts {
+    pub method: String,
+    pub path: String,
+    /// Where in the path begins what follows the route.
+    pub rest_at: usize,
+    pub query: Query,
+    /// The fields of its head, each line with its CRLF.
+    pub fields: String,
+    pub last_event_id: Option<String>,
+    pub body: Vec<u8>,
+}
+
+/// A request to a route of the program: see [`Server::route`](crate::Server::route).
+///
+/// Its handler answers it with an [`Answer`](crate::Answer), opens a [stream](Request::stream), or lets it
+/// [follow](Request::follow) topics.
+pub struct Request<'a> {
+    pub(crate) parts: Parts,
+    pub(crate) c: &'a Arc<Connection>,
+    pub(crate) core: &'a Core,
+    pub(crate) open: &'a Opener<'a>,
+    /// Set once a stream was asked for; then whether there is one.
+    pub(crate) opened: OnceLock<Result<(), Reason>>,
+}
+
+impl Request<'_> {
+    /// `GET`, `POST`, `PUT`, `PATCH` or `DELETE`. A `HEAD` is seen as the `GET` whose head it asks for, and its answer's
+    /// body is not sent; `OPTIONS` is answered without the program.
+    pub fn method(&self) -> &str {
+        match self.parts.method.as_str() {
+            "HEAD" => "GET",
+            method => method,
+        }
+    }
+
+    /// The path, percent-decoded once; begins with a slash.
+    pub fn path(&self) -> &str {
+        &self.parts.path
+    }
+
+    /// What follows the route in the path: of `/jobs/7/log`, `7/log` for a route `/jobs/`. Empty for a route that does not
+    /// end with a slash.
+    pub fn rest(&self) -> &str {
+        &self.parts.path[self.parts.rest_at..]
+    }
+
+    /// The value of the query's first parameter of this name, percent-decoded; a plus sign stays one.
+    pub fn query(&self, name: &str) -> Option<&str> {
+        self.parts.query.get(name)
+    }
+
+    /// All parameters of the query, in their order.
+    pub fn queries(&self) -> impl Iterator<Item = (&str, &str)> {
+        self.parts.query.0.iter().map(|(name, value)| (name.as_str(), value.as_str()))
+    }
+
+    /// The value of the first field of this name, whose case does not matter. Bytes that are not UTF-8 are replaced.
+    pub fn field(&self, name: &str) -> Option<&str> {
+        self.fields().find(|(field, _)| field.eq_ignore_ascii_case(name)).map(|(_, value)| value)
+    }
+
+    /// All fields of the head, in their order and as they were written.
+    pub fn fields(&self) -> impl Iterator<Item = (&str, &str)> {
+        let fields = self.parts.fields.split("\r\n").filter_map(|line| line.split_once(':'));
+        fields.map(|(name, value)| (name, value.trim_matches([' ', '\t'])))
+    }
+
+    /// The value of the first cookie of this name. Where two paths or domains have set one of the same name, a browser
+    /// sends both; which is first is its decision, so a session cookie is best called `__Host-…`
+    /// ([RFC 6265bis §4.1.3](https://www.rfc-editor.org/rfc/rfc6265#section-4.1.3)).
+    pub fn cookie(&self, name: &str) -> Option<&str> {
+        let lines = self.fields().filter(|(field, _)| field.eq_ignore_ascii_case("cookie"));
+        let mut cookies = lines.flat_map(|(_, cookies)| cookies.split(';')).filter_map(|cookie| cookie.split_once('='));
+        cookies.find(|(cookie, _)| cookie.trim() == name).map(|(_, value)| value.trim())
+    }
+
+    /// The id after which a page that reconnects wants to go on: the field `Last-Event-ID`, unless it is empty.
+    pub fn last_event_id(&self) -> Option<&str> {
+        self.parts.last_event_id.as_deref()
+    }
+
+    /// The body, whole: at most [`Config::body_bytes`](crate::Config::body_bytes).
+    pub fn body(&self) -> &[u8] {
+        &self.parts.body
+    }
+
+    /// The body as text.
+    ///
+    /// # Errors
+    /// [`InvalidInput`](io::ErrorKind::InvalidInput) where it is not UTF-8; returned from the handler, it is answered
+    /// with 400.
+    pub fn text(&self) -> io::Result<&str> {
+        match str::from_utf8(&self.parts.body) {
+            Ok(text) => Ok(text),
+            Err(error) => invalid(format!("the body is not UTF-8 from byte {} on", error.valid_up_to())),
+        }
+    }
+
+    /// The other end's address: behind a proxy, the proxy's.
+    pub fn peer(&self) -> SocketAddr {
+        self.c.peer
+    }
+
+    pub(crate) fn is_head(&self) -> bool {
+        self.parts.method == "HEAD"
+    }
+}
+
+/// Without fields and body: they may hold secrets.
+impl fmt::Debug for Request<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Request({} {:?} from {})", self.parts.method, self.parts.path, self.c.peer)
+    }
+}
