@@ -64,6 +64,7 @@
 #![forbid(unsafe_code)]
 #![warn(missing_docs)]
 
+mod program; // what a program adds to its server
 mod server; // bind, accept, start and stop
 mod conversation; // one connection on its thread: requests one after another
 mod routes; // what each request gets

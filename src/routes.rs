@@ -129,7 +129,7 @@ impl Routes {
     /// # Errors
     /// A refusal is a response, too; it says whether the connection goes on.
     pub fn reply(&self, reader: &mut Reader, request: &mut Request) -> Result<Reply, Response> {
-        self.door.check_host(request)?;
+        self.door.check_host(request, &reader.c.socket)?;
         let path = request.path.clone();
         let own = self.find(&path);
         let Some(allow) = methods_of(&path, own.as_ref().map(|(route, _)| route.kind)) else {

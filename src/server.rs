@@ -5,26 +5,23 @@
 //! its own. Stopping is over within a second, whatever peers and disks do: first streams are ended in order, then
 //! sockets are cut, then lanes and the journal end, each with its share of the time.
 
-use crate::asked::Request;
 use crate::config::{Config, Log};
 use crate::connection::STOPPING;
 use crate::conversation::{self, Shared};
 use crate::door::Door;
-use crate::handler::{Answer, check_content_type};
 use crate::hub::{Core, Hub, STOP_WAIT};
 use crate::lane::{self, ToLane};
 use crate::log::{Logger, OncePerSecond};
 use crate::metrics::Counters;
 use crate::places::Places;
-use crate::routes::{Kind, Route, Routes};
-use crate::stream::Stream;
-use crate::sync::start_thread;
+use crate::routes::Routes;
+use crate::sync::{enter, start_thread};
 use crate::system::{self, AddressSpace};
-use crate::watch::Presence;
 use std::io::{self, ErrorKind};
+use std::mem;
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
-use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
+use std::sync::{Arc, Mutex, OnceLock};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
@@ -44,22 +41,31 @@ const NAMED_PEERS: usize = 10;
 /// A server that is bound but does not serve yet: add pages and streams, then [`run`](Server::run) or
 /// [`spawn`](Server::spawn) it.
 pub struct Server {
-    handle: Handle,
+    pub(crate) handle: Handle,
 }
 
-/// A running server. Dropping it stops everything: streams get a reconnection time and their end, and after a second at
+/// A running server. It is used by reference, so an `Arc` or a scope shares it among threads. Dropping it stops everything: streams get a reconnection time and their end, and after a second at
 /// most every thread has ended. Only these may take longer: handlers that do not return (they find their socket
 /// closed), the journal's thread and programs' own while the disk is stuck, and the log's while stderr takes nothing.
 pub struct Handle {
-    shared: Arc<Shared>,
+    pub(crate) shared: Arc<Shared>,
+    /// None where the program accepts.
+    listening: Option<Listening>,
+    address_space: Arc<AddressSpace>,
+    /// None before [`Server::spawn`], and once they are joined.
+    acceptors: Mutex<Vec<JoinHandle<()>>>,
+    lanes: Mutex<Vec<JoinHandle<()>>>,
+    /// How many connections' threads had not ended when it had stopped.
+    stopped: OnceLock<usize>,
+}
+
+/// An address of our own.
+struct Listening {
     listener: Arc<TcpListener>,
+    address: SocketAddr,
     /// The listening socket as one that can be shut down, which wakes every acceptor. Made at the start, since stopping
     /// must work without a descriptor left.
     doorbell: TcpStream,
-    address_space: Arc<AddressSpace>,
-    /// None before [`Server::spawn`], and once they are joined.
-    acceptors: Vec<JoinHandle<()>>,
-    lanes: Vec<JoinHandle<()>>,
 }
 
 impl Server {
@@ -76,6 +82,38 @@ impl Server {
         let address = listener.local_addr()?;
         check_reach(&config, address)?;
         let doorbell = TcpStream::from(std::os::fd::OwnedFd::from(listener.try_clone()?));
+        Server::start(Some(Listening { listener: Arc::new(listener), address, doorbell }), config)
+    }
+
+    /// A server that listens nowhere: the program accepts connections itself and hands them to [`Handle::serve`], so it
+    /// is the program that decides who can reach it. On the connections that come over loopback, hosts are checked as on
+    /// a server that listens there.
+    ///
+    /// # Errors
+    /// Those of [`Server::bind`] that are not about an address.
+    ///
+    /// ```
+    /// # fn main() -> std::io::Result<()> {
+    /// # use brooklet::{Config, Server};
+    /// # use std::net::TcpListener;
+    /// let server = Server::new(Config::default())?.spawn()?;
+    /// let listener = TcpListener::bind("127.0.0.1:0")?;
+    /// # let client = std::net::TcpStream::connect(listener.local_addr()?)?;
+    /// # server.stop();
+    /// for socket in listener.incoming() {
+    ///     if let Err(_gone) = server.serve(socket?) {
+    ///         // the client had closed it already, or the server has stopped
+    /// #       break;
+    ///     }
+    /// }
+    /// # Ok(()) }
+    /// ```
+    pub fn new(config: Config) -> io::Result<Server> {
+        config.check()?;
+        Server::start(None, config)
+    }
+
+    fn start(listening: Option<Listening>, config: Config) -> io::Result<Server> {
         // The log's thread and the listener first: what is left of the system's limits is for connections.
         let log = Arc::new(Logger::start(config.log)?);
         let lane_count = if config.lanes == 0 { default_lanes() } else { config.lanes };
@@ -89,131 +127,19 @@ impl Server {
         let core = Arc::new(Core::new(config, lanes, counters, &log)?);
         let places = Arc::new(Places::new(core.config.subscribers, core.config.connections));
         // Only a server on loopback knows all of its names; the door needs its port to tell them from other servers'.
-        let door = Door::new(&core.config, Some(address.port()).filter(|_| address.ip().is_loopback()));
+        let address = listening.as_ref().map(|listening| listening.address);
+        let door = Door::new(&core.config, address);
         let routes = Routes::new(Hub { core: core.clone() }, door, places.clone(), log.clone());
         let handle = Handle {
             shared: Arc::new(Shared { core, places, routes, log, evicted: OncePerSecond::default() }),
-            listener: Arc::new(listener),
-            doorbell,
+            listening,
             address_space: Arc::new(AddressSpace::read()),
-            acceptors: Vec::new(),
-            lanes: threads,
+            acceptors: Mutex::default(),
+            lanes: Mutex::new(threads),
+            stopped: OnceLock::new(),
         };
         handle.shared.core.start_journal_thread()?;
         Ok(Server { handle })
-    }
-
-    /// Answers whatever is asked of `path` with what the handler says: see [`Request`] and [`Answer`]. A path that ends in
-    /// a slash is also the route of everything below it, unless a longer one fits; [`Request::rest`] has what follows.
-    /// The server's own paths (`/events/…`, `/health`, `/metrics`) come first. A path that had a route gets the new one.
-    ///
-    /// What is checked before the handler is called: the request is whole and well-formed, its body is at most
-    /// [`Config::body_bytes`] and came within [`Config::body_time`] (413, 408); on loopback, the host is one of this
-    /// machine's names or of [`Config::allow_origins`]; and for all but `GET`, the page that asks is of this server's origin
-    /// or an allowed one (403). [Tokens](Config::publish_tokens) are for topics: who may use a route is decided by its
-    /// handler.
-    ///
-    /// An error of the handler's becomes the answer while no stream is open: 400 for
-    /// [`InvalidInput`](ErrorKind::InvalidInput), with its text, so that a handler can return the errors of
-    /// [`Request::text`] and of the [`Hub`]; what the hub says when it has no room or is stopping, 503 or 507; any other
-    /// 500, and its text stands only in the log. So does a panic's.
-    ///
-    /// The handler runs on the connection's own thread, beside those of other connections. Its stack has 128 KiB: what is
-    /// large belongs on the heap.
-    ///
-    /// # Errors
-    /// [`ErrorKind::InvalidInput`] for a path that does not begin with a slash, that is the server's own, or that has
-    /// control characters, `?` or `#` in it.
-    ///
-    /// ```
-    /// # fn main() -> std::io::Result<()> {
-    /// # use brooklet::{Answer, Config, Event, Server};
-    /// # let server = Server::bind("127.0.0.1:0", Config::default())?;
-    /// let hub = server.hub();
-    /// server.route("/rooms/", move |request| match (request.method(), request.rest()) {
-    ///     ("GET", room) => request.follow([room]),
-    ///     ("POST", room) => {
-    ///         let id = hub.publish(room, Event::new(request.text()?))?;
-    ///         Ok(Answer::text(201, id))
-    ///     }
-    ///     _ => Ok(Answer::empty(405).field("Allow", "GET, POST")),
-    /// })?;
-    /// # Ok(()) }
-    /// ```
-    pub fn route<H>(&self, path: &str, handler: H) -> io::Result<()>
-    where
-        H: Fn(&Request) -> io::Result<Answer> + Send + Sync + 'static,
-    {
-        self.add(path, Kind::Own, handler)
-    }
-
-    /// Answers `GET path` with these bytes: a page, a script, a small answer of one's own. Other sites may not show it in
-    /// a frame.
-    ///
-    /// # Errors
-    /// [`ErrorKind::InvalidInput`] for a path that may not be, as for [`Server::route`]; and for what is no content type.
-    pub fn page(&self, path: &str, content_type: &str, body: impl Into<Vec<u8>>) -> io::Result<()> {
-        check_content_type(content_type)?;
-        let (content_type, body): (String, Arc<[u8]>) = (content_type.into(), body.into().into());
-        self.add(path, Kind::Page, move |_| {
-            // In a frame of another site, a page that publishes could be made to take a click not meant for it.
-            Ok(Answer::shared(200, content_type.clone(), body.clone()).field("X-Frame-Options", "SAMEORIGIN"))
-        })
-    }
-
-    /// Answers `GET path` with a stream that `handler` writes, until it returns or the page closes. Where
-    /// [`Config::subscribe_tokens`] are set, one of them must be shown, as for topics. For all else it is a
-    /// [route](Server::route) whose handler [opens a stream](Request::stream) at once.
-    ///
-    /// # Errors
-    /// [`ErrorKind::InvalidInput`] for a path that may not be, as for [`Server::route`].
-    ///
-    /// ```
-    /// # fn main() -> std::io::Result<()> {
-    /// # use brooklet::{Config, Event, Server};
-    /// # use std::time::Duration;
-    /// # let server = Server::bind("127.0.0.1:0", Config::default())?;
-    /// server.stream("/clock", |stream| {
-    ///     for tick in 0.. {
-    ///         stream.send(&Event::new(tick.to_string()))?;
-    ///         stream.sleep(Duration::from_secs(1))?; // ends at once when the page is closed
-    ///     }
-    ///     Ok(())
-    /// })?;
-    /// # Ok(()) }
-    /// ```
-    pub fn stream<H>(&self, path: &str, handler: H) -> io::Result<()>
-    where
-        H: Fn(&mut Stream) -> io::Result<()> + Send + Sync + 'static,
-    {
-        self.add(path, Kind::Stream, move |request| handler(&mut request.stream()?).map(|()| Answer::ended()))
-    }
-
-    fn add<H>(&self, path: &str, kind: Kind, handler: H) -> io::Result<()>
-    where
-        H: Fn(&Request) -> io::Result<Answer> + Send + Sync + 'static,
-    {
-        self.handle.shared.routes.add(path, Route { kind, handler: Arc::new(handler) })
-    }
-
-    /// Calls `hook` for each subscriber of topics that comes over the network, and again when it has gone, with the
-    /// reason. It is called on a thread of the server's, with no lock held, so it may take its time and publish; what
-    /// comes and goes meanwhile may wait for it. A hook that panics is called again for the next. There is one hook: the
-    /// last that was given.
-    ///
-    /// ```
-    /// # fn main() -> std::io::Result<()> {
-    /// # use brooklet::{Config, Event, Server};
-    /// # let server = Server::bind("127.0.0.1:0", Config::default())?;
-    /// let hub = server.hub();
-    /// server.on_subscription(move |presence| {
-    ///     let what = if presence.ended.is_some() { "left" } else { "came" };
-    ///     let _ = hub.publish("lobby", Event::new(format!("{} {what}", presence.peer)));
-    /// });
-    /// # Ok(()) }
-    /// ```
-    pub fn on_subscription(&self, hook: impl Fn(&Presence) + Send + Sync + 'static) {
-        self.handle.shared.core.watch.set(hook);
     }
 
     /// The hub, to publish with.
@@ -221,31 +147,44 @@ impl Server {
         self.handle.hub()
     }
 
+    /// The address that is bound, also where port 0 was asked for.
+    ///
+    /// # Errors
+    /// [`ErrorKind::AddrNotAvailable`]: it listens nowhere ([`Server::new`]).
+    pub fn addr(&self) -> io::Result<SocketAddr> {
+        self.handle.addr()
+    }
+
     /// Serves until the process ends.
     ///
     /// # Errors
-    /// No thread can be started.
+    /// No thread can be started; or it listens nowhere, so there is nothing to wait for
+    /// ([`ErrorKind::AddrNotAvailable`]): [`spawn`](Server::spawn) it.
     pub fn run(self) -> io::Result<()> {
-        let mut handle = self.spawn()?;
-        for acceptor in handle.acceptors.drain(..) {
+        self.addr()?;
+        let handle = self.spawn()?;
+        let acceptors = mem::take(&mut *enter(&handle.acceptors));
+        for acceptor in acceptors {
             let _ = acceptor.join();
         }
         Ok(())
     }
 
-    /// Serves in the background until the handle is dropped.
+    /// Serves in the background until the handle is stopped or dropped.
     ///
     /// # Errors
     /// No thread can be started.
-    pub fn spawn(mut self) -> io::Result<Handle> {
-        for n in 0..ACCEPTORS {
-            let handle = &mut self.handle;
-            let (shared, space, listener) =
-                (handle.shared.clone(), handle.address_space.clone(), handle.listener.clone());
-            let accept_all = Box::new(move || accept_all(&shared, &space, &listener));
-            handle.acceptors.push(start_thread(format!("accept {n}"), accept_all)?);
+    pub fn spawn(self) -> io::Result<Handle> {
+        let handle = self.handle;
+        if let Some(listening) = &handle.listening {
+            for n in 0..ACCEPTORS {
+                let (shared, space) = (handle.shared.clone(), handle.address_space.clone());
+                let listener = listening.listener.clone();
+                let accept_all = Box::new(move || accept_all(&shared, &space, &listener));
+                enter(&handle.acceptors).push(start_thread(format!("accept {n}"), accept_all)?);
+            }
         }
-        Ok(self.handle)
+        Ok(handle)
     }
 }
 
@@ -258,38 +197,43 @@ impl Handle {
     /// The address that is bound.
     ///
     /// # Errors
-    /// What the system says when asked for it.
+    /// [`ErrorKind::AddrNotAvailable`]: it listens nowhere ([`Server::new`]).
     pub fn addr(&self) -> io::Result<SocketAddr> {
-        self.listener.local_addr()
+        let address = self.listening.as_ref().map(|listening| listening.address);
+        address.ok_or_else(|| io::Error::new(ErrorKind::AddrNotAvailable, "this server listens nowhere itself"))
     }
 
-    /// Takes over a connection that another accept loop has accepted, from before its first request.
+    /// Takes over a connection that another accept loop has accepted, from before its first request. Whether its socket
+    /// blocks makes no difference. Where there is no room, it is closed, as one of our own would be.
     ///
     /// # Errors
-    /// The connection has gone already. Where there is no room, it is closed, as one of our own would be.
+    /// The connection has gone already; or [`ErrorKind::NotConnected`], the server is stopping. The socket is closed.
     pub fn serve(&self, socket: TcpStream) -> io::Result<()> {
+        self.shared.core.check_running()?;
         let peer = socket.peer_addr()?;
         admit(&self.shared, &self.address_space, socket, peer);
         Ok(())
     }
 
-    /// Stops everything, as dropping does, and returns how many connections' threads have not ended within the second.
-    pub fn stop(mut self) -> usize {
-        self.stop_once()
+    /// Stops everything, as dropping does, and returns how many connections' threads have not ended within the second:
+    /// they are in handlers that do not return. Whoever calls it again, or meanwhile, waits for the first and gets the
+    /// same. Not to be called from a handler, which would wait for itself for a second.
+    pub fn stop(&self) -> usize {
+        *self.stopped.get_or_init(|| self.stop_once())
     }
 
-    /// Stops in this order: accepting, connections, lanes, journal, log; each is still needed by those before it. 0
-    /// where it has stopped already.
-    fn stop_once(&mut self) -> usize {
+    /// Stops in this order: accepting, connections, lanes, journal, log; each is still needed by those before it.
+    fn stop_once(&self) -> usize {
         let (core, log) = (&self.shared.core, &self.shared.log);
-        if !core.stop() {
-            return 0;
-        }
-        if self.doorbell.shutdown(Shutdown::Both).is_err() {
+        core.stop();
+        let acceptors = mem::take(&mut *enter(&self.acceptors));
+        if let Some(Listening { doorbell, address, .. }) = &self.listening
+            && doorbell.shutdown(Shutdown::Both).is_err()
+        {
             // Not every system lets a listening socket be shut down; a connection wakes an acceptor, too.
-            let _ = self.addr().map(|address| self.acceptors.iter().for_each(|_| drop(TcpStream::connect(address))));
+            acceptors.iter().for_each(|_| drop(TcpStream::connect(address)));
         }
-        for acceptor in self.acceptors.drain(..) {
+        for acceptor in acceptors {
             let _ = acceptor.join();
         }
         let deadline = Instant::now() + STOP_TIME; // for connections and journal together
@@ -297,7 +241,7 @@ impl Handle {
         for lane in &core.lanes {
             let _ = lane.send(ToLane::Stop);
         }
-        for lane in self.lanes.drain(..) {
+        for lane in mem::take(&mut *enter(&self.lanes)) {
             let _ = lane.join();
         }
         core.close_journal(deadline);
@@ -308,7 +252,7 @@ impl Handle {
 
 impl Drop for Handle {
     fn drop(&mut self) {
-        self.stop_once();
+        self.stop();
     }
 }
 
