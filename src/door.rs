@@ -70,7 +70,7 @@ impl Door {
         refuse(
             403,
             format!(
-                "{} is not this server: behind a proxy, start it with --allow-origin https://…, and pass that host on",
+                "{} is not this server: behind a proxy, name the public origin in allow_origins (--allow-origin https://…), and pass that host on",
                 quoted(host)
             ),
         )
@@ -88,7 +88,10 @@ impl Door {
         if is_own || self.is_allowed(origin) {
             return Ok(());
         }
-        decline(403, format!("pages of {} may not publish: allow them with --allow-origin", quoted(origin)))
+        decline(
+            403,
+            format!("pages of {} may not publish: name them in allow_origins (--allow-origin)", quoted(origin)),
+        )
     }
 
     /// The header lines, each with its CRLF, that let a page of another origin read a response:

@@ -109,14 +109,14 @@ pub struct Subscriber {
     core: Arc<Core>,
     names: Arc<[Arc<str>]>,
     /// Everything up to here was read, or is not for this subscriber.
-    cursor: Id,
+    read_to: Id,
     /// What each topic had forgotten when the subscriber was last told of a gap.
     told: Vec<Id>,
     bell: Bell,
     /// What was read and not taken yet, each with its id: at most one run, or one event if it is larger.
     read: VecDeque<(Id, News)>,
     /// The id of what was taken last.
-    at: Id,
+    cursor: Id,
 }
 
 impl Hub {
@@ -154,7 +154,7 @@ impl Hub {
         drop(history);
         let gap = gap.map(|gap| (gap.id, News::Gap { oldest }));
         let bell = core.bells.add(&names);
-        Ok(Subscriber { core, names, cursor, told, bell, read: gap.into_iter().collect(), at: cursor })
+        Ok(Subscriber { core, names, read_to: cursor, told, bell, read: gap.into_iter().collect(), cursor })
     }
 
     /// What a topic keeps now, oldest first; nothing for a topic that is not in use. The newest comes by
@@ -198,7 +198,7 @@ impl Subscriber {
         }
         let (id, news) =
             self.read.pop_front().ok_or(if is_over { TryRecvError::Disconnected } else { TryRecvError::Empty })?;
-        self.at = id;
+        self.cursor = id;
         Ok(news)
     }
 
@@ -251,25 +251,25 @@ impl Subscriber {
     /// The id of the event or gap that was taken last, or where the subscription began: `Since::After` this goes on from
     /// here, also in another process where there is a journal.
     pub fn cursor(&self) -> Id {
-        self.at
+        self.cursor
     }
 
     /// Reads what comes after the cursor: a gap, some events, or nothing.
     fn read_on(&mut self) {
         let history = self.core.history();
-        match history.next(&self.names, self.cursor, &self.told, Framing::Plain) {
+        match history.next(&self.names, self.read_to, &self.told, Framing::Plain) {
             Next::Nothing => {}
             Next::Gap(gap) => {
                 self.told = history.told(&self.names);
-                let oldest = history.whole_from(&self.names, self.cursor);
-                self.cursor = self.cursor.max(gap.id);
-                self.read.push_back((self.cursor, News::Gap { oldest }));
+                let oldest = history.whole_from(&self.names, self.read_to);
+                self.read_to = self.read_to.max(gap.id);
+                self.read.push_back((self.read_to, News::Gap { oldest }));
             }
             Next::Events(run) => {
                 let topic = |event: &Encoded| history.topic_of(&self.names, event.id).unwrap_or_default();
                 let topics: Vec<_> = run.events.iter().map(|(event, _)| topic(event)).collect();
                 drop(history); // before the events are read
-                self.cursor = run.newest();
+                self.read_to = run.newest();
                 let events = run.events.iter().zip(topics);
                 let read = events.map(|((event, _), topic)| (event.id, News::Event(Published::read(topic, event))));
                 self.read.extend(read);

@@ -97,7 +97,7 @@ mod places; // who is here, and who makes room
 mod connection; // one socket, and whose it is
 mod encoded; // an event's bytes, shared by all who get it
 mod system; // what the system allows
-mod log; // lines for stderr
+mod log; // its lines
 mod metrics; // what is counted
 mod event; // Event, Id, and their bytes
 mod config; // every limit
@@ -107,7 +107,7 @@ mod authority; // hosts and ports
 mod text; // durations, quoting
 
 pub use asked::Request;
-pub use config::{Config, Log, Token};
+pub use config::{Config, Log, LogTo, Token};
 pub use crossbeam_channel;
 pub use event::{Event, Id};
 pub use follower::{News, Published, Since, Subscriber};

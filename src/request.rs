@@ -170,7 +170,7 @@ impl Request {
                 }
             }
         }
-        refuse(413, format!("the body is longer than {limit} bytes (--body-bytes): send less, or lines by PUT"))
+        refuse(413, format!("the body is longer than {limit} bytes (body_bytes): send less, or lines by PUT"))
     }
 }
 

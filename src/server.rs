@@ -115,7 +115,7 @@ impl Server {
 
     fn start(listening: Option<Listening>, config: Config) -> io::Result<Server> {
         // The log's thread and the listener first: what is left of the system's limits is for connections.
-        let log = Arc::new(Logger::start(config.log)?);
+        let log = Arc::new(Logger::start(&config)?);
         let lane_count = if config.lanes == 0 { default_lanes() } else { config.lanes };
         let config = system::fit(config, lane_count, &log)?;
         let (mut lanes, mut threads, counters) = (Vec::new(), Vec::new(), Arc::new(Counters::default()));
@@ -261,9 +261,8 @@ fn check_reach(config: &Config, address: SocketAddr) -> io::Result<()> {
     if config.open || !config.publish_tokens.is_empty() || address.ip().is_loopback() {
         return Ok(());
     }
-    let reason = format!(
-        "{address} is beyond loopback, so whoever reaches it could publish: give --publish-token TOKEN, or say --open"
-    );
+    let reason =
+        format!("open: {address} is beyond loopback, so whoever reaches it could publish: set publish_tokens, or open");
     Err(io::Error::new(ErrorKind::PermissionDenied, reason))
 }
 
