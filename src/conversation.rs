@@ -222,9 +222,9 @@ impl Conversation {
         match Subscription::open(core, c, &core.lanes[count % core.lanes.len()], wanted) {
             Some(subscription) => {
                 let names = subscription.names();
-                core.watch.tell(&names, c.peer, None);
+                core.presence.tell(&names, c.peer, None);
                 let reason = subscription.serve(head);
-                core.watch.tell(&names, c.peer, Some(c.cut.get().copied().unwrap_or(reason)));
+                core.presence.tell(&names, c.peer, Some(c.cut.get().copied().unwrap_or(reason)));
                 reason
             }
             None => self.reject(&head, NO_NAMES),
@@ -254,7 +254,7 @@ impl Conversation {
     /// time is spread, or all that were rejected would return at the same moment.
     fn reject(&self, head: &str, why: Reason) -> Reason {
         self.shared.core.counters.rejected.fetch_add(1, Relaxed);
-        self.shared.log.warn(format_args!("{} is sent away: {why}", self.c.peer));
+        self.shared.log.warn(format_args!("{} was rejected: {why}", self.c.peer));
         match self.c.write_whole(head.as_bytes(), Instant::now() + LINGER) {
             Ok(()) => self.c.end(why, spread(self.config().retry, 50, 150), None),
             Err(reason) => reason, // half a head: nothing may follow

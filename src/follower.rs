@@ -6,9 +6,9 @@
 //! twice, since nothing changes hands; that it wakes for each event is shown in `bell.rs`.
 
 use crate::bell::Bell;
+use crate::cursor::{Next, Start};
 use crate::encoded::{Encoded, Framing};
 use crate::event::{Event, Id};
-use crate::history::{Next, Start};
 use crate::hub::{Core, Hub, check_topic};
 use crate::text::{LONGEST, invalid};
 use crossbeam_channel::{Receiver, RecvTimeoutError, TryRecvError};
@@ -178,8 +178,8 @@ impl Hub {
         topic: &str,
     ) -> io::Result<impl DoubleEndedIterator<Item = Published> + ExactSizeIterator + use<>> {
         check_topic(topic)?;
-        let kept = self.core.history().kept(topic);
         let topic: Arc<str> = topic.into();
+        let kept = self.core.history().kept(&topic);
         Ok(kept.into_iter().map(move |event| Published::read(topic.clone(), &event)))
     }
 }

@@ -9,8 +9,8 @@
 use crate::asked::{Opener, Parts, Request};
 use crate::clock::spread;
 use crate::connection::{Connection, Phase, Reason, STOPPING};
+use crate::cursor::Start;
 use crate::follower::{Since, topic_names};
-use crate::history::Start;
 use crate::hub::Core;
 use crate::response::Response;
 use crate::stream::Stream;

@@ -4,10 +4,10 @@
 
 use crate::asked::Request;
 use crate::handler::{Answer, check_content_type};
+use crate::presence::Presence;
 use crate::routes::{Kind, Route};
 use crate::server::Server;
 use crate::stream::Stream;
-use crate::watch::Presence;
 use std::io;
 use std::sync::Arc;
 
@@ -122,6 +122,6 @@ impl Server {
     /// # Ok(()) }
     /// ```
     pub fn on_subscription(&self, hook: impl Fn(&Presence) + Send + Sync + 'static) {
-        self.handle.shared.core.watch.set(hook);
+        self.handle.shared.core.presence.set(hook);
     }
 }

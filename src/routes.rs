@@ -9,10 +9,11 @@
 
 use crate::asked::Parts;
 use crate::connection::STOPPING;
+use crate::cursor::Start;
 use crate::door::Door;
 use crate::follower::topic_names;
 use crate::handler::{Handled, Handler};
-use crate::history::{Start, Totals};
+use crate::history::Totals;
 use crate::hub::{Core, Hub};
 use crate::log::{Logger, OncePerSecond};
 use crate::metrics::{self, Gauges};
