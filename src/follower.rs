@@ -237,8 +237,10 @@ impl Subscriber {
     ///             recv(stream.closed()) -> _ => return Ok(()),
     ///             recv(news.ready()) -> _ => {}
     ///         }
-    ///         while let Ok(News::Event(event)) = news.try_next() {
-    ///             stream.send(&Event::new(event.data.to_uppercase()))?;
+    ///         while let Ok(item) = news.try_next() {
+    ///             if let News::Event(event) = item {
+    ///                 stream.send(&Event::new(event.data.to_uppercase()))?;
+    ///             }
     ///         }
     ///     }
     /// })?;

@@ -32,6 +32,11 @@ impl PresenceHook {
         *enter(&self.0) = Some(Arc::new(hook));
     }
 
+    /// Lets go of the hook, which may hold a hub, and so what holds the hook.
+    pub fn clear(&self) {
+        *enter(&self.0) = None;
+    }
+
     /// Calls the hook: once when a subscription begins, once with the reason when it ends. No lock may be held.
     pub fn tell(&self, topics: &[Arc<str>], peer: SocketAddr, ended: Option<Reason>) {
         let hook = enter(&self.0).clone(); // given up before the call: the hook may set another

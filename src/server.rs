@@ -244,6 +244,7 @@ impl Handle {
         for lane in mem::take(&mut *enter(&self.lanes)) {
             let _ = lane.join();
         }
+        core.presence.clear();
         core.close_journal(deadline);
         log.finish();
         left

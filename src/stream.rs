@@ -42,6 +42,11 @@ impl<'a> Stream<'a> {
         (request.open)()?;
         Ok(Stream { c, core: request.core, request, stray: 0, closed })
     }
+
+    /// What asked for this stream.
+    pub fn request(&self) -> &'a Request<'a> {
+        self.request
+    }
 }
 
 impl Stream<'_> {
@@ -82,11 +87,6 @@ impl Stream<'_> {
                 self.close(reason);
             }
         }
-    }
-
-    /// What asked for this stream.
-    pub fn request(&self) -> &Request<'_> {
-        self.request
     }
 
     /// For a `select!` beside a channel of the program's own: nothing ever comes of it, and it is disconnected once the
