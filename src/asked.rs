@@ -4,6 +4,7 @@
 //! handler does with it, it waits for nothing, and a peer that sends slowly holds no handler. Text from outside stands
 //! here as it came, but whole and decoded once: quote it before it goes into a page or a log.
 
+use crate::config::Token;
 use crate::connection::{Connection, Reason};
 use crate::hub::Core;
 use crate::target::Query;
@@ -26,6 +27,8 @@ pub struct Parts {
     pub query: Query,
     /// The fields of its head, each line with its CRLF.
     pub fields: String,
+    /// As topics read them.
+    pub tokens: Vec<String>,
     pub last_event_id: Option<String>,
     pub body: Vec<u8>,
 }
@@ -94,7 +97,26 @@ impl Request<'_> {
         cookies.find(|(cookie, _)| cookie.trim() == name).map(|(_, value)| value.trim())
     }
 
-    /// The id after which a page that reconnects wants to go on: the field `Last-Event-ID`, unless it is empty.
+    /// Whether it shows this token, where topics look for one, too: `Authorization: Bearer TOKEN`, or the cookie
+    /// `brooklet_token`.
+    ///
+    /// ```
+    /// # fn main() -> std::io::Result<()> {
+    /// # use brooklet::{Answer, Config, Server, Token};
+    /// # let server = Server::bind("127.0.0.1:0", Config::default())?;
+    /// let operator: Token = "c0ffee".parse()?;
+    /// server.route("/state", move |request| match request.shows(&operator) {
+    ///     true => Ok(Answer::text(200, "all is well")),
+    ///     false => Ok(Answer::text(401, "show the operator's token").field("WWW-Authenticate", "Bearer")),
+    /// })?;
+    /// # Ok(()) }
+    /// ```
+    pub fn shows(&self, token: &Token) -> bool {
+        self.parts.tokens.iter().any(|presented| token.is(presented))
+    }
+
+    /// The id after which a page that reconnects wants to go on: the field `Last-Event-ID`, or a parameter of the query
+    /// `last_event_id` or `lastEventId`, as polyfills send it. None where it is empty.
     pub fn last_event_id(&self) -> Option<&str> {
         self.parts.last_event_id.as_deref()
     }

@@ -222,7 +222,7 @@ fn check_origin(origin: &str) -> io::Result<()> {
 pub struct Token(String);
 
 impl Token {
-    /// Whether this is the token that was presented. Takes the same time wherever the two differ, or the time would
+    /// Whether this is the token that was presented: see [`Request::shows`](crate::Request::shows) for routes. Takes the same time wherever the two differ, or the time would
     /// tell an attacker how many of the first characters were right.
     pub(crate) fn is(&self, presented: &str) -> bool {
         // `black_box` keeps the compiler from leaving the loop early. Only the length shows, which is no secret.

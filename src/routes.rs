@@ -200,6 +200,7 @@ impl Routes {
             last_event_id: cursor_of(request).map(String::from),
             query: mem::take(&mut request.query),
             fields: mem::take(&mut request.fields),
+            tokens: mem::take(&mut request.tokens),
             body,
         };
         Ok(Reply::Handler(Handled { handler: route.handler, parts }))

@@ -1,7 +1,7 @@
 //! What a program adds to its server: routes that see the request first, and the hook for subscribers.
 
 use crate::common::*;
-use brooklet::{Answer, Config, Event, Handle, Presence, Request, Server, Since};
+use brooklet::{Answer, Config, Event, Handle, Presence, Request, Server, Since, Token};
 use std::io::{self, ErrorKind};
 use std::net::SocketAddr;
 use std::sync::mpsc;
@@ -255,6 +255,22 @@ fn a_route_is_closed_to_foreign_hosts_and_to_what_foreign_pages_do_but_asks_for_
     assert_eq!((read.status, read.header("access-control-allow-origin")), (200, None), "its page cannot read that");
     let rebound = Wire::ask(addr, "GET /mine HTTP/1.1\r\nHost: evil.example\r\n\r\n");
     assert_eq!(rebound.status, 403);
+}
+
+#[test]
+fn a_route_may_ask_for_a_token_of_its_own() {
+    let operator: Token = "c0ffee".parse().unwrap();
+    let handler = move |request: &Request| Ok(Answer::text(if request.shows(&operator) { 200 } else { 401 }, "x"));
+    let (_server, addr) = with_route("/state", Config::default(), handler);
+    for (fields, status) in [
+        ("", 401),
+        ("Authorization: Bearer c0ffe\r\n", 401),
+        ("Authorization: Bearer c0ffee\r\n", 200),
+        ("Cookie: a=b; brooklet_token=c0ffee\r\n", 200),
+    ] {
+        let answer = Wire::ask(addr, &format!("GET /state HTTP/1.1\r\nHost: localhost\r\n{fields}\r\n"));
+        assert_eq!(answer.status, status, "{fields}");
+    }
 }
 
 #[test]
