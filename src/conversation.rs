@@ -172,9 +172,12 @@ impl Conversation {
         let mut response = match outcome {
             Outcome::Respond(response) => response,
             Outcome::Failed(error) => {
-                let line = format_args!("{} got no answer from {}: {error}", self.c.peer, quoted(&request.path));
-                self.shared.log.warn(line);
-                self.shared.routes.failed(&error)
+                let response = self.shared.routes.failed(&error);
+                if response.status >= 500 {
+                    let path = quoted(&request.path);
+                    self.shared.log.warn(format_args!("the handler of {path} failed: {error}"));
+                }
+                response
             }
             Outcome::Ended(reason) => return AfterRequest::Ended(request.path, reason),
             Outcome::Follow(wanted) if !is_head => {

@@ -166,7 +166,8 @@ impl Hub {
     /// ```
     /// # fn main() -> std::io::Result<()> {
     /// # use brooklet::{Config, Event, Server};
-    /// # let hub = Server::bind("127.0.0.1:0", Config::default())?.hub();
+    /// # let server = Server::bind("127.0.0.1:0", Config::default())?;
+    /// # let hub = server.hub();
     /// # hub.publish("load", Event::new("0.4"))?;
     /// # hub.publish("load", Event::new("0.7"))?;
     /// let newest = hub.kept("load")?.next_back();

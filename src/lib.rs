@@ -12,6 +12,13 @@
 //! ```
 //! Dropping what [`Server::spawn`] returns stops everything; [`Server::run`] serves until the process ends.
 //!
+//! # In a program
+//! A program adds [routes](Server::route), which see a [request](Request) first and then [answer](Answer) it, open a
+//! [stream](Request::stream), or let the page [follow](Request::follow) topics; [pages](Server::page) and
+//! [streams](Server::stream) are the short forms. It [subscribes](Hub::subscribe) in itself, reads what is
+//! [kept](Hub::kept), and is told [who comes and goes](Server::on_subscription). Every limit is a field of [`Config`].
+//! `tests/embed` has three programs of about 60 lines: a job queue, a chat, a dashboard.
+//!
 //! # The idea: a live subscriber is never waited for
 //! Server-Sent Events go one way. Once its request is read, a subscriber sends nothing, so there is nothing to wait
 //! for: a write to it succeeds, would block, or fails. So a subscriber is in one of two states, and in each another thread
@@ -55,6 +62,7 @@
 //! | the order, in `hub` | from numbering an event to the last lane's queue; with a journal twice, to number it and to hand it out, but not while it is written | that ids, kept events, queues have one order; whose turn the journal is |
 //! | the history, in `hub` | shortly; never during I/O once others may look at it | the kept events and the table of topics |
 //! | the state, in `connection` | during one non-blocking write | whose the socket is, and the cursor |
+//! | the bells, in `bell` | shortly, under the order lock or alone | who in the program waits for which topic |
 //! | the tables, in `places` and `routes` | shortly, under no other lock | which connections are open; what is at a path |
 //! | the date of now, in `clock` | shortly, and nothing is locked under it | one line of every response |
 //!
@@ -133,6 +141,10 @@ pub use text::parse_duration;
 #[cfg(fuzzing)]
 #[path = "../tests/fuzz/reach.rs"]
 pub mod fuzzing;
+
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+mod readme {} // its Rust must compile
 
 #[cfg(test)]
 #[path = "../tests/turn.rs"]

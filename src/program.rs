@@ -24,7 +24,7 @@ impl Server {
     ///
     /// An error of the handler's becomes the answer while no stream is open: 400 for
     /// [`InvalidInput`](io::ErrorKind::InvalidInput), with its text, so that a handler can return the errors of
-    /// [`Request::text`] and of the [`Hub`]; what the hub says when it has no room or is stopping, 503 or 507; any other
+    /// [`Request::text`] and of the [hub](Server::hub); what the hub says when it has no room or is stopping, 503 or 507; any other
     /// 500, and its text stands only in the log. So does a panic's.
     ///
     /// The handler runs on the connection's own thread, beside those of other connections. Its stack has 128 KiB: what is

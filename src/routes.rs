@@ -235,7 +235,7 @@ impl Routes {
             {
                 response
             }
-            _ => Response::text(500, "the program failed to answer; its log says why"),
+            _ => Response::text(500, "the program failed to answer; its log, if it has one, says why"),
         }
     }
 
