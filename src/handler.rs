@@ -244,13 +244,15 @@ const PANICKED: Reason = "the handler panicked";
 fn end_stream(core: &Core, c: &Connection, result: io::Result<Answer>, has_panicked: bool) -> Cow<'static, str> {
     let mut state = enter(&c.state);
     state.open = None;
-    let is_open = state.phase == Phase::Behind;
+    let phase = state.phase;
     drop(state);
     // An end is written only after a whole frame; a stream that is closed may be in the middle of one. What a panic has
     // left unsaid nobody knows: such a stream looks cut.
-    if is_open && core.is_stopping() {
+    if let Phase::Closed(reason) = phase {
+        return reason.into();
+    } else if core.is_stopping() {
         return c.end(STOPPING, spread(core.config.retry, 50, 150), None).into();
-    } else if is_open && !has_panicked {
+    } else if !has_panicked {
         c.end_silently();
     }
     match result {
