@@ -23,13 +23,18 @@ const MOST_LANES: usize = 256;
 const _: () = assert!(SWEEP.as_millis() == 1_750 && MOST_LANES == 256, "`Config::check` names both");
 
 /// Every limit of a [`Server`](crate::Server); each is a flag of the command, too. [`Config::default`] has the defaults
-/// named here.
+/// named here. More fields may come, so it is made from the default: by [`Config::with`], or by setting the fields of a
+/// default one.
 ///
 /// ```
-/// let small = brooklet::Config { subscribers: 100, keep_bytes: 1024 * 1024, ..Default::default() };
+/// let small = brooklet::Config::with(|config| {
+///     config.subscribers = 100;
+///     config.keep_bytes = 1024 * 1024;
+/// });
 /// assert_eq!(small.heartbeat.as_secs(), 15);
 /// ```
 #[derive(Clone, Debug)]
+#[non_exhaustive]
 pub struct Config {
     /// Listen beyond loopback without a publish token, so that whoever reaches the port may publish (default: no).
     pub open: bool,
@@ -132,6 +137,13 @@ impl Default for Config {
 }
 
 impl Config {
+    /// The default, but for the fields that `set` changes.
+    pub fn with(set: impl FnOnce(&mut Config)) -> Config {
+        let mut config = Config::default();
+        set(&mut config);
+        config
+    }
+
     /// Rejects limits that make no sense.
     ///
     /// # Errors
@@ -266,9 +278,10 @@ pub enum Log {
 ///
 /// ```
 /// use brooklet::{Config, Log, LogTo};
-/// let mut config = Config::default();
-/// config.log = Log::Info;
-/// config.log_to = LogTo::lines(|line| println!("sse: {line}"));
+/// let config = Config::with(|config| {
+///     config.log = Log::Info;
+///     config.log_to = LogTo::lines(|line| println!("sse: {line}"));
+/// });
 /// ```
 #[derive(Clone, Default)]
 pub struct LogTo(Option<Arc<LogLines>>);
