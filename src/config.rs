@@ -23,18 +23,14 @@ const MOST_LANES: usize = 256;
 const _: () = assert!(SWEEP.as_millis() == 1_750 && MOST_LANES == 256, "`Config::check` names both");
 
 /// Every limit of a [`Server`](crate::Server); each is a flag of the command, too. [`Config::default`] has the defaults
-/// named here. More fields may come, so it is made from the default: by [`Config::with`], or by setting the fields of a
-/// default one.
+/// named here. More fields may come, so end the list with `..Config::default()`, or set the fields of a default one.
 ///
 /// ```
-/// let small = brooklet::Config::with(|config| {
-///     config.subscribers = 100;
-///     config.keep_bytes = 1024 * 1024;
-/// });
+/// # use brooklet::Config;
+/// let small = Config { subscribers: 100, keep_bytes: 1024 * 1024, ..Config::default() };
 /// assert_eq!(small.heartbeat.as_secs(), 15);
 /// ```
 #[derive(Clone, Debug)]
-#[non_exhaustive]
 pub struct Config {
     /// Listen beyond loopback without a publish token, so that whoever reaches the port may publish (default: no).
     pub open: bool,
@@ -100,6 +96,10 @@ pub struct Config {
     pub log: Log,
     /// Where the lines of the log go (stderr).
     pub log_to: LogTo,
+    /// More fields may come without breaking a program: one that does not name this must say `..Config::default()`.
+    /// (`#[non_exhaustive]` would forbid just that.)
+    #[doc(hidden)]
+    pub and_more: (),
 }
 
 impl Default for Config {
@@ -132,18 +132,12 @@ impl Default for Config {
             lanes: 0,
             log: Log::Off,
             log_to: LogTo::default(),
+            and_more: (),
         }
     }
 }
 
 impl Config {
-    /// The default, but for the fields that `set` changes.
-    pub fn with(set: impl FnOnce(&mut Config)) -> Config {
-        let mut config = Config::default();
-        set(&mut config);
-        config
-    }
-
     /// Rejects limits that make no sense.
     ///
     /// # Errors
@@ -278,10 +272,8 @@ pub enum Log {
 ///
 /// ```
 /// use brooklet::{Config, Log, LogTo};
-/// let config = Config::with(|config| {
-///     config.log = Log::Info;
-///     config.log_to = LogTo::lines(|line| println!("sse: {line}"));
-/// });
+/// let log_to = LogTo::lines(|line| println!("sse: {line}"));
+/// let config = Config { log: Log::Info, log_to, ..Config::default() };
 /// ```
 #[derive(Clone, Default)]
 pub struct LogTo(Option<Arc<LogLines>>);
