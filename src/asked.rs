@@ -14,9 +14,9 @@ use std::io;
 use std::net::SocketAddr;
 use std::sync::{Arc, OnceLock};
 
-/// Finds a place among the streams and writes the head; else the stream is rejected in a way that a browser comes back
-/// from, and this says why.
-pub type Opener<'a> = dyn Fn() -> Result<(), Reason> + Sync + 'a;
+/// Finds a place among the streams and writes the head, and returns the lane for it; else the stream is rejected in a way
+/// that a browser comes back from, and this says why.
+pub type Opener<'a> = dyn Fn() -> Result<usize, Reason> + Sync + 'a;
 
 /// What a request says, taken out of its head and its body.
 pub struct Parts {
@@ -42,8 +42,8 @@ pub struct Request<'a> {
     pub(crate) c: &'a Arc<Connection>,
     pub(crate) core: &'a Core,
     pub(crate) open: &'a Opener<'a>,
-    /// Set once a stream was asked for; then whether there is one.
-    pub(crate) opened: OnceLock<Result<(), Reason>>,
+    /// Set once a stream was asked for: its lane, or why there is none.
+    pub(crate) opened: OnceLock<Result<usize, Reason>>,
 }
 
 impl Request<'_> {

@@ -1,61 +1,51 @@
-//! One connection, on its own thread: requests one after another, until it ends or becomes a stream.
+//! One connection's requests, one after another, until it ends or becomes a stream.
 //!
-//! Whatever goes wrong here ends this connection and no other: a refusal is answered, a panic closes the socket, and in
-//! each case the place is given up (`Drop` of `Conversation`). A stream that finds no room is answered with 200, a
-//! reconnection time and its end, since a browser gives up for good on anything else.
-//!
-//! # A small stack
-//! What a thread has touched of its stack stays resident for as long as it lives, and a subscriber's lives long. So
-//! what happens one after another (reading a head, answering it, following topics) is never inlined into one frame:
-//! each uses the same pages again. Otherwise every subscriber takes 15.5 kB instead of 11.5.
+//! They are read and answered on a thread of the pool. Whatever goes wrong here ends this connection and no other: a
+//! refusal is answered, a panic closes the socket, and in each case the place is given up (`Drop` of `Conversation`). A
+//! stream that finds no room is answered with 200, a reconnection time and its end, since a browser gives up for good on
+//! anything else.
 
 use crate::clock::spread;
 use crate::config::{Config, Log};
 use crate::connection::{AWAKE_TIME, Connection, LINGER, Reason, STOPPING};
 use crate::encoded::Framing;
 use crate::handler::Outcome;
-use crate::hub::Core;
-use crate::log::{Logger, OncePerSecond};
+use crate::log::OncePerSecond;
 use crate::places::{MADE_ROOM, Place, Places};
+use crate::pool::{Kind, Seat};
 use crate::reader::Reader;
 use crate::request::Request;
 use crate::response::{Response, stream_head};
 use crate::routes::{Reply, Routes};
-use crate::subscription::{POLL_IS_OVER, Subscription, Wanted};
-use crate::sync::{enter, start_thread};
-use crate::text::{LONGEST, quoted};
+use crate::subscriber::Opened;
+use crate::subscription::{NO_ROOM, NO_THREAD, Streams, Wanted};
+use crate::sync::{Mutex, enter};
+use crate::text::quoted;
 use std::borrow::Cow;
-use std::io;
 use std::net::Shutdown;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 use std::thread;
 use std::time::Instant;
 
-/// Why a stream is rejected. The client is told in a comment; in the log both need the debug level, or a flood would
-/// fill it.
-const NO_ROOM: Reason = "no room for another stream";
-const NO_NAMES: Reason = "all topic names are in use";
-
 /// What all conversations share. Nothing in it belongs to one of them.
 pub struct Shared {
-    pub core: Arc<Core>,
-    pub places: Arc<Places>,
+    pub streams: Arc<Streams>,
     pub routes: Routes,
-    pub log: Arc<Logger>,
     /// A crowd that is closed to make room must not hide other warnings.
     pub evicted: OncePerSecond,
 }
 
-/// A connection on its thread. Dropping it, also by a panic, closes the socket and gives up its place.
+/// A connection on a thread. Dropping it, also by a panic, closes the socket and gives up its place.
 struct Conversation {
     shared: Arc<Shared>,
     c: Arc<Connection>,
     /// For the log, once it is a stream: then a line is written at its end.
-    path: Option<String>,
+    opened: Option<Opened>,
     /// Why the stream ended, for that line. A handler's error is a text of its own.
     reason: Cow<'static, str>,
-    opened: Instant,
+    /// It is a subscriber now, whose end is noted elsewhere.
+    is_over: bool,
 }
 
 /// A stream of topics that a request has asked for, and all that is kept of the request.
@@ -72,53 +62,49 @@ enum AfterRequest {
     Respond { parts: (Vec<u8>, Arc<[u8]>), close: bool },
     /// No more requests: the connection becomes a stream of topics.
     Open(Opening),
-    /// It was a handler's stream, of this path, and is over for this reason.
-    Ended(String, Cow<'static, str>),
+    /// It was a handler's stream, and is over for this reason.
+    Ended(Opened, Cow<'static, str>),
     /// Nothing is answered: the peer has gone, or has made room.
     End,
 }
 
-/// Starts the thread of a connection that has its place.
-///
-/// # Errors
-/// There is no thread; the connection has given its place up.
-pub fn start(shared: Arc<Shared>, c: Arc<Connection>) -> io::Result<()> {
-    let name = format!("conn {}", c.serial);
-    let conversation = Conversation { shared, c, path: None, reason: "".into(), opened: Instant::now() };
-    start_thread(name, Box::new(move || conversation.hold())).map(drop)
+/// Puts a connection that has its place into the line for a thread.
+pub fn start(shared: Arc<Shared>, c: Arc<Connection>) {
+    let pool = shared.streams.pool.clone();
+    let conversation = Conversation { shared, c, opened: None, reason: "".into(), is_over: false };
+    pool.hand(Kind::Request, Box::new(move |seat| conversation.hold(seat)));
 }
 
 impl Conversation {
-    /// The whole life of a connection.
-    fn hold(mut self) {
+    /// All of a connection's requests, and a handler's stream.
+    fn hold(mut self, seat: &mut Seat) {
         let c = &self.c;
-        // An accepted socket may have its listener's mode, and an embedder's listener may not block. Without `nodelay`
-        // small events wait for the peer to acknowledge the one before (RFC 896). The write timeout is what
-        // `write_whole` takes for the stall time.
-        let prepared = c.socket.set_nonblocking(false).and(c.socket.set_nodelay(true));
-        if prepared.and(c.socket.set_write_timeout(Some(self.config().stall_time))).is_err() {
-            return; // it has gone already
+        if !self.places().move_to(Place::Idle, c) || c.prepare().is_err() {
+            return; // it has made room, or gone, already
         }
-        match self.answer_requests() {
+        match self.answer_requests(seat) {
             AfterRequest::Open(Opening { path, framing, head, wanted }) => {
                 enter(&self.c.state).framing = framing;
-                self.path = Some(quoted(&path));
-                self.reason = "this server panicked: a fault".into(); // for the log, should the call after this panic
-                self.reason = self.stream(head, wanted).into();
+                let opened = Opened { path: path.into(), at: Instant::now() };
+                self.stream(seat, &head, wanted, opened);
             }
-            AfterRequest::Ended(path, reason) => (self.path, self.reason) = (Some(quoted(&path)), reason),
-            _ => {}
+            AfterRequest::Ended(opened, reason) => (self.opened, self.reason) = (Some(opened), reason),
+            AfterRequest::Respond { .. } | AfterRequest::End => {}
         }
     }
 
     fn config(&self) -> &Config {
-        &self.shared.core.config
+        &self.shared.streams.core.config
     }
 
-    /// Answers requests until the connection ends, or asks for a stream; this returns the last of what came of them. The
-    /// reader's buffer goes with this frame.
-    fn answer_requests(&self) -> AfterRequest {
-        let (c, places, config) = (&*self.c, &self.shared.places, self.config());
+    fn places(&self) -> &Places {
+        &self.shared.streams.places
+    }
+
+    /// Answers requests until the connection ends, or asks for a stream; returns what came of the last. The reader's buffer
+    /// goes with this frame.
+    fn answer_requests(&self, seat: &mut Seat) -> AfterRequest {
+        let (c, places, config) = (&*self.c, self.places(), self.config());
         let mut reader = Reader::new(c);
         reader.wait_at_most(config.head_time);
         let mut answered = Instant::now();
@@ -127,7 +113,7 @@ impl Conversation {
             let is_keen = answered.elapsed() < 2 * AWAKE_TIME; // also the first one, which comes at once
             let after = match request {
                 Ok(None) => AfterRequest::End,
-                Ok(Some(request)) => self.answer(&mut reader, request),
+                Ok(Some(request)) => self.answer(seat, &mut reader, request),
                 Err(refusal) => self.refuse(&reader, &refusal),
             };
             match after {
@@ -154,19 +140,20 @@ impl Conversation {
     }
 
     /// Answers one request. Where it lost its place to a newcomer meanwhile, its socket is shut down already.
-    #[inline(never)] // a small stack
-    fn answer(&self, reader: &mut Reader, mut request: Request) -> AfterRequest {
-        if !self.shared.places.move_to(Place::Busy, &self.c) {
+    fn answer(&self, seat: &mut Seat, reader: &mut Reader, mut request: Request) -> AfterRequest {
+        if !self.places().move_to(Place::Busy, &self.c) {
             return AfterRequest::End;
         }
         let is_head = request.method == "HEAD";
         let (framing, cors) = (request.framing, self.shared.routes.door.cors(&request));
+        let at = Instant::now();
         let outcome = match self.shared.routes.reply(reader, &mut request) {
             Ok(Reply::Response(response)) | Err(response) => Outcome::Respond(response),
             Ok(Reply::Topics(wanted)) => Outcome::Follow(wanted),
             Ok(Reply::Handler(handled)) => {
                 reader.give_up_memory(); // a handler's stream may last
-                handled.run(&self.shared.core, &self.c, &|| self.open(framing, &cors))
+                let seat = Mutex::new(seat); // a request may be lent to other threads
+                handled.run(&self.shared.streams.core, &self.c, &|| self.open(&mut enter(&seat), framing, &cors))
             }
         };
         let mut response = match outcome {
@@ -175,11 +162,11 @@ impl Conversation {
                 let response = self.shared.routes.failed(&error);
                 if response.status >= 500 {
                     let path = quoted(&request.path);
-                    self.shared.log.warn(format_args!("the handler of {path} failed: {error}"));
+                    self.shared.streams.log.warn(format_args!("the handler of {path} failed: {error}"));
                 }
                 response
             }
-            Outcome::Ended(reason) => return AfterRequest::Ended(request.path, reason),
+            Outcome::Ended(reason) => return AfterRequest::Ended(Opened { path: request.path.into(), at }, reason),
             Outcome::Follow(wanted) if !is_head => {
                 let head = stream_head(framing, &cors);
                 return AfterRequest::Open(Opening { path: request.path, framing, head, wanted });
@@ -193,7 +180,8 @@ impl Conversation {
         response.fields += &cors; // refusals, too: without these lines no page of another origin could read why
         self.log_request(&request, response.status);
         // A body that was not read whole stands before the next request, which nobody could find.
-        let close = request.close || response.close || !request.body.is_over() || self.shared.core.is_stopping();
+        let close =
+            request.close || response.close || !request.body.is_over() || self.shared.streams.core.is_stopping();
         AfterRequest::Respond { parts: response.encode(is_head, close), close }
     }
 
@@ -201,94 +189,92 @@ impl Conversation {
     fn refuse(&self, reader: &Reader, refusal: &Response) -> AfterRequest {
         let is_head = reader.unread().starts_with(b"HEAD ");
         let line = format_args!("{} {}: {}", self.c.peer, refusal.status, refusal.reason());
-        self.shared.log.line(Log::Debug, line);
+        self.shared.streams.log.line(Log::Debug, line);
         AfterRequest::Respond { parts: refusal.encode(is_head, true), close: true }
     }
 
     /// One line for each response; a stream's line is written when it closes.
     fn log_request(&self, request: &Request, status: u16) {
-        if self.shared.log.wants(Log::Debug) {
+        if self.shared.streams.log.wants(Log::Debug) {
             let (peer, path) = (self.c.peer, quoted(&request.path));
-            self.shared.log.line(Log::Debug, format_args!("{peer} {:.20} {path} {status}", request.method));
+            self.shared.streams.log.line(Log::Debug, format_args!("{peer} {:.20} {path} {status}", request.method));
         }
     }
 
-    /// Finds a place among the streams, serves the stream to its end, and returns why it ended.
-    #[inline(never)] // a small stack
-    fn stream(&self, head: String, wanted: Wanted) -> Reason {
-        let (c, core) = (&self.c, &*self.shared.core);
-        let count = match self.take_place(&head) {
-            Ok(count) => count,
-            Err(reason) => return reason,
+    /// Finds a stream of topics its place, and gives the subscriber away.
+    fn stream(&mut self, seat: &mut Seat, head: &str, wanted: Wanted, opened: Opened) {
+        let (c, streams) = (self.c.clone(), self.shared.streams.clone());
+        let lane = match self.take_place(Place::Stream, head) {
+            Ok(lane) => lane,
+            Err(reason) => return (self.opened, self.reason) = (Some(opened), reason.into()),
         };
-        // The lanes take turns. A stream stays with its lane, or its events could overtake each other.
-        match Subscription::open(core, c, &core.lanes[count % core.lanes.len()], wanted) {
-            Some(subscription) => {
-                let names = subscription.names();
-                core.presence.tell(&names, c.peer, None);
-                let reason = subscription.serve(head);
-                core.presence.tell(&names, c.peer, Some(c.cut.get().copied().unwrap_or(reason)));
-                reason
+        match streams.open(&c, lane, wanted, head, opened) {
+            Ok(subscriber) => {
+                self.is_over = true;
+                streams.core.presence.note_begin(&subscriber.names, c.peer);
+                streams.start(seat, &c, subscriber);
             }
-            None => self.reject(&head, NO_NAMES),
+            Err((reason, opened)) => {
+                (self.opened, self.reason) = (Some(opened), self.reject(head, reason).into());
+            }
         }
     }
 
-    /// Opens a handler's stream: its place, and its head.
-    fn open(&self, framing: Framing, cors: &str) -> Result<(), Reason> {
+    /// Opens a handler's stream: its place, its thread's share, its head. Returns its lane.
+    fn open(&self, seat: &mut Seat, framing: Framing, cors: &str) -> Result<usize, Reason> {
         enter(&self.c.state).framing = framing;
         let head = stream_head(framing, cors);
-        self.take_place(&head)?;
-        self.c.write_whole(head.as_bytes(), Instant::now() + LONGEST)
+        let lane = self.take_place(Place::Handler, &head)?;
+        if !seat.change_to(Kind::Handler) {
+            return Err(self.reject(&head, NO_THREAD));
+        }
+        self.c.write_whole(head.as_bytes(), Instant::now() + self.config().body_time)?;
+        self.c.set_nonblocking(true)?;
+        Ok(lane)
     }
 
-    /// Finds a place among the streams, and returns how many there have been so far; or rejects the stream.
-    fn take_place(&self, head: &str) -> Result<usize, Reason> {
-        let count = self.shared.places.move_to_streams(&self.c);
+    /// Finds a place among the streams, and a lane: they take turns. Or rejects the stream.
+    fn take_place(&self, place: Place, head: &str) -> Result<usize, Reason> {
+        let core = &self.shared.streams.core;
+        let count = self.places().move_to_streams(place, &self.c);
         // Checked after the move: a server that begins to stop from here on finds this connection among its streams.
-        if self.shared.core.is_stopping() {
+        if core.is_stopping() {
             return Err(self.reject(head, STOPPING));
         }
         let was_cut = self.c.cut.get().copied(); // since its request was read
-        count.ok_or_else(|| was_cut.unwrap_or_else(|| self.reject(head, NO_ROOM)))
+        let count = count.ok_or_else(|| was_cut.unwrap_or_else(|| self.reject(head, NO_ROOM)))?;
+        Ok(count % core.lanes.len())
     }
 
     /// Rejects a stream in a way that a browser comes back from: it is opened, told when to come back, and ended. The
     /// time is spread, or all that were rejected would return at the same moment.
     fn reject(&self, head: &str, why: Reason) -> Reason {
-        self.shared.core.counters.rejected.fetch_add(1, Relaxed);
-        self.shared.log.warn(format_args!("{} was rejected: {why}", self.c.peer));
-        match self.c.write_whole(head.as_bytes(), Instant::now() + LINGER) {
+        self.shared.streams.core.counters.rejected.fetch_add(1, Relaxed);
+        self.shared.streams.log.warn(format_args!("{} was rejected: {why}", self.c.peer));
+        match self.c.write_whole(head.as_bytes(), Instant::now() + LINGER).and(self.c.set_nonblocking(true)) {
             Ok(()) => self.c.end(why, spread(self.config().retry, 50, 150), None),
             Err(reason) => reason, // half a head: nothing may follow
         }
-    }
-
-    /// One line for each stream, in fields that a script can read.
-    fn log_closing(&self, path: &str) {
-        let (open, sent) = (self.opened.elapsed(), enter(&self.c.state).sent);
-        let (seconds, tenths) = (open.as_secs(), open.subsec_millis() / 100);
-        let (peer, reason) = (self.c.peer, self.c.cut.get().copied().unwrap_or(&self.reason));
-        let line =
-            format_args!("closed peer={peer} path={path} reason={reason:?} seconds={seconds}.{tenths} events={sent}");
-        let repeats = [POLL_IS_OVER, NO_ROOM, NO_NAMES].contains(&reason); // as fast as a flood
-        self.shared.log.line(if repeats { Log::Debug } else { Log::Info }, line);
     }
 }
 
 impl Drop for Conversation {
     fn drop(&mut self) {
-        let _ = self.c.socket.shutdown(Shutdown::Write); // the lane may keep the socket open for a moment
+        if self.is_over {
+            return;
+        }
+        let (c, streams) = (&self.c, &self.shared.streams);
+        let _ = c.socket.shutdown(Shutdown::Write); // the lane may keep the socket open for a moment
         // A stream's line names a panic, too; a connection without a stream is worth a line only where something is
         // wrong.
-        if self.c.cut.get() == Some(&MADE_ROOM) {
-            self.shared.core.counters.evicted.fetch_add(1, Relaxed);
-            self.shared.log.warn_within(&self.shared.evicted, format_args!("{} was closed: {MADE_ROOM}", self.c.peer));
-        } else if let Some(path) = &self.path {
-            self.log_closing(path);
+        if c.cut.get() == Some(&MADE_ROOM) {
+            streams.core.counters.evicted.fetch_add(1, Relaxed);
+            streams.log.warn_within(&self.shared.evicted, format_args!("{} was closed: {MADE_ROOM}", c.peer));
+        } else if let Some(opened) = &self.opened {
+            streams.log_end(c, opened, &self.reason);
         } else if thread::panicking() {
-            self.shared.log.warn(format_args!("{}: this server panicked: a fault", self.c.peer));
+            streams.log.warn(format_args!("{}: this server panicked: a fault", c.peer));
         }
-        self.shared.places.leave(&self.c);
+        streams.places.leave(c);
     }
 }

@@ -8,7 +8,7 @@
 
 use crate::asked::{Opener, Parts, Request};
 use crate::clock::spread;
-use crate::connection::{Connection, Phase, Reason, STOPPING};
+use crate::connection::{Connection, LINGER, Phase, Reason, STOPPING};
 use crate::cursor::Start;
 use crate::follower::{Since, topic_names};
 use crate::hub::Core;
@@ -21,6 +21,7 @@ use std::borrow::Cow;
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, OnceLock};
+use std::time::Instant;
 
 /// What answers the requests of a route.
 pub type Handler = dyn Fn(&Request) -> io::Result<Answer> + Send + Sync;
@@ -129,16 +130,16 @@ impl Request<'_> {
     pub fn stream(&self) -> io::Result<Stream<'_>> {
         let mut opened = None;
         let first = self.opened.get_or_init(|| {
-            let (result, stream) = match self.is_head() {
-                true => (Err("HEAD asks for the head alone"), None),
-                false => Stream::open(self).map_or_else(|reason| (Err(reason), None), |stream| (Ok(()), Some(stream))),
-            };
-            opened = stream;
-            result
+            if self.is_head() {
+                return Err("HEAD asks for the head alone");
+            }
+            let (stream, lane) = Stream::open(self)?;
+            opened = Some(stream);
+            Ok(lane)
         });
         match (first, opened) {
             (_, Some(stream)) => Ok(stream),
-            (Ok(()), None) => Err(io::Error::other("the stream is open already")),
+            (Ok(_), None) => Err(io::Error::other("the stream is open already")),
             (Err(reason), None) => Err(io::Error::other(*reason)),
         }
     }
@@ -213,7 +214,6 @@ pub enum Outcome {
 
 impl Handled {
     /// Calls the handler. No lock may be held: it takes its time.
-    #[inline(never)] // see conversation.rs: a small stack
     pub fn run(self, core: &Core, c: &Arc<Connection>, open: &Opener) -> Outcome {
         let Handled { handler, parts } = self;
         let request = Request { parts, c, core, open, opened: OnceLock::new() };
@@ -233,22 +233,32 @@ impl Handled {
             (None, Err(error)) => Outcome::Failed(error),
             (Some(Err(_)), _) if is_head => Outcome::Head,
             (Some(Err(reason)), _) => Outcome::Ended((*reason).into()),
-            (Some(Ok(())), result) => Outcome::Ended(end_stream(core, c, result, has_panicked)),
+            (Some(Ok(lane)), result) => Outcome::Ended(end_stream(core, c, *lane, result, has_panicked)),
         }
     }
 }
 
 const PANICKED: Reason = "the handler panicked";
 
-/// Ends a stream whose handler has returned, and says why it ended.
-fn end_stream(core: &Core, c: &Connection, result: io::Result<Answer>, has_panicked: bool) -> Cow<'static, str> {
+/// Takes the socket from its lane, ends the stream whose handler has returned, and says why it ended.
+fn end_stream(
+    core: &Core,
+    c: &Arc<Connection>,
+    lane: usize,
+    result: io::Result<Answer>,
+    has_panicked: bool,
+) -> Cow<'static, str> {
     let mut state = enter(&c.state);
+    if state.phase == Phase::Live {
+        state.phase = Phase::Behind;
+    }
     state.open = None;
-    let phase = state.phase;
     drop(state);
+    core.lanes[lane].leave(c.serial, &Arc::default());
+    let finished = c.finish(Instant::now() + LINGER, &|| true);
     // An end is written only after a whole frame; a stream that is closed may be in the middle of one. What a panic has
     // left unsaid nobody knows: such a stream looks cut.
-    if let Phase::Closed(reason) = phase {
+    if let (Phase::Closed(reason), _) | (_, Err(reason)) = (enter(&c.state).phase, finished) {
         return reason.into();
     } else if core.is_stopping() {
         return c.end(STOPPING, spread(core.config.retry, 50, 150), None).into();

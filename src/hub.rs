@@ -17,7 +17,7 @@ use crate::event::{Event, Id};
 use crate::history::{History, Totals};
 use crate::journal::Journal;
 use crate::kept::{Kept, restore};
-use crate::lane::{ToLane, send_event};
+use crate::lane::Lane;
 use crate::log::Logger;
 use crate::metrics::Counters;
 use crate::presence::PresenceHook;
@@ -26,7 +26,6 @@ use crate::sync::{enter, start_thread};
 use crate::text::{invalid, quoted};
 use crate::unwritten::{Numbered, Order, Outcome, Turn, Turns, Unwritten};
 use crate::watch::LOOK_TIME;
-use crossbeam_channel::Sender;
 use std::io::{self, ErrorKind};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
@@ -92,13 +91,12 @@ impl Hub {
 pub struct Core {
     /// As the system allows it (`system.rs`).
     pub config: Config,
-    /// The queue of each lane.
-    pub lanes: Vec<Sender<ToLane>>,
+    pub lanes: Vec<Lane>,
     pub counters: Arc<Counters>,
     /// Who in the program waits for a topic.
     pub bells: Bells,
     /// Who is told of subscribers that come and go.
-    pub presence: PresenceHook,
+    pub presence: Arc<PresenceHook>,
     /// Set without any lock: stopping must not stand in line behind all who want to publish.
     stopped_at: OnceLock<Instant>,
     /// The outermost lock, and the events that wait for the journal.
@@ -115,12 +113,7 @@ impl Core {
     ///
     /// # Errors
     /// The journal cannot be used: see [`Server::bind`](crate::Server::bind).
-    pub fn new(
-        config: Config,
-        lanes: Vec<Sender<ToLane>>,
-        counters: Arc<Counters>,
-        log: &Arc<Logger>,
-    ) -> io::Result<Core> {
+    pub fn new(config: Config, lanes: Vec<Lane>, counters: Arc<Counters>, log: &Arc<Logger>) -> io::Result<Core> {
         // Ids begin above those of the journal; without one, whatever an earlier process had counts as forgotten.
         let base = if config.journal.is_none() { Id { ms: now_ms(), seq: 0 } } else { Id::default() };
         let history = Arc::new(Mutex::new(History::new(base, &config)));
@@ -132,7 +125,7 @@ impl Core {
             lanes,
             counters,
             bells: Bells::default(),
-            presence: PresenceHook::default(),
+            presence: Arc::default(),
             stopped_at: OnceLock::new(),
             turns: Turns { order, ended: Condvar::new(), work: Condvar::new() },
             is_journal_failing: AtomicBool::new(false),
@@ -178,6 +171,14 @@ impl Core {
         self.turns.work.notify_one();
         self.bells.close();
         is_first
+    }
+
+    /// Has the lanes end all live streams, once the server stops. Under the order lock, so that each lane has everything
+    /// before it that was published, and nothing after.
+    pub fn end_streams(&self) {
+        let _order = enter(&self.turns.order);
+        let newest = self.history().newest();
+        self.lanes.iter().for_each(|lane| lane.end_streams(newest, self.config.retry));
     }
 
     /// The history, without what is too old. Whoever holds it may take a connection's state, but not the order lock.
@@ -394,7 +395,7 @@ impl Core {
         let followed = enter(&self.history).insert(topic, event.clone(), key);
         self.counters.published.fetch_add(1, Relaxed);
         if let Some(topic) = followed {
-            self.lanes.iter().for_each(|lane| send_event(lane, &topic, &event));
+            self.lanes.iter().for_each(|lane| lane.send(&topic, &event));
             self.bells.ring(&topic);
         }
     }

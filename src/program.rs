@@ -27,8 +27,10 @@ impl Server {
     /// [`Request::text`] and of the [hub](Server::hub); what the hub says when it has no room or is stopping, 503 or 507; any other
     /// 500, and its text stands only in the log. So does a panic's.
     ///
-    /// The handler runs on the connection's own thread, beside those of other connections. Its stack has 128 KiB: what is
-    /// large belongs on the heap.
+    /// The handler runs on a thread of the server's, beside those of other connections. Its stack has 128 KiB: what is
+    /// large belongs on the heap. Until it answers or opens a stream it takes part in the threads that read requests
+    /// (half of [`Config::threads`](crate::Config::threads)), and may lose its connection to a newcomer when all are taken;
+    /// once it has a stream, in those of handlers (a quarter). A page that finds none free is told when to come back.
     ///
     /// # Errors
     /// [`InvalidInput`](io::ErrorKind::InvalidInput) for a path that does not begin with a slash, that is the server's own, or that has
@@ -106,9 +108,11 @@ impl Server {
     }
 
     /// Calls `hook` for each subscriber of topics that comes over the network, and again when it has gone, with the
-    /// reason. It is called on a thread of the server's, with no lock held, so it may take its time and publish; what
-    /// comes and goes meanwhile may wait for it. A hook that panics is called again for the next. There is one hook: the
-    /// last that was given.
+    /// reason. One call comes after another, in the order in which it happened, on a thread of its own and with no lock
+    /// held: so the hook may take its time, publish, and panic. Where it is far behind, newcomers wait for it.
+    ///
+    /// # Errors
+    /// There is a hook already ([`AlreadyExists`](io::ErrorKind::AlreadyExists)); or no thread can be started.
     ///
     /// ```
     /// # fn main() -> std::io::Result<()> {
@@ -118,10 +122,10 @@ impl Server {
     /// server.on_subscription(move |presence| {
     ///     let what = if presence.ended.is_some() { "left" } else { "came" };
     ///     let _ = hub.publish("lobby", Event::new(format!("{} {what}", presence.peer)));
-    /// });
+    /// })?;
     /// # Ok(()) }
     /// ```
-    pub fn on_subscription(&self, hook: impl Fn(&Presence) + Send + Sync + 'static) {
-        self.handle.shared.core.presence.set(hook);
+    pub fn on_subscription(&self, hook: impl Fn(&Presence) + Send + 'static) -> io::Result<()> {
+        self.handle.shared.streams.core.presence.set(hook)
     }
 }

@@ -14,15 +14,16 @@ use crate::door::Door;
 use crate::follower::topic_names;
 use crate::handler::{Handled, Handler};
 use crate::history::Totals;
-use crate::hub::{Core, Hub};
-use crate::log::{Logger, OncePerSecond};
+use crate::hub::Hub;
+use crate::log::OncePerSecond;
 use crate::metrics::{self, Gauges};
-use crate::places::{Counts, Places};
+use crate::places::Counts;
+use crate::pool::Threads;
 use crate::publishing::Publishing;
 use crate::reader::Reader;
 use crate::request::Request;
 use crate::response::{Response, decline};
-use crate::subscription::{POLL_TIME, Wanted};
+use crate::subscription::{POLL_TIME, Streams, Wanted};
 use crate::sync::enter;
 use crate::target::CURSOR_PARAMETERS;
 use crate::text::{invalid, parse_duration, quoted};
@@ -70,27 +71,17 @@ pub enum Reply {
 pub struct Routes {
     pub door: Door,
     publishing: Publishing,
-    core: Arc<Core>,
-    places: Arc<Places>,
+    streams: Arc<Streams>,
     /// The program's routes by their paths: few, so a list is searched. Locked shortly, and under no other lock.
     table: Mutex<Vec<(String, Route)>>,
-    log: Arc<Logger>,
     /// Publishers that are refused in a flood must not hide other warnings.
     refusals: OncePerSecond,
 }
 
 impl Routes {
-    pub fn new(hub: Hub, door: Door, places: Arc<Places>, log: Arc<Logger>) -> Routes {
-        let core = hub.core.clone();
-        Routes {
-            door,
-            publishing: Publishing { hub, places: places.clone() },
-            core,
-            places,
-            table: Mutex::default(),
-            log,
-            refusals: OncePerSecond::default(),
-        }
+    pub fn new(hub: Hub, door: Door, streams: Arc<Streams>) -> Routes {
+        let publishing = Publishing { hub, places: streams.places.clone() };
+        Routes { door, publishing, streams, table: Mutex::default(), refusals: OncePerSecond::default() }
     }
 
     /// Adds what is at a path, or replaces it.
@@ -150,7 +141,7 @@ impl Routes {
             ("GET" | "HEAD", Some(names)) => {
                 self.door.check_subscriber(request)?;
                 // A GET may have a body, which means nothing (RFC 9110 §9.3.1), but has to be out of the way.
-                request.read_body(reader, &self.core.config, false)?;
+                request.read_body(reader, &self.streams.core.config, false)?;
                 Ok(Reply::Topics(wanted_topics(request, names)?))
             }
             ("GET" | "HEAD", None) => self.get(reader, request, &path),
@@ -164,12 +155,11 @@ impl Routes {
     }
 
     /// Who may publish is decided before anything of the body is read.
-    #[inline(never)] // see conversation.rs: a small stack
     fn publish(&self, reader: &mut Reader, request: &mut Request, topic: &str) -> Result<Response, Response> {
         self.door.check_origin(request)?;
         self.door.check_publisher(request)?;
         if self.door.knows_publishers() {
-            self.places.trust(reader.c); // only where tokens exist: else everybody would be trusted
+            self.streams.places.trust(reader.c); // only where tokens exist: else everybody would be trusted
         }
         match request.method.as_str() {
             "POST" => self.publishing.post(reader, request, topic),
@@ -178,7 +168,6 @@ impl Routes {
     }
 
     /// Reads all of a request that is the program's to answer.
-    #[inline(never)] // see conversation.rs: a small stack
     fn call(
         &self,
         reader: &mut Reader,
@@ -192,7 +181,7 @@ impl Routes {
             self.door.check_subscriber(request)?;
         }
         // A GET may have a body, which means nothing (RFC 9110 §9.3.1), but has to be out of the way.
-        let body = request.read_body(reader, &self.core.config, route.kind == Kind::Own)?;
+        let body = request.read_body(reader, &self.streams.core.config, route.kind == Kind::Own)?;
         let parts = Parts {
             method: request.method.clone(),
             path: request.path.clone(),
@@ -211,13 +200,13 @@ impl Routes {
         if path == "/metrics" {
             self.door.check_subscriber(request)?;
         }
-        request.read_body(reader, &self.core.config, false)?;
+        request.read_body(reader, &self.streams.core.config, false)?;
         Ok(Reply::Response(if path == "/metrics" {
             Response::new(200, "text/plain; version=0.0.4", self.metrics().into_bytes())
-        } else if self.core.is_stopping() {
+        } else if self.streams.core.is_stopping() {
             // 503 tells a load balancer to send nobody else here; streams go on all the same.
             self.publishing.unavailable(STOPPING)
-        } else if self.core.is_journal_failing() {
+        } else if self.streams.core.is_journal_failing() {
             self.publishing.unavailable("the journal cannot be written, so nothing is published")
         } else {
             Response::text(200, "ok")
@@ -241,23 +230,29 @@ impl Routes {
 
     /// Counts and logs a publisher that was refused: its operator should learn of it here, too.
     fn note_refusal(&self, reader: &Reader, refusal: &Response) {
-        self.core.counters.refused.fetch_add(1, Relaxed);
+        self.streams.core.counters.refused.fetch_add(1, Relaxed);
         let line = format_args!("{} could not publish: {} {}", reader.c.peer, refusal.status, refusal.reason());
-        self.log.warn_within(&self.refusals, line);
+        self.streams.log.warn_within(&self.refusals, line);
     }
 
     /// The gauges are taken one after another, each under its own lock.
     fn metrics(&self) -> String {
-        let Counts { idle, busy, trusted, streams } = self.places.counts();
-        let Totals { topics, events, bytes } = self.core.history().totals();
+        let Counts { idle, busy, trusted, topics: subscribers, handlers } = self.streams.places.counts();
+        let Threads { threads, behind, queued } = self.streams.pool.threads();
+        let Totals { topics, events, bytes } = self.streams.core.history().totals();
         let gauges = Gauges {
-            subscribers: streams,
+            subscribers: subscribers + handlers,
+            // Whoever changes hands between two of these counts is counted as live.
+            live: subscribers.saturating_sub(behind + queued),
+            behind,
+            queued,
+            threads,
             connections: idle + busy + trusted,
             topics,
             kept_events: events,
             kept_bytes: bytes,
         };
-        metrics::render(&gauges, &self.core.counters)
+        metrics::render(&gauges, &self.streams.core.counters)
     }
 }
 

@@ -1,12 +1,13 @@
-//! A handler's stream, on its connection's own thread.
+//! A handler's stream: a program writes whatever it likes to a page, for as long as the page is there.
 //!
-//! A program writes whatever it likes to a page, for as long as the page is there. The socket stays the thread's
-//! throughout (the phase is never live), so no lane writes in between. Nobody sweeps it either: that a page has closed
-//! is noticed when the handler writes, or while it sleeps on the socket. So every call says whether the stream is still
-//! open, and a handler that returns its errors ends in time.
+//! The handler has a thread, but is elsewhere most of the time: it waits for something of its own. So its stream is live
+//! like a subscriber's, and its lane looks whether the page has closed and writes heartbeats. Both write under the
+//! state's lock; the thread takes the socket for itself only where a write must wait, or to sleep on it, so that a closed
+//! page ends a sleep at once. Every call says whether the stream is still open, and a handler that returns its errors
+//! ends in time.
 
 use crate::asked::Request;
-use crate::connection::{Connection, Phase, Reason, STOPPING};
+use crate::connection::{Connection, Outgoing, Phase, Reason, STOPPING, State, Unfinished};
 use crate::event::Event;
 use crate::hub::Core;
 use crate::sync::enter;
@@ -14,33 +15,38 @@ use crate::text::{LONGEST, with_lf};
 use crossbeam_channel::{Receiver, bounded};
 use std::convert::Infallible;
 use std::io;
+use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
+use std::thread;
 use std::time::{Duration, Instant};
 
-/// A handler's stream, on its connection's own thread: see [`Request::stream`] and
-/// [`Server::stream`](crate::Server::stream).
+/// How long a sleep that cannot sit on the socket goes on between two looks at it.
+const STEP: Duration = Duration::from_millis(50);
+
+/// A handler's stream: see [`Request::stream`] and [`Server::stream`](crate::Server::stream).
 pub struct Stream<'a> {
-    c: &'a Connection,
+    c: &'a Arc<Connection>,
     core: &'a Core,
     request: &'a Request<'a>,
-    /// Bytes that the peer has sent after its request.
-    stray: usize,
     /// Disconnected once the connection's state has dropped its half.
     closed: Receiver<Infallible>,
 }
 
 impl<'a> Stream<'a> {
-    /// Takes a place among the streams and writes the head; once for each request.
+    /// Takes a place among the streams, writes the head, and gives the socket to its lane; once for each request. Returns
+    /// the lane, too, from which whoever called the handler takes the socket back.
     ///
     /// # Errors
     /// There is no stream, and why.
-    pub(crate) fn open(request: &'a Request<'a>) -> Result<Stream<'a>, Reason> {
+    pub(crate) fn open(request: &'a Request<'a>) -> Result<(Stream<'a>, usize), Reason> {
+        let Request { c, core, .. } = *request;
         let (sender, closed) = bounded(0);
-        let c = &**request.c;
         // Before the place is taken: stopping drops it for all that it finds there.
         enter(&c.state).open = Some(sender);
-        (request.open)()?;
-        Ok(Stream { c, core: request.core, request, stray: 0, closed })
+        let lane = (request.open)()?;
+        core.lanes[lane].join(c, &Arc::default());
+        enter(&c.state).phase = Phase::Live;
+        Ok((Stream { c, core, request, closed }, lane))
     }
 
     /// What asked for this stream.
@@ -81,12 +87,35 @@ impl Stream<'_> {
             if left.is_zero() {
                 return Ok(());
             }
-            self.c.socket.set_read_timeout(Some(left))?;
-            if let Some(reason) = self.c.look(&mut self.stray) {
-                self.check_open()?; // stopping ends the reading side, too
-                self.close(reason);
-            }
+            self.rest(left);
         }
+    }
+
+    /// Waits for a while, on the socket where that tells of the page's end.
+    fn rest(&self, time: Duration) {
+        let heartbeat = self.core.config.heartbeat;
+        let mut state = enter(&self.c.state);
+        let silent = state.wrote.elapsed();
+        if state.unfinished.is_some() || state.has_said_all {
+            drop(state);
+            thread::sleep(time.min(STEP)); // to read would return at once, or heartbeats be late
+            state = enter(&self.c.state);
+            let looked = self.c.look(&mut state).map(drop);
+            return close_if_err(&mut state, looked);
+        } else if silent >= heartbeat {
+            let beaten = self.c.beat(&mut state, Instant::now());
+            return close_if_err(&mut state, beaten);
+        }
+        state.phase = Phase::Behind;
+        drop(state);
+        let timeout = time.min(heartbeat - silent).max(Duration::from_millis(1)); // 0 would be none
+        let sat = self.c.socket.set_read_timeout(Some(timeout)).map_err(|_| "the socket failed");
+        let got = sat.and(self.c.set_nonblocking(false)).and_then(|()| self.c.read_stray());
+        let got = self.c.set_nonblocking(true).and(got);
+        let mut state = enter(&self.c.state);
+        state.phase = Phase::Live;
+        let noted = got.and_then(|got| self.c.note_stray(&mut state, got)).map(drop);
+        close_if_err(&mut state, noted);
     }
 
     /// For a `select!` beside a channel of the program's own: nothing ever comes of it, and it is disconnected once the
@@ -115,26 +144,37 @@ impl Stream<'_> {
         &self.closed
     }
 
-    /// Writes one frame, waiting for the peer.
+    /// Writes one frame: at once where it fits, else it waits for the peer.
     fn write(&mut self, frame: &[u8], events: u64) -> io::Result<()> {
         self.check_open()?;
-        let framing = enter(&self.c.state).framing;
-        match self.c.write_whole(&framing.wrap(frame), Instant::now() + LONGEST) {
-            Ok(()) => {
-                enter(&self.c.state).sent += events;
-                self.core.counters.delivered.fetch_add(events, Relaxed);
-                Ok(())
+        let mut state = enter(&self.c.state);
+        let bytes = state.framing.wrap(frame);
+        let written = match &mut state.unfinished {
+            // The rest of a heartbeat goes first.
+            Some(Unfinished { what: Outgoing::Other(before), .. }) => {
+                before.extend_from_slice(&bytes);
+                Ok(false)
             }
-            Err(reason) => {
-                self.close(reason); // perhaps after half an event: nothing may follow
-                Err(io::Error::other(reason))
+            _ => self.c.write_or_leave(&mut state, bytes),
+        };
+        match written {
+            Ok(true) => state.wrote = Instant::now(),
+            Ok(false) => {
+                state.phase = Phase::Behind;
+                drop(state);
+                let finished = self.c.finish(Instant::now() + LONGEST, &|| true).map(drop);
+                state = enter(&self.c.state);
+                state.phase = Phase::Live;
+                close_if_err(&mut state, finished);
             }
+            Err(reason) => close_if_err(&mut state, Err(reason)),
         }
-    }
-
-    /// From here on every call fails with this reason.
-    fn close(&self, reason: Reason) {
-        enter(&self.c.state).close(reason);
+        if let Phase::Closed(reason) = state.phase {
+            return Err(io::Error::other(reason));
+        }
+        state.sent += events;
+        self.core.counters.delivered.fetch_add(events, Relaxed);
+        Ok(())
     }
 
     pub(crate) fn check_open(&self) -> io::Result<()> {
@@ -143,5 +183,13 @@ impl Stream<'_> {
             _ if self.core.is_stopping() => Err(io::Error::other(STOPPING)),
             _ => Ok(()),
         }
+    }
+}
+
+/// Perhaps after half an event: nothing may follow, and every call fails with this reason.
+fn close_if_err(state: &mut State, done: Result<(), Reason>) {
+    if let Err(reason) = done {
+        state.phase = Phase::Closed(reason);
+        state.open = None;
     }
 }

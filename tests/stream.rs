@@ -87,7 +87,6 @@ fn a_handler_that_waits_is_told_when_its_stream_is_over() {
 
 /// Their sockets are looked at every 1.75 s, whatever the handlers are doing.
 #[test]
-#[ignore = "the sweep does not look at handlers' sockets yet"]
 fn two_hundred_handlers_that_wait_for_ever_end_when_their_pages_close() {
     let server = bind(Config::default()).unwrap();
     let (_never, moves) = unbounded::<String>();
@@ -114,7 +113,6 @@ fn two_hundred_handlers_that_wait_for_ever_end_when_their_pages_close() {
 }
 
 #[test]
-#[ignore = "the sweep does not write handlers' heartbeats yet"]
 fn a_handler_that_is_silent_has_its_heartbeats_written() {
     let server = bind(Config { heartbeat: Duration::from_secs(4), ..Config::default() }).unwrap();
     let (go_on, silence) = unbounded::<()>();
