@@ -1,6 +1,6 @@
 //! Subscribing in the program: the same streams of topics, without a connection.
 //!
-//! A subscriber here is one that is always behind: it has a cursor, and reads the history after it whenever it is asked.
+//! A follower is a subscriber that is always behind: it has a cursor, and reads the history after it whenever it is asked.
 //! So it needs no queue, and none can overflow. One that is slow holds nothing up and takes no more memory than one that is
 //! quick: what it comes too late for was forgotten by the history, and it is told so by a gap. Nothing is lost or comes
 //! twice, since nothing changes hands; that it wakes for each event is shown in `bell.rs`.
@@ -45,13 +45,13 @@ impl From<Since> for Start {
     }
 }
 
-/// What a subscriber gets next.
+/// What a follower gets next.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum News {
-    /// An event, in the order of the ids over all topics of the subscriber.
+    /// An event, in the order of the ids over all topics of the follower.
     Event(Published),
-    /// Events before the next one may be missing: they were forgotten before this subscriber asked for them.
+    /// Events before the next one may be missing: they were forgotten before this follower asked for them.
     Gap {
         /// From this event on, nothing is missing; None where no such event is kept.
         oldest: Option<Id>,
@@ -105,12 +105,12 @@ impl From<Published> for Event {
 /// A subscriber in the program: see [`Hub::subscribe`]. Dropping it ends the subscription.
 ///
 /// As an iterator it waits for each event, and ends when the server has stopped.
-pub struct Subscriber {
+pub struct Follower {
     core: Arc<Core>,
     names: Arc<[Arc<str>]>,
-    /// Everything up to here was read, or is not for this subscriber.
+    /// Everything up to here was read, or is not for this follower.
     read_to: Id,
-    /// What each topic had forgotten when the subscriber was last told of a gap.
+    /// What each topic had forgotten when the follower was last told of a gap.
     told: Vec<Id>,
     bell: Bell,
     /// What was read and not taken yet, each with its id: at most one run, or one event if it is larger.
@@ -120,7 +120,7 @@ pub struct Subscriber {
 }
 
 impl Hub {
-    /// Subscribes to topics in the program. The subscriber reads what is kept, so it takes no memory for what it has not
+    /// Subscribes to topics in the program. The follower reads what is kept, so it takes no memory for what it has not
     /// asked for yet; if it is slower than the events are forgotten, it is told of a [gap](News::Gap), as a page would be.
     ///
     /// # Errors
@@ -142,7 +142,7 @@ impl Hub {
     /// }
     /// # Ok(()) }
     /// ```
-    pub fn subscribe(&self, topics: impl IntoIterator<Item = impl AsRef<str>>, since: Since) -> io::Result<Subscriber> {
+    pub fn subscribe(&self, topics: impl IntoIterator<Item = impl AsRef<str>>, since: Since) -> io::Result<Follower> {
         let wanted = topic_names(topics)?;
         let core = self.core.clone();
         core.check_running()?;
@@ -154,7 +154,7 @@ impl Hub {
         drop(history);
         let gap = gap.map(|gap| (gap.id, News::Gap { oldest }));
         let bell = core.bells.add(&names);
-        Ok(Subscriber { core, names, read_to: cursor, told, bell, read: gap.into_iter().collect(), cursor })
+        Ok(Follower { core, names, read_to: cursor, told, bell, read: gap.into_iter().collect(), cursor })
     }
 
     /// What a topic keeps now, oldest first; nothing for a topic that is not in use. The newest comes by
@@ -185,7 +185,7 @@ impl Hub {
     }
 }
 
-impl Subscriber {
+impl Follower {
     /// The next event or gap, if there is one now.
     ///
     /// # Errors
@@ -223,7 +223,7 @@ impl Subscriber {
     }
 
     /// For a `select!`: it holds something when there may be news, and is disconnected once the server has stopped. Then
-    /// take all there is with [`Subscriber::try_next`]; there may be none.
+    /// take all there is with [`Follower::try_next`]; there may be none.
     ///
     /// ```
     /// # fn main() -> std::io::Result<()> {
@@ -281,7 +281,7 @@ impl Subscriber {
     }
 }
 
-impl Iterator for Subscriber {
+impl Iterator for Follower {
     type Item = News;
 
     /// Waits for the next event or gap; None once the server has stopped.
@@ -296,7 +296,7 @@ impl Iterator for Subscriber {
     }
 }
 
-impl Drop for Subscriber {
+impl Drop for Follower {
     fn drop(&mut self) {
         self.core.bells.remove(&self.names, &self.bell);
         self.core.history().unsubscribe(&self.names);

@@ -134,7 +134,7 @@ pub use asked::Request;
 pub use config::{Config, Log, LogTo, Token};
 pub use crossbeam_channel;
 pub use event::{Event, Id};
-pub use follower::{News, Published, Since, Subscriber};
+pub use follower::{Follower, News, Published, Since};
 pub use handler::Answer;
 pub use hub::Hub;
 pub use presence::Presence;

@@ -2,7 +2,7 @@
 
 use crate::common::*;
 use brooklet::crossbeam_channel::{RecvTimeoutError, TryRecvError, select};
-use brooklet::{Config, Event, Hub, News, Published, Since, Subscriber};
+use brooklet::{Config, Event, Follower, Hub, News, Published, Since};
 use std::io::ErrorKind;
 use std::thread;
 use std::time::Duration;
@@ -13,15 +13,15 @@ fn publish_to(hub: &Hub, topic: &str, count: std::ops::Range<u64>) {
     }
 }
 
-fn next(subscriber: &mut Subscriber) -> Published {
-    match subscriber.recv_timeout(PATIENCE) {
+fn next(follower: &mut Follower) -> Published {
+    match follower.recv_timeout(PATIENCE) {
         Ok(News::Event(event)) => event,
         other => panic!("no event: {other:?}"),
     }
 }
 
-fn all(subscriber: &mut Subscriber) -> Vec<String> {
-    std::iter::from_fn(|| subscriber.try_next().ok())
+fn all(follower: &mut Follower) -> Vec<String> {
+    std::iter::from_fn(|| follower.try_next().ok())
         .map(|news| match news {
             News::Event(event) => event.data,
             other => format!("{other:?}"),
@@ -30,7 +30,7 @@ fn all(subscriber: &mut Subscriber) -> Vec<String> {
 }
 
 #[test]
-fn a_subscriber_in_the_program_sees_what_one_on_the_network_sees() {
+fn a_follower_in_the_program_sees_what_one_on_the_network_sees() {
     let server = serve_default();
     let hub = server.hub();
     let mut news = hub.subscribe(["a", "b", "a"], Since::Now).unwrap();

@@ -8,7 +8,7 @@
 //! `new EventSource('/jobs/1')`, gets what it has missed, and once the job is done is told to stay away.
 
 use brooklet::crossbeam_channel::{bounded, select};
-use brooklet::{Answer, Config, Event, Hub, News, Request, Server, Since, Subscriber};
+use brooklet::{Answer, Config, Event, Follower, Hub, News, Request, Server, Since};
 use std::io;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::thread;
@@ -62,7 +62,7 @@ fn work(hub: &Hub, topic: &str, prompt: &str) -> io::Result<()> {
 }
 
 /// Sends what comes of a job until it is done, or its page has gone.
-fn relay(request: &Request, mut news: Subscriber) -> io::Result<Answer> {
+fn relay(request: &Request, mut news: Follower) -> io::Result<Answer> {
     let mut stream = request.stream()?;
     loop {
         select! {
