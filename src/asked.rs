@@ -37,6 +37,20 @@ pub struct Parts {
 ///
 /// Its handler answers it with an [`Answer`](crate::Answer), opens a [stream](Request::stream), or lets it
 /// [follow](Request::follow) topics.
+///
+/// ```
+/// # fn main() -> std::io::Result<()> {
+/// # use brooklet::{Answer, Config, Server};
+/// # let server = Server::bind("127.0.0.1:0", Config::default())?;
+/// server.route("/notes/", |request| match (request.method(), request.rest()) {
+///     ("PUT", name) if request.field("Content-Type") == Some("text/plain") => {
+///         Ok(Answer::text(201, format!("{name}: {} bytes from {}", request.body().len(), request.peer())))
+///     }
+///     ("PUT", _) => Ok(Answer::text(415, "notes are text/plain")),
+///     _ => Ok(Answer::empty(405).field("Allow", "PUT")),
+/// })?;
+/// # Ok(()) }
+/// ```
 pub struct Request<'a> {
     pub(crate) parts: Parts,
     pub(crate) c: &'a Arc<Connection>,

@@ -20,7 +20,7 @@ use std::time::{Duration, Instant};
 /// Most topics of one stream: each step of a replay looks at all of them.
 pub const TOPICS_PER_STREAM: usize = 16;
 
-/// Where a subscription begins.
+/// Where a subscription begins: see [`Hub::subscribe`] and [`Request::follow_since`](crate::Request::follow_since).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Since {
@@ -95,6 +95,18 @@ impl Published {
 
 /// For a stream of one's own, with the id that it was published with: a page that reconnects then says how far it came.
 /// To publish it to another topic, take the id out: [`Event::new`] with the data.
+///
+/// ```
+/// # fn main() -> std::io::Result<()> {
+/// # use brooklet::{Config, Server};
+/// # let server = Server::bind("127.0.0.1:0", Config::default())?;
+/// let hub = server.hub();
+/// server.stream("/newest", move |stream| match hub.kept("news")?.next_back() {
+///     Some(newest) => stream.send(&newest.into()),
+///     None => stream.comment("no news yet"),
+/// })?;
+/// # Ok(()) }
+/// ```
 impl From<Published> for Event {
     fn from(published: Published) -> Event {
         let Published { id, name, data, retry, .. } = published;
@@ -104,7 +116,21 @@ impl From<Published> for Event {
 
 /// A subscriber in the program: see [`Hub::subscribe`]. Dropping it ends the subscription.
 ///
-/// As an iterator it waits for each event, and ends when the server has stopped.
+/// As an iterator it waits for each event, and ends when the server has stopped:
+///
+/// ```
+/// # fn main() -> std::io::Result<()> {
+/// # use brooklet::{Config, Event, News, Server, Since};
+/// # let server = Server::bind("127.0.0.1:0", Config::default())?;
+/// let news = server.hub().subscribe(["news"], Since::Now)?;
+/// let counting = std::thread::spawn(move || {
+///     news.filter(|item| matches!(item, News::Event(event) if event.data.contains("rust"))).count()
+/// });
+/// server.hub().publish("news", Event::new("rust 2.0"))?;
+/// drop(server);
+/// assert_eq!(counting.join().unwrap(), 1);
+/// # Ok(()) }
+/// ```
 pub struct Follower {
     core: Arc<Core>,
     names: Arc<[Arc<str>]>,

@@ -50,9 +50,23 @@ pub struct Server {
     pub(crate) handle: Handle,
 }
 
-/// A running server. It is used by reference, so an `Arc` or a scope shares it among threads. Dropping it stops everything: streams get a reconnection time and their end, and after a second at
-/// most every thread has ended. Only these may take longer: handlers that do not return (they find their socket
-/// closed), the journal's thread and programs' own while the disk is stuck, and the log's while stderr takes nothing.
+/// A running server. All of it is done by reference, so an `Arc` or a scope shares it among threads.
+///
+/// Dropping it stops everything: streams get a reconnection time and their end, and after a second at most every thread
+/// has ended. Only these may take longer: handlers that do not return (they find their socket closed), the hook for
+/// subscriptions, the journal's thread and programs' own while the disk is stuck, and the log's while its lines are not
+/// taken.
+///
+/// ```
+/// # fn main() -> std::io::Result<()> {
+/// # use brooklet::{Config, Server};
+/// let server = Server::bind("127.0.0.1:0", Config::default())?.spawn()?;
+/// std::thread::scope(|scope| {
+///     scope.spawn(|| server.stop()); // by reference, so from any thread
+/// });
+/// assert_eq!(server.stop(), 0); // no handler is left running
+/// # Ok(()) }
+/// ```
 pub struct Handle {
     pub(crate) shared: Arc<Shared>,
     /// None where the program accepts.
