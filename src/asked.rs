@@ -1,8 +1,8 @@
 //! What a program's route sees of a request.
 //!
-//! All of it was read before the program is called: the head strictly, the body within its limit and time. So whatever a
-//! handler does with it, it waits for nothing, and a peer that sends slowly holds no handler. Text from outside stands
-//! here as it came, but whole and decoded once: quote it before it goes into a page or a log.
+//! All of it was read before the program is called: the head strictly, the body within its limit and time. So whatever
+//! a handler does with it, it waits for nothing, and a peer that sends slowly holds no handler. Text from outside
+//! stands here as it came, but whole and decoded once: quote it before it goes into a page or a log.
 
 use crate::config::Token;
 use crate::connection::{Connection, Reason};
@@ -14,8 +14,8 @@ use std::io;
 use std::net::SocketAddr;
 use std::sync::{Arc, OnceLock};
 
-/// Finds a place among the streams and writes the head, and returns the lane for it; else the stream is rejected in a way
-/// that a browser comes back from, and this says why.
+/// Finds a place among the streams and writes the head, and returns the lane for it; else the stream is rejected in a
+/// way that a browser comes back from, and this says why.
 pub type Opener<'a> = dyn Fn() -> Result<usize, Reason> + Sync + 'a;
 
 /// What a request says, taken out of its head and its body.
@@ -75,8 +75,8 @@ impl Request<'_> {
         &self.parts.path
     }
 
-    /// What follows the route in the path: of `/jobs/7/log`, `7/log` for a route `/jobs/`. Empty for a route that does not
-    /// end with a slash.
+    /// What follows the route in the path: of `/jobs/7/log`, `7/log` for a route `/jobs/`. Empty for a route that does
+    /// not end with a slash.
     pub fn rest(&self) -> &str {
         &self.parts.path[self.parts.rest_at..]
     }
@@ -103,8 +103,8 @@ impl Request<'_> {
     }
 
     /// The value of the first cookie of this name. Where two paths or domains have set one of the same name, a browser
-    /// sends both; which is first is its decision, so a session cookie is best called `__Host-…`
-    /// ([RFC 6265bis §4.1.3](https://www.rfc-editor.org/rfc/rfc6265#section-4.1.3)).
+    /// sends both, in an order of its own; behind TLS a session cookie is therefore best called `__Host-…`
+    /// (<https://datatracker.ietf.org/doc/html/draft-ietf-httpbis-rfc6265bis#section-4.1.3>).
     pub fn cookie(&self, name: &str) -> Option<&str> {
         let lines = self.fields().filter(|(field, _)| field.eq_ignore_ascii_case("cookie"));
         let mut cookies = lines.flat_map(|(_, cookies)| cookies.split(';')).filter_map(|cookie| cookie.split_once('='));

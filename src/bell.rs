@@ -1,9 +1,9 @@
 //! Wakes those in the program who wait for a topic.
 //!
-//! A subscriber of the program's own has no queue: it reads the history whenever it is asked, as one on the network does
-//! that is behind. A bell is all that it needs beside that, a channel of one place: full, it says that there may be news.
-//! It is rung after the event was kept, so whoever hears it finds the event; and it rings once at the start, so what was
-//! kept before is found, too.
+//! A subscriber of the program's own has no queue: it reads the history whenever it is asked, as one on the network
+//! does that is behind. A bell is all that it needs beside that, a channel of one place: full, it says that there may
+//! be news. It is rung after the event was kept, so whoever hears it finds the event; and it rings once at the start,
+//! so what was kept before is found, too.
 
 use crate::sync::enter;
 use crossbeam_channel::{Receiver, Sender, bounded};
@@ -14,8 +14,8 @@ use std::sync::{Arc, Mutex};
 /// The bells of all topics.
 #[derive(Default)]
 pub struct Bells {
-    /// How many there are: most programs have none, and then publishing takes no lock for them. `Relaxed` will do, since
-    /// both sides have the history's lock in between: who has found nothing kept there has counted itself before.
+    /// How many there are: most programs have none, and then publishing takes no lock for them. `Relaxed` will do,
+    /// since both sides have the history's lock in between: who has found nothing kept there has counted itself before.
     count: AtomicUsize,
     table: Mutex<Table>,
 }

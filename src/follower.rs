@@ -1,9 +1,9 @@
 //! Subscribing in the program: the same streams of topics, without a connection.
 //!
-//! A follower is a subscriber that is always behind: it has a cursor, and reads the history after it whenever it is asked.
-//! So it needs no queue, and none can overflow. One that is slow holds nothing up and takes no more memory than one that is
-//! quick: what it comes too late for was forgotten by the history, and it is told so by a gap. Nothing is lost or comes
-//! twice, since nothing changes hands; that it wakes for each event is shown in `bell.rs`.
+//! A follower is a subscriber that is always behind: it has a cursor, and reads the history after it whenever it is
+//! asked. So it needs no queue, and none can overflow. One that is slow holds nothing up and takes no more memory than
+//! one that is quick: what it comes too late for was forgotten by the history, and it is told so by a gap. Nothing is
+//! lost or comes twice, since nothing changes hands; that it wakes for each event is shown in `bell.rs`.
 
 use crate::bell::Bell;
 use crate::cursor::{Next, Start};
@@ -147,7 +147,8 @@ pub struct Follower {
 
 impl Hub {
     /// Subscribes to topics in the program. The follower reads what is kept, so it takes no memory for what it has not
-    /// asked for yet; if it is slower than the events are forgotten, it is told of a [gap](News::Gap), as a page would be.
+    /// asked for yet; if it is slower than the events are forgotten, it is told of a [gap](News::Gap), as a page would
+    /// be.
     ///
     /// # Errors
     /// [`InvalidInput`](io::ErrorKind::InvalidInput) for what is no topic name, for no topic, and for more than 16;
@@ -248,8 +249,8 @@ impl Follower {
         }
     }
 
-    /// For a `select!`: it holds something when there may be news, and is disconnected once the server has stopped. Then
-    /// take all there is with [`Follower::try_next`]; there may be none.
+    /// For a `select!`: it holds something when there may be news, and is disconnected once the server has stopped.
+    /// Then take all there is with [`Follower::try_next`]; there may be none.
     ///
     /// ```
     /// # fn main() -> std::io::Result<()> {
@@ -277,8 +278,8 @@ impl Follower {
         &self.bell.heard
     }
 
-    /// The id of the event or gap that was taken last, or where the subscription began: `Since::After` this goes on from
-    /// here, also in another process where there is a journal.
+    /// The id of the event or gap that was taken last, or where the subscription began: `Since::After` this goes on
+    /// from here, also in another process where there is a journal.
     pub fn cursor(&self) -> Id {
         self.cursor
     }

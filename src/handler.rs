@@ -3,8 +3,8 @@
 //! A handler is called with a request that was read whole, and says what the request gets: an answer, a stream of its
 //! own, or the topics that it may follow. What goes into a head is checked here, since a line break in a field would
 //! begin another field, and a length that is not the body's own would make the rest of it the next request's answer
-//! ([RFC 9112 §11.1](https://www.rfc-editor.org/rfc/rfc9112#section-11.1)). Whatever a handler does, its connection ends
-//! in order: an error becomes an answer while there is none yet, a panic too.
+//! ([RFC 9112 §11.1](https://www.rfc-editor.org/rfc/rfc9112#section-11.1)). Whatever a handler does, its connection
+//! ends in order: an error becomes an answer while there is none yet, a panic too.
 
 use crate::asked::{Opener, Parts, Request};
 use crate::clock::spread;
@@ -65,8 +65,8 @@ enum Kind {
 }
 
 impl Answer {
-    /// An answer with a body of this type, such as `text/html; charset=utf-8`. `status` is 200 to 599; without a body it
-    /// has no type either: [`Answer::empty`].
+    /// An answer with a body of this type, such as `text/html; charset=utf-8`. `status` is 200 to 599; without a body
+    /// it has no type either: [`Answer::empty`].
     pub fn new(status: u16, content_type: impl Into<String>, body: impl Into<Vec<u8>>) -> Answer {
         Answer::shared(status, content_type.into(), body.into().into())
     }
@@ -108,8 +108,8 @@ impl Request<'_> {
     /// besides, it gets on the stream.
     ///
     /// # Errors
-    /// There is no room (the page was told when to come back), the page has gone, the server is stopping, the request is
-    /// a `HEAD`, or a stream was opened before. Return the error from the handler; nothing else can be answered.
+    /// There is no room (the page was told when to come back), the page has gone, the server is stopping, the request
+    /// is a `HEAD`, or a stream was opened before. Return the error from the handler; nothing else can be answered.
     ///
     /// ```
     /// # fn main() -> std::io::Result<()> {
@@ -183,8 +183,8 @@ impl Request<'_> {
 }
 
 impl Stream<'_> {
-    /// Ends the stream in order. The page's `EventSource` reconnects after its reconnection time, unless that request is
-    /// answered 204. A handler that returns otherwise ends it, too.
+    /// Ends the stream in order. The page's `EventSource` reconnects after its reconnection time, unless that request
+    /// is answered 204. A handler that returns otherwise ends it, too.
     ///
     /// # Errors
     /// The page has gone already, or the server is stopping.

@@ -1,9 +1,9 @@
 //! Tells the program of subscribers that come and go.
 //!
 //! The program's hook may take its time, publish, or panic. So it has a thread of its own, which holds no lock while it
-//! calls the hook, and what it panics with ends there: neither a lane nor the clerk ever waits for it. What it has not heard
-//! yet waits in a queue, in the order in which it happened. Whoever comes waits while that is long; whoever goes does not.
-//! So it holds no more than `WAITING` beginnings, and one end for each subscriber that is open.
+//! calls the hook, and what it panics with ends there: neither a lane nor the clerk ever waits for it. What it has not
+//! heard yet waits in a queue, in the order in which it happened. Whoever comes waits while that is long; whoever goes
+//! does not. So it holds no more than `WAITING` beginnings, and one end for each subscriber that is open.
 
 use crate::connection::Reason;
 use crate::sync::{Condvar, Mutex, MutexGuard, enter, start_thread, wait};
@@ -26,8 +26,8 @@ const SLEEP_TIME: Duration = Duration::from_secs(60);
 pub struct Presence {
     /// The topics that it follows, each once.
     pub topics: Arc<[Arc<str>]>,
-    /// The other end's address; behind a proxy, the proxy's. With its port it names one subscription among those that are
-    /// open.
+    /// The other end's address; behind a proxy, the proxy's. With its port it names one subscription among those that
+    /// are open.
     pub peer: SocketAddr,
     /// Why it has ended, in the log's words; None where it begins.
     pub ended: Option<Reason>,

@@ -1,10 +1,10 @@
 //! A handler's stream: a program writes whatever it likes to a page, for as long as the page is there.
 //!
-//! The handler has a thread, but is elsewhere most of the time: it waits for something of its own. So its stream is live
-//! like a subscriber's, and its lane looks whether the page has closed and writes heartbeats. Both write under the
-//! state's lock; the thread takes the socket for itself only where a write must wait, or to sleep on it, so that a closed
-//! page ends a sleep at once. Every call says whether the stream is still open, and a handler that returns its errors
-//! ends in time.
+//! The handler has a thread, but is elsewhere most of the time: it waits for something of its own. So its stream is
+//! live like a subscriber's, and its lane looks whether the page has closed and writes heartbeats. Both write under the
+//! state's lock; the thread takes the socket for itself only where a write must wait, or to sleep on it, so that a
+//! closed page ends a sleep at once. Every call says whether the stream is still open, and a handler that returns its
+//! errors ends in time.
 
 use crate::asked::Request;
 use crate::connection::{Connection, Outgoing, Phase, Reason, STOPPING, State, Unfinished};
@@ -33,8 +33,8 @@ pub struct Stream<'a> {
 }
 
 impl<'a> Stream<'a> {
-    /// Takes a place among the streams, writes the head, and gives the socket to its lane; once for each request. Returns
-    /// the lane, too, from which whoever called the handler takes the socket back.
+    /// Takes a place among the streams, writes the head, and gives the socket to its lane; once for each request.
+    /// Returns the lane, too, from which whoever called the handler takes the socket back.
     ///
     /// # Errors
     /// There is no stream, and why.
@@ -59,8 +59,8 @@ impl Stream<'_> {
     /// Writes one event at once.
     ///
     /// # Errors
-    /// [`InvalidInput`](io::ErrorKind::InvalidInput) for an event that may not be; otherwise the stream is closed or the
-    /// server is stopping, and the error says so: return it from the handler.
+    /// [`InvalidInput`](io::ErrorKind::InvalidInput) for an event that may not be; otherwise the stream is closed or
+    /// the server is stopping, and the error says so: return it from the handler.
     pub fn send(&mut self, event: &Event) -> io::Result<()> {
         event.check()?;
         self.write(event.encode().as_bytes(), 1)
