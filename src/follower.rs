@@ -7,13 +7,14 @@
 
 use crate::bell::Bell;
 use crate::cursor::{Next, Start};
-use crate::encoded::{Encoded, Framing};
+use crate::encoded::{Framing, Run};
 use crate::event::{Event, Id};
 use crate::hub::{Core, Hub, check_topic};
 use crate::text::{LONGEST, invalid};
 use crossbeam_channel::{Receiver, RecvTimeoutError, TryRecvError};
 use std::collections::VecDeque;
 use std::io;
+use std::iter;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -76,10 +77,10 @@ pub struct Published {
 
 impl Published {
     /// Reads the bytes of an event, which are ours: see `Event::lines`.
-    fn read(topic: Arc<str>, event: &Encoded) -> Published {
-        let mut published = Published { topic, id: event.id, name: None, data: String::new(), retry: None };
-        let frame = String::from_utf8_lossy(event.bytes(Framing::Plain));
+    fn read(topic: Arc<str>, id: Id, frame: &[u8]) -> Published {
+        let mut published = Published { topic, id, name: None, data: String::new(), retry: None };
         let mut data = Vec::new();
+        let frame = String::from_utf8_lossy(frame);
         for (field, value) in frame.split('\n').filter_map(|line| line.split_once(": ")) {
             match field {
                 "event" => published.name = Some(value.into()),
@@ -93,6 +94,16 @@ impl Published {
     }
 }
 
+/// Reads the events of a run, whose bytes are plain. `topics` are theirs, in the same order.
+fn read_all(run: &Run, topics: Vec<Arc<str>>) -> impl Iterator<Item = Published> {
+    let mut start = 0;
+    run.events.iter().zip(topics).map(move |((event, end), topic)| {
+        let frame = &run.bytes[start..*end];
+        start = *end;
+        Published::read(topic, event.id, frame)
+    })
+}
+
 /// For a stream of one's own, with the id that it was published with: a page that reconnects then says how far it came.
 /// To publish it to another topic, take the id out: [`Event::new`] with the data.
 ///
@@ -101,7 +112,7 @@ impl Published {
 /// # use brooklet::{Config, Server};
 /// # let server = Server::bind("127.0.0.1:0", Config::default())?;
 /// let hub = server.hub();
-/// server.stream("/newest", move |stream| match hub.kept("news")?.next_back() {
+/// server.stream("/newest", move |stream| match hub.newest("news")? {
 ///     Some(newest) => stream.send(&newest.into()),
 ///     None => stream.comment("no news yet"),
 /// })?;
@@ -184,8 +195,8 @@ impl Hub {
         Ok(Follower { core, names, read_to: cursor, told, bell, read: gap.into_iter().collect(), cursor })
     }
 
-    /// What a topic keeps now, oldest first; nothing for a topic that is not in use. The newest comes by
-    /// `next_back()`, and each is read only when it is asked for.
+    /// What a topic keeps now, oldest first; nothing for a topic that is not in use. It is read some at a time, as it is
+    /// asked for, so what is forgotten meanwhile is left out.
     ///
     /// # Errors
     /// [`InvalidInput`](io::ErrorKind::InvalidInput) for what is no topic name.
@@ -195,20 +206,54 @@ impl Hub {
     /// # use brooklet::{Config, Event, Server};
     /// # let server = Server::bind("127.0.0.1:0", Config::default())?;
     /// # let hub = server.hub();
-    /// # hub.publish("load", Event::new("0.4"))?;
-    /// # hub.publish("load", Event::new("0.7"))?;
-    /// let newest = hub.kept("load")?.next_back();
-    /// assert_eq!(newest.unwrap().data, "0.7");
+    /// hub.publish("load", Event::new("0.4"))?;
+    /// hub.publish("load", Event::new("0.7"))?;
+    /// let values: Vec<String> = hub.kept("load")?.map(|event| event.data).collect();
+    /// assert_eq!(values, ["0.4", "0.7"]);
     /// # Ok(()) }
     /// ```
-    pub fn kept(
-        &self,
-        topic: &str,
-    ) -> io::Result<impl DoubleEndedIterator<Item = Published> + ExactSizeIterator + use<>> {
+    pub fn kept(&self, topic: &str) -> io::Result<impl Iterator<Item = Published> + use<>> {
         check_topic(topic)?;
-        let topic: Arc<str> = topic.into();
-        let kept = self.core.history().kept(&topic);
-        Ok(kept.into_iter().map(move |event| Published::read(topic.clone(), &event)))
+        let (core, names) = (self.core.clone(), [Arc::from(topic)]);
+        let (mut read_to, until) = (Id::default(), core.history().newest());
+        let step = move || {
+            let history = core.history();
+            // With all that was forgotten told already, there is no gap.
+            let Next::Events(run) = history.next(&names, read_to, &history.told(&names), Framing::Plain) else {
+                return None;
+            };
+            drop(history);
+            read_to = run.newest();
+            Some(read_all(&run, vec![names[0].clone(); run.events.len()]).collect::<Vec<_>>())
+        };
+        Ok(iter::from_fn(step).flatten().take_while(move |event| event.id <= until))
+    }
+
+    /// The newest event that a topic keeps, if there is any.
+    ///
+    /// # Errors
+    /// [`InvalidInput`](io::ErrorKind::InvalidInput) for what is no topic name.
+    ///
+    /// ```
+    /// # fn main() -> std::io::Result<()> {
+    /// # use brooklet::{Config, Event, Server};
+    /// # let server = Server::bind("127.0.0.1:0", Config::default())?;
+    /// # let hub = server.hub();
+    /// hub.publish("load", Event::new("0.7"))?;
+    /// assert_eq!(hub.newest("load")?.map(|event| event.data).as_deref(), Some("0.7"));
+    /// # Ok(()) }
+    /// ```
+    pub fn newest(&self, topic: &str) -> io::Result<Option<Published>> {
+        check_topic(topic)?;
+        let names = [Arc::from(topic)];
+        let history = self.core.history();
+        let Some(id) = history.newest_kept(&names[0]) else { return Ok(None) };
+        let next = history.next(&names, id.before(), &history.told(&names), Framing::Plain);
+        drop(history);
+        Ok(match next {
+            Next::Events(run) => read_all(&run, names.to_vec()).next(),
+            _ => None,
+        })
     }
 }
 
@@ -296,13 +341,11 @@ impl Follower {
                 self.read.push_back((self.read_to, News::Gap { oldest }));
             }
             Next::Events(run) => {
-                let topic = |event: &Encoded| history.topic_of(&self.names, event.id).unwrap_or_default();
-                let topics: Vec<_> = run.events.iter().map(|(event, _)| topic(event)).collect();
+                let topic = |id| history.topic_of(&self.names, id).unwrap_or_default();
+                let topics = run.events.iter().map(|(event, _)| topic(event.id)).collect();
                 drop(history); // before the events are read
                 self.read_to = run.newest();
-                let events = run.events.iter().zip(topics);
-                let read = events.map(|((event, _), topic)| (event.id, News::Event(Published::read(topic, event))));
-                self.read.extend(read);
+                self.read.extend(read_all(&run, topics).map(|event| (event.id, News::Event(event))));
             }
         }
     }

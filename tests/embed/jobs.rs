@@ -42,7 +42,7 @@ pub fn server(address: &str) -> io::Result<Server> {
     let hub = server.hub();
     server.route("/jobs/", move |request| {
         let topic = format!("job-{}", request.rest());
-        match hub.kept(&topic)?.next_back() {
+        match hub.newest(&topic)? {
             None => Ok(Answer::text(404, "there is no such job, or it was long ago")),
             Some(last) if request.last_event_id() == Some(&last.id.to_string()) && is_done(&last.name) => {
                 Ok(Answer::empty(204)) // it has had all of it: an EventSource that gets this does not come back
