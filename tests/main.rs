@@ -23,6 +23,7 @@ mod log;
 mod metrics;
 mod minimal;
 mod places;
+mod pool;
 mod power;
 mod program;
 mod request;
