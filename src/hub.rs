@@ -7,15 +7,15 @@
 //! can be answered when the server stops. A lane takes neither the order lock nor that of the history, so a publisher
 //! that waits for room in its queue always gets it.
 
-use crate::block::{Block, encode_block};
+use crate::block::encode_block;
 use crate::clock::now_ms;
 use crate::config::{Config, Log};
 use crate::connection::STOPPING;
 use crate::encoded::Encoded;
 use crate::event::{Event, Id};
-use crate::history::{History, Totals};
+use crate::history::History;
 use crate::journal::{Journal, LOOK_TIME};
-use crate::kept::{Kept, restore};
+use crate::kept::{Kept, open_journal};
 use crate::lane::{ToLane, send_event};
 use crate::log::Logger;
 use crate::metrics::Counters;
@@ -26,7 +26,6 @@ use crate::unwritten::{Numbered, Order, Outcome, Turn, Turns, Unwritten};
 use crossbeam_channel::Sender;
 use std::io::{self, ErrorKind};
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread;
@@ -42,9 +41,6 @@ const UNWRITTEN_BYTES: usize = 16 * 1024 * 1024;
 /// When stopping, publishers whose events the disk has not taken are told so after this time, which leaves enough for
 /// the answer to go out.
 pub const STOP_WAIT: Duration = Duration::from_millis(400);
-/// Longer than the kernel keeps written data before it begins to write it to the disk, which is some 30 s; in ms.
-/// <https://docs.kernel.org/admin-guide/sysctl/vm.html#dirty-expire-centisecs>
-const HELD_BACK_MS: u64 = 60_000;
 
 /// Said instead of a plain refusal: nobody knows yet, and only a key makes it safe to try again.
 const NOT_TAKEN: &str =
@@ -395,46 +391,4 @@ pub fn check_topic(name: &str) -> io::Result<()> {
 
 fn stopped() -> io::Error {
     io::Error::new(ErrorKind::NotConnected, STOPPING)
-}
-
-/// Takes a journal into use, and fills the history with what is in it.
-fn open_journal(path: &Path, history: &Arc<Mutex<History>>, config: &Config, log: &Arc<Logger>) -> io::Result<Journal> {
-    let named = |error: io::Error| io::Error::new(error.kind(), format!("the journal {}: {error}", path.display()));
-    recover(path, history, config, log).map_err(named)
-}
-
-/// Restores the history from the journal, then makes the file fit to be appended to.
-fn recover(path: &Path, shared: &Arc<Mutex<History>>, config: &Config, log: &Arc<Logger>) -> io::Result<Journal> {
-    let mut history = enter(shared);
-    let (mut newest_event, mut newest_mark) = (Id::default(), Id::default());
-    let mut take = |block: Block, bytes: &[u8]| {
-        let newest = if block.is_mark { &mut newest_mark } else { &mut newest_event };
-        *newest = block.id.max(*newest);
-        restore(&mut history, block, bytes);
-    };
-    let (mut journal, found) = Journal::open(path, config, log, &mut take)?;
-    history.remove_unused();
-    if found.may_lack_events() {
-        history.count_as_forgotten(after_what_is_lost(newest_event, newest_mark));
-    }
-    // The lock is given up before the file is repaired: a snapshot takes it.
-    let Totals { topics, events, .. } = history.totals();
-    log.line(Log::Info, format_args!("kept {events} events of {topics} topics"));
-    let kept_bytes = history.block_bytes();
-    drop(history);
-    journal.repair(&found, kept_bytes, &|boot| Box::new(Kept::new(shared, boot)))?;
-    Ok(journal)
-}
-
-/// An id above all that may have been published and lost. What is lost was written before now; so it is now, unless the
-/// clock has gone back: then it is a while after the newest event. But this rule itself puts ids ahead of the clock:
-/// they have the millisecond of the mark that a start has written, until the clock passes it. To add the while again at
-/// each start would put them ahead without end, so after a mark it is added to the clock, not to the mark.
-fn after_what_is_lost(newest_event: Id, newest_mark: Id) -> Id {
-    let now = now_ms();
-    let lost_until = match newest_event.ms > newest_mark.ms {
-        true => newest_event.ms.saturating_add(HELD_BACK_MS),
-        false => newest_mark.ms.min(now).saturating_add(HELD_BACK_MS).max(newest_mark.ms.saturating_add(1)),
-    };
-    Id { ms: now.max(lost_until), seq: 0 }
 }

@@ -1,22 +1,78 @@
-//! Between the journal's blocks and the history: restoring blocks at the start, and giving out what is kept for a new
-//! file.
+//! Between the journal's blocks and the history: opening the journal and restoring its blocks at the start, and giving
+//! out what is kept for a new file.
 //!
 //! The journal knows no history and the history no blocks, so that each can be read, and replaced, alone; what one must
 //! know of the other is here. A snapshot is taken in steps, each in one short hold of the history's lock, since
 //! publishing and replays wait for that lock.
 
 use crate::block::{Block, encode_block};
+use crate::clock::now_ms;
+use crate::config::{Config, Log};
 use crate::encoded::Encoded;
 use crate::event::Id;
-use crate::history::{History, Walk};
+use crate::history::{History, Totals, Walk};
+use crate::journal::Journal;
+use crate::log::Logger;
 use crate::rewrite::Snapshot;
 use crate::sync::enter;
+use std::io;
+use std::path::Path;
 use std::sync::{Arc, Mutex};
 
 /// How much memory one step of a snapshot takes, which holds the history's lock for about half a millisecond.
 const STEP_BYTES: usize = 256 * 1024;
 /// How many marks one step gives.
 const STEP_MARKS: usize = 1_000;
+/// Longer than the kernel keeps written data before it begins to write it to the disk, which is some 30 s; in ms.
+/// <https://docs.kernel.org/admin-guide/sysctl/vm.html#dirty-expire-centisecs>
+const HELD_BACK_MS: u64 = 60_000;
+
+/// Takes a journal into use, and fills the history with what is in it.
+pub fn open_journal(
+    path: &Path,
+    history: &Arc<Mutex<History>>,
+    config: &Config,
+    log: &Arc<Logger>,
+) -> io::Result<Journal> {
+    let named = |error: io::Error| io::Error::new(error.kind(), format!("the journal {}: {error}", path.display()));
+    recover(path, history, config, log).map_err(named)
+}
+
+/// Restores the history from the journal, then makes the file fit to be appended to.
+fn recover(path: &Path, shared: &Arc<Mutex<History>>, config: &Config, log: &Arc<Logger>) -> io::Result<Journal> {
+    let mut history = enter(shared);
+    let (mut newest_event, mut newest_mark) = (Id::default(), Id::default());
+    let mut take = |block: Block, bytes: &[u8]| {
+        let newest = if block.is_mark { &mut newest_mark } else { &mut newest_event };
+        *newest = block.id.max(*newest);
+        restore(&mut history, block, bytes);
+    };
+    let (mut journal, found) = Journal::open(path, config, log, &mut take)?;
+    history.remove_unused();
+    if found.may_lack_events() {
+        history.count_as_forgotten(after_what_is_lost(newest_event, newest_mark));
+    }
+    // The lock is given up before the file is repaired: a snapshot takes it.
+    let Totals { topics, events, .. } = history.totals();
+    log.line(Log::Info, format_args!("kept {events} events of {topics} topics"));
+    let kept_bytes = history.block_bytes();
+    drop(history);
+    journal.repair(&found, kept_bytes, &|boot| Box::new(Kept::new(shared, boot)))?;
+    Ok(journal)
+}
+
+/// An id above all that may have been published and lost. What is lost was written before now; so it is now, unless the
+/// clock has gone back: then it is a while after the newest event. But this rule itself puts ids ahead of the clock:
+/// they have the millisecond of the mark that a start has written, until the clock passes it. To add the while again at
+/// each start would put them ahead without end, so after a mark it is added to the clock, not to the mark.
+fn after_what_is_lost(newest_event: Id, newest_mark: Id) -> Id {
+    let now = now_ms();
+    let lost_until = match newest_event.ms > newest_mark.ms {
+        true => newest_event.ms.saturating_add(HELD_BACK_MS),
+        false => newest_mark.ms.min(now).saturating_add(HELD_BACK_MS).max(newest_mark.ms.saturating_add(1)),
+    };
+    Id { ms: now.max(lost_until), seq: 0 }
+}
 
 /// Restores one block of the journal. `bytes` are the whole block, and the blocks come in the order of the file.
 pub fn restore(history: &mut History, block: Block, bytes: &[u8]) {
@@ -70,7 +126,7 @@ impl Snapshot for Kept {
 
     fn last(&mut self) -> Vec<Encoded> {
         let history = enter(&self.history);
-        // // `forgotten` also answers for a topic that has left the table meanwhile.
+        // `forgotten` also answers for a topic that has left the table meanwhile.
         let now = |(name, before): &(Arc<str>, Id)| {
             Some((name.clone(), history.forgotten(name))).filter(|(_, forgotten)| forgotten > before)
         };
