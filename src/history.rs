@@ -14,22 +14,18 @@ use crate::clock::{Steady, now_ms};
 use crate::config::Config;
 use crate::encoded::{Encoded, Framing, Run};
 use crate::event::{Event, Id};
-use std::collections::{BTreeMap, HashMap, VecDeque};
+use crate::topic::{EVENT_OVERHEAD, Gone, KeptEvent, Point, Topic};
+use std::collections::{BTreeMap, HashMap};
 use std::io::{self, ErrorKind};
 use std::sync::Arc;
 use std::time::Duration;
-
-/// Bytes that a kept event costs beside its own: its part of the queue, its counted pointer, its part of the indexes.
-const EVENT_OVERHEAD: usize = 136;
-/// The same for a key, whose text is counted twice: in the map and in the event.
-const KEY_OVERHEAD: usize = 96;
 
 pub struct History {
     topics: HashMap<Arc<str>, Topic>,
     /// The oldest event of each topic that keeps any. The first of them is the oldest of all: the next to be forgotten.
     oldest: BTreeMap<Point, Arc<str>>,
     events: usize,
-    /// As [`KeptEvent::cost`] counts; at most `keep_bytes`.
+    /// What they cost, at most `keep_bytes`.
     bytes: usize,
     /// The newest id that subscribers may have seen, over all topics.
     newest: Id,
@@ -40,29 +36,6 @@ pub struct History {
     keep_bytes: usize,
     keep_age: Duration,
     topic_limit: usize,
-}
-
-#[derive(Default)]
-struct Topic {
-    name: Arc<str>,
-    events: VecDeque<KeptEvent>,
-    /// The event of each key that is kept; forgotten with it.
-    keys: HashMap<Arc<str>, Id>,
-    forgotten: Point,
-    subscribers: usize,
-}
-
-struct KeptEvent {
-    event: Encoded,
-    key: Option<Arc<str>>,
-    moment_ms: u64,
-}
-
-/// An id and its moment.
-#[derive(Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord)]
-struct Point {
-    id: Id,
-    moment_ms: u64,
 }
 
 /// Where a new stream wants to begin: now, with all that is kept, some time ago, or after an id.
@@ -89,6 +62,17 @@ pub struct Walk {
     /// The next event of each topic.
     heads: BTreeMap<Id, Arc<str>>,
     until: Id,
+}
+
+/// What one topic has in the table.
+pub struct TopicOverview {
+    pub name: Arc<str>,
+    pub subscribers: usize,
+    pub events: usize,
+    /// With what is kept beside the events' bytes.
+    pub bytes: usize,
+    /// The id of the newest event that is kept.
+    pub newest: Option<Id>,
 }
 
 /// How much is kept.
@@ -131,18 +115,36 @@ impl History {
         (self.bytes - EVENT_OVERHEAD * self.events) as u64
     }
 
+    /// What is in the table, in no order.
+    pub fn overview(&self) -> Vec<TopicOverview> {
+        let overview = |topic: &Topic| TopicOverview {
+            name: topic.name.clone(),
+            subscribers: topic.subscribers,
+            events: topic.events.len(),
+            bytes: topic.bytes,
+            newest: topic.events.back().map(|kept| kept.event.id),
+        };
+        self.topics.values().map(overview).collect()
+    }
+
+    /// The newest event that a topic keeps.
+    pub fn newest_of(&self, name: &str) -> Option<Id> {
+        self.topics.get(name)?.events.back().map(|kept| kept.event.id)
+    }
+
     /// The id of the kept event that was published to this topic with this key.
     pub fn id_of_key(&self, name: &str, key: &str) -> Option<Id> {
         self.topics.get(name)?.keys.get(key).copied()
     }
 
-    /// Whether an event may be published to this topic, or all names are in use.
-    pub fn check_room(&self, name: &str) -> io::Result<()> {
-        self.check_room_within(self.topic_limit, name)
+    /// Whether an event may be published to all of these topics, or too many names are in use.
+    pub fn check_room(&self, names: &[&str]) -> io::Result<()> {
+        self.check_room_within(self.topic_limit, names)
     }
 
-    fn check_room_within(&self, limit: usize, name: &str) -> io::Result<()> {
-        if self.topics.len() >= limit && !self.topics.contains_key(name) {
+    fn check_room_within(&self, limit: usize, names: &[&str]) -> io::Result<()> {
+        let new = names.iter().filter(|name| !self.topics.contains_key(**name)).count();
+        if new > 0 && self.topics.len() + new > limit {
             let reason = format!("all {limit} topic names are in use: use one of them, or try again later");
             return Err(io::Error::new(ErrorKind::QuotaExceeded, reason));
         }
@@ -166,8 +168,7 @@ impl History {
     fn keep(&mut self, name: &str, kept: KeptEvent) -> Option<Arc<str>> {
         let topic = self.topic(name);
         let (point, is_first, cost) = (kept.point(), topic.events.is_empty(), kept.cost());
-        topic.keys.extend(kept.key.clone().map(|key| (key, point.id)));
-        topic.events.push_back(kept);
+        topic.push(kept);
         let (name, count, is_followed) = (topic.name.clone(), topic.events.len(), topic.subscribers > 0);
         self.events += 1;
         self.bytes += cost;
@@ -183,6 +184,22 @@ impl History {
             self.forget_oldest_of(&name);
         }
         is_followed.then_some(name)
+    }
+
+    /// Forgets what a topic keeps up to `id`. Whoever resumes from before the newest of that hears a gap, and nobody
+    /// else: what was not kept any more was forgotten before.
+    pub fn forget(&mut self, name: &str, id: Id) -> Gone {
+        let Some(topic) = self.topics.get_mut(name) else { return Gone::default() };
+        let gone = topic.forget(id);
+        let Some(first) = gone.events.front() else { return gone };
+        self.oldest.remove(&first.point());
+        self.events -= gone.events.len();
+        self.bytes -= gone.bytes;
+        match topic.events.front() {
+            Some(next) => drop(self.oldest.insert(next.point(), topic.name.clone())),
+            None => self.remove_if_unused(name),
+        }
+        gone
     }
 
     /// Forgets what is too old. Whoever looks at the history calls this first (`Core::history`).
@@ -202,7 +219,7 @@ impl History {
         let limit = self.topic_limit - self.topic_limit / 4;
         let mut taken: Vec<Arc<str>> = Vec::with_capacity(names.len());
         for name in names {
-            if let Err(full) = self.check_room_within(limit, name) {
+            if let Err(full) = self.check_room_within(limit, &[name]) {
                 self.unsubscribe(&taken);
                 return Err(full);
             }
@@ -294,8 +311,10 @@ impl History {
         self.topics(names).map(|topic| topic.forgotten.id).collect()
     }
 
-    /// Notes what an earlier process has forgotten: of one topic, or of all that are not in the table.
+    /// Notes what an earlier process has forgotten: of one topic, or of all that are not in the table. What was restored
+    /// of that topic, up to this id, was deleted.
     pub fn restore_forgotten(&mut self, name: Option<&str>, id: Id) {
+        name.into_iter().for_each(|name| drop(self.forget(name, id)));
         let point = Point { id, moment_ms: self.clock.before_start(id.ms) };
         match name {
             None => self.forgotten = self.forgotten.max(point),
@@ -377,20 +396,10 @@ impl History {
 
     fn forget_oldest_of(&mut self, name: &Arc<str>) {
         let Some(topic) = self.topics.get_mut(name) else { return };
-        let Some(kept) = topic.events.pop_front() else { return };
-        let point = kept.point();
+        let Some((point, cost)) = topic.pop() else { return };
         self.oldest.remove(&point);
         self.events -= 1;
-        self.bytes -= kept.cost();
-        topic.forgotten = topic.forgotten.max(point);
-        if let Some(key) = kept.key.filter(|key| topic.keys.get(key) == Some(&point.id)) {
-            topic.keys.remove(&key);
-        }
-        // Room that a busier hour has reserved is given back: the budget does not count it.
-        if topic.events.len() * 4 < topic.events.capacity() {
-            topic.events.shrink_to(topic.events.len() * 2);
-            topic.keys.shrink_to(topic.keys.len() * 2);
-        }
+        self.bytes -= cost;
         match topic.events.front() {
             Some(next) => drop(self.oldest.insert(next.point(), name.clone())),
             None => self.remove_if_unused(name),
@@ -428,30 +437,6 @@ impl History {
         let json = |id: Option<Id>| id.map_or("null".into(), |id| format!("\"{id}\""));
         let data = format!("{{\"after\":{},\"oldest\":{}}}", json(asked), json(oldest));
         Encoded::new(id, b"", Event::new(data).name("gap").encode_with_id(id).as_bytes())
-    }
-}
-
-impl Topic {
-    /// The kept events after `cursor`, oldest first.
-    fn after(&self, cursor: Id) -> impl Iterator<Item = &Encoded> + Clone {
-        let first = self.events.partition_point(|kept| kept.event.id <= cursor);
-        self.events.range(first..).map(|kept| &kept.event)
-    }
-
-    /// The first kept event since that moment.
-    fn first_since(&self, moment_ms: u64) -> Option<Id> {
-        let first = self.events.partition_point(|kept| kept.moment_ms < moment_ms);
-        self.events.get(first).map(|kept| kept.event.id)
-    }
-}
-
-impl KeptEvent {
-    fn point(&self) -> Point {
-        Point { id: self.event.id, moment_ms: self.moment_ms }
-    }
-
-    fn cost(&self) -> usize {
-        EVENT_OVERHEAD + self.event.memory() + self.key.as_ref().map_or(0, |key| 2 * key.len() + KEY_OVERHEAD)
     }
 }
 

@@ -5,11 +5,11 @@
 //! know of the other is here. A snapshot is taken in steps, each in one short hold of the history's lock, since
 //! publishing and replays wait for that lock.
 
-use crate::block::{Block, encode_block};
+use crate::block::{Block, encode_block, mark};
 use crate::clock::now_ms;
 use crate::config::{Config, Log};
 use crate::encoded::Encoded;
-use crate::event::Id;
+use crate::event::{Id, ids_from};
 use crate::history::{History, Totals, Walk};
 use crate::journal::Journal;
 use crate::log::Logger;
@@ -43,7 +43,8 @@ fn recover(path: &Path, shared: &Arc<Mutex<History>>, config: &Config, log: &Arc
     let mut history = enter(shared);
     let (mut newest_event, mut newest_mark) = (Id::default(), Id::default());
     let mut take = |block: Block, bytes: &[u8]| {
-        let newest = if block.is_mark { &mut newest_mark } else { &mut newest_event };
+        // A topic's mark has the id of one of its events.
+        let newest = if block.topic.is_none() { &mut newest_mark } else { &mut newest_event };
         *newest = block.id.max(*newest);
         restore(&mut history, block, bytes);
     };
@@ -80,10 +81,32 @@ pub fn restore(history: &mut History, block: Block, bytes: &[u8]) {
     match topic {
         Some(name) if !is_mark => {
             let (fields, frame) = bytes.split_at(frame_at);
-            history.restore(name, Encoded::new(id, fields, frame), key.map(Arc::from));
+            let key = key.map(Arc::from);
+            if !name.contains(',') {
+                return history.restore(name, Encoded::new(id, fields, frame), key);
+            }
+            for (id, name) in ids_from(id).zip(name.split(',')) {
+                history.restore(name, with_own_id(id, name, key.as_deref(), frame), key.clone());
+            }
         }
         _ => history.restore_forgotten(topic, id),
     }
+}
+
+/// One of the events that were published together, of which the block has the first one's id at the end of its frame.
+fn with_own_id(id: Id, name: &str, key: Option<&str>, frame: &[u8]) -> Encoded {
+    let frame = String::from_utf8_lossy(frame); // it has been read as text before
+    let before_id = frame.rfind("id: ").unwrap_or(frame.len());
+    encode_block(
+        id,
+        &[("topic", Some(name)), ("key", key)],
+        &format!(
+            "{}id: {id}
+
+",
+            &frame[..before_id]
+        ),
+    )
 }
 
 /// What a journal that is written anew holds: first what each topic has forgotten, then every event that is still kept
@@ -134,9 +157,4 @@ impl Snapshot for Kept {
         drop(history);
         changed.iter().map(|(name, forgotten)| mark("topic", Some(name), *forgotten)).collect()
     }
-}
-
-/// A block without data: everything up to `id` is forgotten.
-fn mark(field: &str, value: Option<&str>, id: Id) -> Encoded {
-    encode_block(id, &[(field, value)], &format!("id: {id}\n\n"))
 }

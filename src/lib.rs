@@ -70,6 +70,7 @@ mod routes; // what each request gets
 mod publishing; // POST and PUT
 mod subscription; // a stream of topics, while it must be waited for
 mod stream; // a handler's stream
+mod tending; // the journal's own thread
 mod hub; // publishing: number, write down, hand out
 mod unwritten; // what waits for the journal, and whose turn it is
 mod kept; // between the journal's blocks and the history
@@ -79,6 +80,7 @@ mod locked; // whose a file is
 mod recovery; // reading the journal at the start
 mod block; // what it is made of
 mod history; // kept events, cursors, gaps
+mod topic; // what one topic keeps
 mod lane; // writing to whoever is live
 mod door; // who may do what: hosts, origins, tokens
 mod lines; // the lines of a PUT
@@ -91,6 +93,7 @@ mod places; // who is here, and who makes room
 mod connection; // one socket, and whose it is
 mod encoded; // an event's bytes, shared by all who get it
 mod system; // what the system allows
+mod names; // what topics may be called
 mod log; // lines for stderr
 mod metrics; // what is counted
 mod event; // Event, Id, and their bytes

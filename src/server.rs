@@ -18,6 +18,7 @@ use crate::routes::{Route, Routes};
 use crate::stream::Stream;
 use crate::sync::start_thread;
 use crate::system::{self, AddressSpace};
+use crate::tending;
 use std::io::{self, ErrorKind};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
 use std::sync::Arc;
@@ -96,7 +97,7 @@ impl Server {
             acceptors: Vec::new(),
             lanes: threads,
         };
-        handle.shared.core.start_journal_thread()?;
+        tending::start(&handle.shared.core)?;
         Ok(Server { handle })
     }
 

@@ -29,3 +29,4 @@ mod server;
 mod stream;
 mod subscription;
 mod system;
+mod topics;
