@@ -72,8 +72,8 @@ impl Block<'_> {
         // Only a mark without a topic names the boot, and it has no key.
         let good = if topic.is_some() { boot.is_none() } else { is_mark && key.is_none() };
         let can_be_parted = is_last || topic.is_none_or(|names| !names.contains(','));
-        let leaves_room = id.seq <= u64::MAX / 2; // for the ids of all that may ever follow it
-        Some(Block { id, boot, topic, key, is_mark, frame_at }).filter(|_| good && can_be_parted && leaves_room)
+        let ids_may_follow = id.seq <= u64::MAX / 2; // as many as will ever be published
+        Some(Block { id, boot, topic, key, is_mark, frame_at }).filter(|_| good && can_be_parted && ids_may_follow)
     }
 }
 

@@ -16,7 +16,7 @@ use crate::event::{Event, Id, ids_from};
 use crate::history::{History, TopicOverview};
 use crate::journal::Journal;
 use crate::kept::{Kept, open_journal};
-use crate::lane::{ToLane, send_event};
+use crate::lane::Lane;
 use crate::log::Logger;
 use crate::metrics::Counters;
 use crate::names::check_topic;
@@ -24,7 +24,6 @@ use crate::rewrite::Snapshot;
 use crate::sync::enter;
 use crate::text::invalid;
 use crate::unwritten::{Change, Numbered, Order, Turn, Turns};
-use crossbeam_channel::Sender;
 use std::io::{self, ErrorKind};
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
@@ -82,8 +81,7 @@ impl Hub {
 pub struct Core {
     /// As the system allows it (`system.rs`).
     pub config: Config,
-    /// The queue of each lane.
-    pub lanes: Vec<Sender<ToLane>>,
+    pub lanes: Vec<Lane>,
     pub counters: Arc<Counters>,
     /// Set without any lock: stopping must not stand in line behind all who want to publish.
     stopped_at: OnceLock<Instant>,
@@ -101,12 +99,7 @@ impl Core {
     ///
     /// # Errors
     /// The journal cannot be used: see [`Server::bind`](crate::Server::bind).
-    pub fn new(
-        config: Config,
-        lanes: Vec<Sender<ToLane>>,
-        counters: Arc<Counters>,
-        log: &Arc<Logger>,
-    ) -> io::Result<Core> {
+    pub fn new(config: Config, lanes: Vec<Lane>, counters: Arc<Counters>, log: &Arc<Logger>) -> io::Result<Core> {
         // Ids begin above those of the journal; without one, whatever an earlier process had counts as forgotten.
         let base = if config.journal.is_none() { Id { ms: now_ms(), seq: 0 } } else { Id::default() };
         let history = Arc::new(Mutex::new(History::new(base, &config)));
@@ -149,6 +142,14 @@ impl Core {
         self.turns.ended.notify_all();
         self.turns.work.notify_one();
         is_first
+    }
+
+    /// Has the lanes end all live streams, once the server stops. Under the order lock, so that each lane has everything
+    /// before it that was published, and nothing after.
+    pub fn end_streams(&self) {
+        let _order = enter(&self.turns.order);
+        let newest = self.history().newest();
+        self.lanes.iter().for_each(|lane| lane.end_streams(newest, self.config.retry));
     }
 
     /// The history, without what is too old. Whoever holds it may take a connection's state, but not the order lock.
@@ -352,7 +353,8 @@ impl Core {
         let Some(outcome) = outcome else { return Ok(id) };
         let mut order = enter(&self.turns.order);
         while outcome.get().is_none() {
-            // Taken under the order lock, so that no turn can end between finding it taken and falling asleep.
+            // The lock is held from here until this thread sleeps: otherwise a turn could end in between, and nobody
+            // would wake it.
             let turn = if self.config.fsync || order.is_claimed { None } else { order.journal.take() };
             if let Some(journal) = turn {
                 drop(order);
@@ -360,7 +362,7 @@ impl Core {
                 order = enter(&self.turns.order);
                 continue;
             }
-            self.turns.work.notify_one(); // with `--fsync` its own thread writes, and may be asleep
+            self.turns.work.notify_one(); // with `--fsync`, the journal's own thread writes; it may be asleep
             let left = self.stopped_at.get().map(|at| (*at + STOP_WAIT).saturating_duration_since(Instant::now()));
             let ended = &self.turns.ended;
             order = match left {
@@ -428,7 +430,7 @@ impl Core {
         let followed = enter(&self.history).insert(topic, event.clone(), key);
         self.counters.published.fetch_add(1, Relaxed);
         if let Some(topic) = followed {
-            self.lanes.iter().for_each(|lane| send_event(lane, &topic, &event));
+            self.lanes.iter().for_each(|lane| lane.send(&topic, &event));
         }
     }
 }

@@ -62,10 +62,13 @@ fn recover(path: &Path, shared: &Arc<Mutex<History>>, config: &Config, log: &Arc
     Ok(journal)
 }
 
-/// An id above all that may have been published and lost. What is lost was written before now; so it is now, unless the
-/// clock has gone back: then it is a while after the newest event. But this rule itself puts ids ahead of the clock:
-/// they have the millisecond of the mark that a start has written, until the clock passes it. To add the while again at
-/// each start would put them ahead without end, so after a mark it is added to the clock, not to the mark.
+/// An id above every event that may have been published and lost. All of them were published before now; so it is the
+/// time of now, unless the clock was set back. Then the newest event in the file tells the time, and what was lost came
+/// within `HELD_BACK_MS` of it.
+///
+/// A start that uses this puts ids ahead of the clock: its mark has such an id, and so have all events until the clock
+/// passes it. If the next start added `HELD_BACK_MS` to that again, ids would run further ahead each time. So where no
+/// event is later than the newest mark, the time is added to the clock, and the id need only be above the mark.
 fn after_what_is_lost(newest_event: Id, newest_mark: Id) -> Id {
     let now = now_ms();
     let lost_until = match newest_event.ms > newest_mark.ms {
@@ -89,7 +92,7 @@ pub fn restore(history: &mut History, block: Block, bytes: &[u8]) {
                 history.restore(name, with_own_id(id, name, key.as_deref(), frame), key.clone());
             }
         }
-        _ => history.restore_forgotten(topic, id),
+        _ => history.restore_newest_forgotten(topic, id),
     }
 }
 
@@ -115,9 +118,9 @@ pub struct Kept {
     history: Arc<Mutex<History>>,
     /// For the first block.
     boot: Option<String>,
-    /// What topics that keep nothing have forgotten; none once the first block was given.
+    /// The newest id that topics which keep nothing have forgotten; none once the first block was given.
     others: Option<Id>,
-    /// The topics that kept events when the snapshot began, with what each had forgotten by then.
+    /// The topics that kept events when the snapshot began, with the newest id that each had forgotten.
     topics: Vec<(Arc<str>, Id)>,
     /// How many of the topics' marks were given.
     marked: usize,
@@ -128,7 +131,7 @@ impl Kept {
     /// Begins a snapshot, in one hold of the lock. What is published after this is not in it: the journal copies that.
     pub fn new(shared: &Arc<Mutex<History>>, boot: Option<&str>) -> Kept {
         let history = enter(shared);
-        let (topics, others) = history.all_forgotten();
+        let (topics, others) = history.newest_forgotten_of_each();
         let (boot, walk) = (boot.map(String::from), history.walk());
         Kept { history: shared.clone(), boot, others: Some(others), topics, marked: 0, walk }
     }
@@ -142,19 +145,19 @@ impl Snapshot for Kept {
         let topics: Vec<_> = self.topics[self.marked..].iter().take(STEP_MARKS).collect();
         self.marked += topics.len();
         if !topics.is_empty() {
-            return topics.into_iter().map(|(name, forgotten)| mark("topic", Some(name), *forgotten)).collect();
+            return topics.into_iter().map(|(name, id)| mark("topic", Some(name), *id)).collect();
         }
         enter(&self.history).walk_on(&mut self.walk, STEP_BYTES)
     }
 
     fn last(&mut self) -> Vec<Encoded> {
         let history = enter(&self.history);
-        // `forgotten` also answers for a topic that has left the table meanwhile.
+        // `newest_forgotten` also answers for a topic that has left the table meanwhile.
         let now = |(name, before): &(Arc<str>, Id)| {
-            Some((name.clone(), history.forgotten(name))).filter(|(_, forgotten)| forgotten > before)
+            Some((name.clone(), history.newest_forgotten(name))).filter(|(_, id)| id > before)
         };
         let changed: Vec<_> = self.topics.iter().filter_map(now).collect();
         drop(history);
-        changed.iter().map(|(name, forgotten)| mark("topic", Some(name), *forgotten)).collect()
+        changed.iter().map(|(name, id)| mark("topic", Some(name), *id)).collect()
     }
 }

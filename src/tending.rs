@@ -6,9 +6,10 @@
 
 use crate::config::Log;
 use crate::hub::Core;
-use crate::journal::{Journal, LOOK_TIME};
+use crate::journal::Journal;
 use crate::sync::{enter, start_thread};
 use crate::unwritten::Turn;
+use crate::watch::LOOK_TIME;
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, PoisonError};
@@ -40,7 +41,7 @@ fn tend(core: &Core) {
 
 /// One turn. `failed` is what went wrong since the last one, when this thread had no journal.
 fn take_turn(core: &Core, look_at: &mut Instant, failed: &mut Option<io::Error>) {
-    let mut turn = Turn::new(&core.turns, wait_for_work(core, *look_at));
+    let mut turn = Turn::new(&core.turns, wait_for_turn(core, *look_at));
     core.write_batch(&mut turn);
     if *look_at <= Instant::now() {
         *look_at = Instant::now() + LOOK_TIME;
@@ -61,7 +62,7 @@ fn take_turn(core: &Core, look_at: &mut Instant, failed: &mut Option<io::Error>)
 }
 
 /// Waits until there is something to do, claims the next turn, and waits for the journal.
-fn wait_for_work(core: &Core, look_at: Instant) -> Journal {
+fn wait_for_turn(core: &Core, look_at: Instant) -> Journal {
     let mut order = enter(&core.turns.order);
     loop {
         let left = look_at.saturating_duration_since(Instant::now());
