@@ -104,11 +104,6 @@ impl History {
         names.iter().find(|name| self.oldest_after(slice::from_ref(*name), id.before()) == Some(id)).cloned()
     }
 
-    /// The newest event that this topic keeps.
-    pub fn newest_kept(&self, name: &Arc<str>) -> Option<Id> {
-        self.topics(slice::from_ref(name)).flat_map(|topic| topic.after(Id::default())).last().map(|event| event.id)
-    }
-
     /// The newest id that each of these topics has forgotten: kept by a subscriber that has just been told of a gap.
     pub fn told(&self, names: &[Arc<str>]) -> Vec<Id> {
         self.topics(names).map(|topic| topic.newest_forgotten.id).collect()

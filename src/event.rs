@@ -160,6 +160,12 @@ impl Id {
     }
 }
 
+/// The ids of events that are published together, from the first one on. A journal names the first alone, so that these
+/// must not depend on the clock.
+pub fn ids_from(first: Id) -> impl Iterator<Item = Id> {
+    std::iter::successors(Some(first), |id| Some(id.next(0)))
+}
+
 impl fmt::Display for Id {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}-{}", self.ms, self.seq)

@@ -7,19 +7,17 @@
 
 use crate::bell::Bell;
 use crate::cursor::{Next, Start};
-use crate::encoded::{Framing, Run};
-use crate::event::{Event, Id};
-use crate::hub::{Core, Hub, check_topic};
-use crate::text::{LONGEST, invalid};
+use crate::encoded::Framing;
+use crate::event::Id;
+use crate::hub::{Core, Hub};
+use crate::names::distinct;
+use crate::shelf::{Published, read_all};
+use crate::text::LONGEST;
 use crossbeam_channel::{Receiver, RecvTimeoutError, TryRecvError};
 use std::collections::VecDeque;
 use std::io;
-use std::iter;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
-
-/// Most topics of one stream: each step of a replay looks at all of them.
-pub const TOPICS_PER_STREAM: usize = 16;
 
 /// Where a subscription begins: see [`Hub::subscribe`] and [`Request::follow_since`](crate::Request::follow_since).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -59,72 +57,6 @@ pub enum News {
     },
 }
 
-/// An event that was published, as its subscribers see it.
-#[derive(Clone, Debug, PartialEq, Eq)]
-#[non_exhaustive]
-pub struct Published {
-    /// The topic that it was published to.
-    pub topic: Arc<str>,
-    /// Its place in the one order over all topics.
-    pub id: Id,
-    /// Its type; None stands for `message`.
-    pub name: Option<String>,
-    /// Its data, in which LF alone ends a line.
-    pub data: String,
-    /// The reconnection time that it sets.
-    pub retry: Option<Duration>,
-}
-
-impl Published {
-    /// Reads the bytes of an event, which are ours: see `Event::lines`.
-    fn read(topic: Arc<str>, id: Id, frame: &[u8]) -> Published {
-        let mut published = Published { topic, id, name: None, data: String::new(), retry: None };
-        let mut data = Vec::new();
-        let frame = String::from_utf8_lossy(frame);
-        for (field, value) in frame.split('\n').filter_map(|line| line.split_once(": ")) {
-            match field {
-                "event" => published.name = Some(value.into()),
-                "data" => data.push(value),
-                "retry" => published.retry = value.parse().ok().map(Duration::from_millis),
-                _ => {}
-            }
-        }
-        published.data = data.join("\n");
-        published
-    }
-}
-
-/// Reads the events of a run, whose bytes are plain. `topics` are theirs, in the same order.
-fn read_all(run: &Run, topics: Vec<Arc<str>>) -> impl Iterator<Item = Published> {
-    let mut start = 0;
-    run.events.iter().zip(topics).map(move |((event, end), topic)| {
-        let frame = &run.bytes[start..*end];
-        start = *end;
-        Published::read(topic, event.id, frame)
-    })
-}
-
-/// For a stream of one's own, with the id that it was published with: a page that reconnects then says how far it came.
-/// To publish it to another topic, take the id out: [`Event::new`] with the data.
-///
-/// ```
-/// # fn main() -> std::io::Result<()> {
-/// # use brooklet::{Config, Server};
-/// # let server = Server::bind("127.0.0.1:0", Config::default())?;
-/// let hub = server.hub();
-/// server.stream("/newest", move |stream| match hub.newest("news")? {
-///     Some(newest) => stream.send(&newest.into()),
-///     None => stream.comment("no news yet"),
-/// })?;
-/// # Ok(()) }
-/// ```
-impl From<Published> for Event {
-    fn from(published: Published) -> Event {
-        let Published { id, name, data, retry, .. } = published;
-        Event { name, id: Some(id.to_string()), data, retry, key: None }
-    }
-}
-
 /// A subscriber in the program: see [`Hub::subscribe`]. Dropping it ends the subscription.
 ///
 /// As an iterator it waits for each event, and ends when the server has stopped:
@@ -162,7 +94,7 @@ impl Hub {
     /// be.
     ///
     /// # Errors
-    /// [`InvalidInput`](io::ErrorKind::InvalidInput) for what is no topic name, for no topic, and for more than 16;
+    /// [`InvalidInput`](io::ErrorKind::InvalidInput) for what is no topic name, for no topic, and for more than 64;
     /// [`QuotaExceeded`](io::ErrorKind::QuotaExceeded) when all topic names are in use;
     /// [`NotConnected`](io::ErrorKind::NotConnected) once the server is stopping.
     ///
@@ -181,7 +113,7 @@ impl Hub {
     /// # Ok(()) }
     /// ```
     pub fn subscribe(&self, topics: impl IntoIterator<Item = impl AsRef<str>>, since: Since) -> io::Result<Follower> {
-        let wanted = topic_names(topics)?;
+        let wanted = distinct(topics)?;
         let core = self.core.clone();
         core.check_running()?;
         let mut history = core.history();
@@ -193,67 +125,6 @@ impl Hub {
         let gap = gap.map(|gap| (gap.id, News::Gap { oldest }));
         let bell = core.bells.add(&names);
         Ok(Follower { core, names, read_to: cursor, told, bell, read: gap.into_iter().collect(), cursor })
-    }
-
-    /// What a topic keeps now, oldest first; nothing for a topic that is not in use. It is read some at a time, as it is
-    /// asked for, so what is forgotten meanwhile is left out.
-    ///
-    /// # Errors
-    /// [`InvalidInput`](io::ErrorKind::InvalidInput) for what is no topic name.
-    ///
-    /// ```
-    /// # fn main() -> std::io::Result<()> {
-    /// # use brooklet::{Config, Event, Server};
-    /// # let server = Server::bind("127.0.0.1:0", Config::default())?;
-    /// # let hub = server.hub();
-    /// hub.publish("load", Event::new("0.4"))?;
-    /// hub.publish("load", Event::new("0.7"))?;
-    /// let values: Vec<String> = hub.kept("load")?.map(|event| event.data).collect();
-    /// assert_eq!(values, ["0.4", "0.7"]);
-    /// # Ok(()) }
-    /// ```
-    pub fn kept(&self, topic: &str) -> io::Result<impl Iterator<Item = Published> + use<>> {
-        check_topic(topic)?;
-        let (core, names) = (self.core.clone(), [Arc::from(topic)]);
-        let (mut read_to, until) = (Id::default(), core.history().newest());
-        let step = move || {
-            let history = core.history();
-            // With all that was forgotten told already, there is no gap.
-            let Next::Events(run) = history.next(&names, read_to, &history.told(&names), Framing::Plain) else {
-                return None;
-            };
-            drop(history);
-            read_to = run.newest();
-            Some(read_all(&run, vec![names[0].clone(); run.events.len()]).collect::<Vec<_>>())
-        };
-        Ok(iter::from_fn(step).flatten().take_while(move |event| event.id <= until))
-    }
-
-    /// The newest event that a topic keeps, if there is any.
-    ///
-    /// # Errors
-    /// [`InvalidInput`](io::ErrorKind::InvalidInput) for what is no topic name.
-    ///
-    /// ```
-    /// # fn main() -> std::io::Result<()> {
-    /// # use brooklet::{Config, Event, Server};
-    /// # let server = Server::bind("127.0.0.1:0", Config::default())?;
-    /// # let hub = server.hub();
-    /// hub.publish("load", Event::new("0.7"))?;
-    /// assert_eq!(hub.newest("load")?.map(|event| event.data).as_deref(), Some("0.7"));
-    /// # Ok(()) }
-    /// ```
-    pub fn newest(&self, topic: &str) -> io::Result<Option<Published>> {
-        check_topic(topic)?;
-        let names = [Arc::from(topic)];
-        let history = self.core.history();
-        let Some(id) = history.newest_kept(&names[0]) else { return Ok(None) };
-        let next = history.next(&names, id.before(), &history.told(&names), Framing::Plain);
-        drop(history);
-        Ok(match next {
-            Next::Events(run) => read_all(&run, names.to_vec()).next(),
-            _ => None,
-        })
     }
 }
 
@@ -371,26 +242,4 @@ impl Drop for Follower {
         self.core.bells.remove(&self.names, &self.bell);
         self.core.history().unsubscribe(&self.names);
     }
-}
-
-/// The names of a list, each once: a topic that is named twice would send every event twice.
-///
-/// # Errors
-/// [`InvalidInput`](io::ErrorKind::InvalidInput) for what is no topic name, for none, and for too many.
-pub fn topic_names(list: impl IntoIterator<Item = impl AsRef<str>>) -> io::Result<Vec<String>> {
-    let mut names: Vec<String> = Vec::new();
-    for name in list {
-        let name = name.as_ref();
-        check_topic(name)?;
-        if names.iter().any(|known| known == name) {
-            continue;
-        } else if names.len() == TOPICS_PER_STREAM {
-            return invalid(format!("a stream takes up to {TOPICS_PER_STREAM} topics, and these are more"));
-        }
-        names.push(name.into());
-    }
-    if names.is_empty() {
-        return invalid("a stream takes at least one topic, and this names none");
-    }
-    Ok(names)
 }

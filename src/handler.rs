@@ -10,8 +10,9 @@ use crate::asked::{Opener, Parts, Request};
 use crate::clock::spread;
 use crate::connection::{Connection, LINGER, Phase, Reason, STOPPING};
 use crate::cursor::Start;
-use crate::follower::{Since, topic_names};
+use crate::follower::Since;
 use crate::hub::Core;
+use crate::names::distinct;
 use crate::response::Response;
 use crate::stream::Stream;
 use crate::subscription::Wanted;
@@ -149,7 +150,7 @@ impl Request<'_> {
     /// handler's thread is free at once.
     ///
     /// # Errors
-    /// [`InvalidInput`](io::ErrorKind::InvalidInput) for what is no topic name, for no topic, and for too many;
+    /// [`InvalidInput`](io::ErrorKind::InvalidInput) for what is no topic name, for no topic, and for more than 64;
     /// [`Other`](io::ErrorKind::Other) after a stream was opened.
     ///
     /// ```
@@ -175,7 +176,7 @@ impl Request<'_> {
         if self.opened.get().is_some() {
             return Err(io::Error::other("the stream is open already: it cannot follow topics, too"));
         }
-        let names = topic_names(topics)?;
+        let names = distinct(topics)?;
         // A cursor that cannot be read gets a gap, and no refusal: a browser gives up for good on one.
         let start = self.last_event_id().map_or(since.into(), |text| Start::After(text.parse().ok()));
         Ok(Answer(Kind::Topics(Wanted { names, start, poll: None })))

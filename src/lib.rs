@@ -16,7 +16,7 @@
 //! A program adds [routes](Server::route), which see a [request](Request) first and then [answer](Answer) it, open a
 //! [stream](Request::stream), or let the page [follow](Request::follow) topics; [pages](Server::page) and
 //! [streams](Server::stream) are the short forms. It [subscribes](Hub::subscribe) in itself, reads what is
-//! [kept](Hub::kept), and is told [who comes and goes](Server::on_subscription). Every limit is a field of [`Config`].
+//! [kept](Hub::kept), sees the [topics](Hub::topics), and is told [who comes and goes](Server::on_subscription). Every limit is a field of [`Config`].
 //! `tests/embed` has three programs of about 60 lines: a job queue, a chat, a dashboard.
 //!
 //! # The idea: a live subscriber is never waited for
@@ -49,14 +49,15 @@
 //! the end of this file. A `Connection` is called `c`.
 //!
 //! # Where a change goes
-//! *A parameter of a stream* is read in `routes` (`wanted_topics`) and kept in `subscription` (`Wanted`). Where the stream
-//! starts is decided in `cursor`; when it ends, in `subscription` (`Served::step`). Live or behind, the events of its topics are
+//! *A parameter of a stream* is named and read in `routes` (`STREAM_PARAMETERS`, `wanted_topics`), and kept in
+//! `subscription` (`Wanted`). Where the stream starts is decided in `cursor`; when it ends, in `subscription`
+//! (`Served::step`). Live or behind, the events of its topics are
 //! written by `Connection::deliver`, or by `Connection::finish` where one fitted only in part.
 //!
-//! *Another kind of storage* replaces `journal`, which only `hub` and `unwritten` name; `kept` stands between its blocks and
+//! *Another kind of storage* replaces `journal`, which only `hub`, `tending`, `unwritten` and `kept` name; `kept` stands between its blocks and
 //! the history. One that numbers events itself replaces `Core::number`, too. `Core::hand_out` gives an event to the history
 //! and the lanes, and only demands that ids rise. That an id has a time of this server's clock in it, and a position just
-//! before it, is relied on in `cursor`; when the process starts, also in `hub` (`recover`) and `history` (`restore`).
+//! before it, is relied on in `cursor`; when the process starts, also in `kept` (`recover`) and `history` (`restore`).
 //!
 //! # Locks, outermost first
 //! | lock | held | guards |
@@ -90,12 +91,14 @@ mod server; // bind, accept, start and stop
 mod clerk; // what lanes and acceptors may not do, since they never wait
 mod conversation; // one connection's requests, one after another
 mod routes; // what each request gets
-mod publishing; // POST and PUT
+mod publishing; // POST, PUT, DELETE
 mod handler; // a program's route: its handler, and what it answers
 mod subscription; // a stream of topics: opened, replayed, ended
 mod stream; // a handler's stream
 mod asked; // what a program's route sees of a request
 mod follower; // subscribing in the program
+mod shelf; // what a program asks of its hub
+mod tending; // the journal's own thread
 mod hub; // publishing: number, write down, hand out
 mod bell; // wakes those in the program who wait for a topic
 mod presence; // tells the program of subscribers that come and go
@@ -124,6 +127,7 @@ mod connection; // one socket, and whose it is
 mod subscriber; // what a subscriber follows, while nobody serves it
 mod encoded; // an event's bytes, shared by all who get it
 mod system; // what the system allows
+mod names; // what topics may be called
 mod log; // its lines
 mod metrics; // what is counted
 mod event; // Event, Id, and their bytes
@@ -137,11 +141,13 @@ pub use asked::Request;
 pub use config::{Config, Log, LogTo, Token};
 pub use crossbeam_channel;
 pub use event::{Event, Id};
-pub use follower::{Follower, News, Published, Since};
+pub use follower::{Follower, News, Since};
 pub use handler::Answer;
+pub use history::TopicOverview;
 pub use hub::Hub;
 pub use presence::Presence;
 pub use server::{Handle, Server};
+pub use shelf::Published;
 pub use stream::Stream;
 pub use text::parse_duration;
 

@@ -11,12 +11,12 @@ use crate::asked::Parts;
 use crate::connection::STOPPING;
 use crate::cursor::Start;
 use crate::door::Door;
-use crate::follower::topic_names;
 use crate::handler::{Handled, Handler};
-use crate::history::Totals;
+use crate::history::{TopicOverview, Totals};
 use crate::hub::Hub;
 use crate::log::OncePerSecond;
 use crate::metrics::{self, Gauges};
+use crate::names::topic_names;
 use crate::places::Counts;
 use crate::pool::Threads;
 use crate::publishing::Publishing;
@@ -27,6 +27,7 @@ use crate::subscription::{POLL_TIME, Streams, Wanted};
 use crate::sync::enter;
 use crate::target::CURSOR_PARAMETERS;
 use crate::text::{invalid, parse_duration, quoted};
+use std::fmt::Write;
 use std::io::{self, ErrorKind};
 use std::mem;
 use std::sync::atomic::Ordering::Relaxed;
@@ -35,8 +36,12 @@ use std::sync::{Arc, Mutex};
 /// Where the topics are; programs' own paths may not begin with it.
 const EVENTS: &str = "/events/";
 const READ_METHODS: &str = "GET, HEAD, OPTIONS";
-const TOPIC_METHODS: &str = "GET, HEAD, POST, PUT, OPTIONS";
-const OWN_METHODS: &str = "GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS";
+const TOPIC_METHODS: &str = "GET, HEAD, POST, PUT, DELETE, OPTIONS";
+const PROGRAM_METHODS: &str = "GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS";
+/// What a stream's query may say, beside the cursor.
+const STREAM_PARAMETERS: [&str; 2] = ["since", "poll"];
+/// Other paths of the server's own.
+const OWN_PATHS: [&str; 3] = ["/health", "/metrics", "/topics"];
 
 /// What a program has put at a path of its own.
 #[derive(Clone)]
@@ -134,8 +139,8 @@ impl Routes {
         match (request.method.as_str(), path.strip_prefix(EVENTS)) {
             // Before any token is looked at: browsers send none with a preflight. The door adds what it allows.
             ("OPTIONS", _) => Ok(Reply::Response(Response::text(204, "").field("Allow", allow))),
-            ("POST" | "PUT", Some(topic)) => {
-                let published = self.publish(reader, request, topic);
+            ("POST" | "PUT" | "DELETE", Some(topics)) => {
+                let published = self.publish(reader, request, topics);
                 published.inspect_err(|refusal| self.note_refusal(reader, refusal)).map(Reply::Response)
             }
             ("GET" | "HEAD", Some(names)) => {
@@ -154,16 +159,17 @@ impl Routes {
         }
     }
 
-    /// Who may publish is decided before anything of the body is read.
-    fn publish(&self, reader: &mut Reader, request: &mut Request, topic: &str) -> Result<Response, Response> {
+    /// Who may publish, and so delete, is decided before anything of the body is read.
+    fn publish(&self, reader: &mut Reader, request: &mut Request, topics: &str) -> Result<Response, Response> {
         self.door.check_origin(request)?;
         self.door.check_publisher(request)?;
         if self.door.knows_publishers() {
             self.streams.places.trust(reader.c); // only where tokens exist: else everybody would be trusted
         }
         match request.method.as_str() {
-            "POST" => self.publishing.post(reader, request, topic),
-            _ => self.publishing.put(reader, request, topic),
+            "POST" => self.publishing.post(reader, request, topics),
+            "PUT" => self.publishing.put(reader, request, topics),
+            _ => self.publishing.delete(reader, request, topics),
         }
     }
 
@@ -195,14 +201,16 @@ impl Routes {
         Ok(Reply::Handler(Handled { handler: route.handler, parts }))
     }
 
-    /// `/metrics` or `/health`.
+    /// One of `OWN_PATHS`.
     fn get(&self, reader: &mut Reader, request: &mut Request, path: &str) -> Result<Reply, Response> {
-        if path == "/metrics" {
+        if ["/metrics", "/topics"].contains(&path) {
             self.door.check_subscriber(request)?;
         }
         request.read_body(reader, &self.streams.core.config, false)?;
         Ok(Reply::Response(if path == "/metrics" {
             Response::new(200, "text/plain; version=0.0.4", self.metrics().into_bytes())
+        } else if path == "/topics" {
+            Response::new(200, "text/plain; charset=utf-8", self.topics())
         } else if self.streams.core.is_stopping() {
             // 503 tells a load balancer to send nobody else here; streams go on all the same.
             self.publishing.unavailable(STOPPING)
@@ -235,6 +243,17 @@ impl Routes {
         self.streams.log.warn_within(&self.refusals, line);
     }
 
+    /// A line for each topic that is in use, in columns for `cut` and `column -t`; where no event is kept, `-` stands for
+    /// the newest one's id.
+    fn topics(&self) -> Vec<u8> {
+        let mut lines = String::from("name\tsubscribers\tevents\tbytes\tnewest\n");
+        for TopicOverview { name, subscribers, events, bytes, newest } in self.streams.core.topics() {
+            let newest = newest.map_or("-".into(), |id| id.to_string());
+            let _ = writeln!(lines, "{name}\t{subscribers}\t{events}\t{bytes}\t{newest}");
+        }
+        lines.into_bytes()
+    }
+
     /// The gauges are taken one after another, each under its own lock.
     fn metrics(&self) -> String {
         let Counts { idle, busy, trusted, topics: subscribers, handlers } = self.streams.places.counts();
@@ -258,25 +277,25 @@ impl Routes {
 
 /// Whether a path is the server's own, which no program's route takes over.
 fn is_servers(path: &str) -> bool {
-    path.starts_with(EVENTS) || ["/health", "/metrics"].contains(&path)
+    path.starts_with(EVENTS) || OWN_PATHS.contains(&path)
 }
 
 /// The methods that a path takes, for `Allow`; none where there is nothing. `own` is what the program has put there.
 fn methods_of(path: &str, own: Option<Kind>) -> Option<&'static str> {
-    match (path, own) {
+    match own {
         _ if path.starts_with(EVENTS) || path == "*" => Some(TOPIC_METHODS),
-        ("/health" | "/metrics", _) => Some(READ_METHODS),
-        (_, own) => own.map(|kind| if kind == Kind::Own { OWN_METHODS } else { READ_METHODS }),
+        _ if OWN_PATHS.contains(&path) => Some(READ_METHODS),
+        own => own.map(|kind| if kind == Kind::Own { PROGRAM_METHODS } else { READ_METHODS }),
     }
 }
 
-/// What a request for a stream of these topics wants. Parameters that are not known are passed over, where publishing
-/// refuses them.
+/// What a request for a stream of these topics wants.
 ///
 /// # Errors
-/// 400 for a topic, a time or a `since` that cannot be read. A cursor that cannot be read is no error: it gets a gap.
+/// 400 for a parameter that is not known, and for a topic, a time or a `since` that cannot be read. A cursor that cannot be read is no error: it gets a gap.
 pub fn wanted_topics(request: &Request, list: &str) -> Result<Wanted, Response> {
     let query = &request.query;
+    query.check(&[&STREAM_PARAMETERS[..], &CURSOR_PARAMETERS[..]].concat())?;
     let poll = match query.get("poll") {
         None => None,
         Some("") => Some(POLL_TIME),
@@ -294,13 +313,12 @@ pub fn wanted_topics(request: &Request, list: &str) -> Result<Wanted, Response> 
     };
     // `since` is in the page's URL for good; a browser that reconnects adds its cursor, which is newer and wins.
     let start = cursor_of(request).map_or(since, |text| Start::After(text.parse().ok()));
-    let names = topic_names(list.split(',')).map_err(|error| Response::text(400, error))?;
+    let names = topic_names(list).map_err(|error| Response::text(400, error))?;
     Ok(Wanted { names, start, poll })
 }
 
 /// After which event to resume. An empty one says that the client has seen no id yet.
 fn cursor_of(request: &Request) -> Option<&str> {
-    let parameters = CURSOR_PARAMETERS.map(|name| request.query.get(name));
-    let cursors = [request.last_event_id.as_deref(), parameters[0], parameters[1]];
-    cursors.into_iter().flatten().find(|text| !text.is_empty())
+    let parameters = CURSOR_PARAMETERS.iter().filter_map(|name| request.query.get(name));
+    request.last_event_id.as_deref().into_iter().chain(parameters).find(|text| !text.is_empty())
 }

@@ -22,6 +22,7 @@ use crate::routes::Routes;
 use crate::subscription::Streams;
 use crate::sync::{Mutex, enter, start_thread};
 use crate::system::{self, AddressSpace};
+use crate::tending;
 use crossbeam_channel::{Receiver, Sender, bounded};
 use std::io::{self, ErrorKind};
 use std::mem;
@@ -163,7 +164,7 @@ impl Server {
             helpers: Mutex::new(helpers),
             stopped: OnceLock::new(),
         };
-        handle.shared.streams.core.start_journal_thread()?;
+        tending::start(&handle.shared.streams.core)?;
         Ok(Server { handle })
     }
 

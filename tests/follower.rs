@@ -156,24 +156,3 @@ fn its_topics_are_in_use_until_it_is_dropped() {
     assert_eq!(subscribe(&["a b"]), Err(ErrorKind::InvalidInput));
     assert_eq!(subscribe(&[]), Err(ErrorKind::InvalidInput));
 }
-
-#[test]
-fn what_is_kept_is_read_some_at_a_time_and_the_newest_alone() {
-    let server = serve_default();
-    let hub = server.hub();
-    assert_eq!((hub.kept("a").unwrap().count(), hub.newest("a").unwrap()), (0, None));
-    // More than one run of 32 KiB.
-    for n in 0..100 {
-        hub.publish("a", numbered(n, 1_000)).unwrap();
-        hub.publish("b", Event::new("of another topic")).unwrap();
-    }
-    let mut kept = hub.kept("a").unwrap();
-    assert!(kept.next().unwrap().data.starts_with("0 "));
-    hub.publish("a", Event::new("after it was asked for")).unwrap();
-    assert_eq!(kept.zip(1..).filter(|(event, n)| event.data.starts_with(&format!("{n} "))).count(), 99);
-    let newest = hub.newest("a").unwrap().unwrap();
-    assert_eq!((&*newest.topic, newest.data.as_str()), ("a", "after it was asked for"));
-    for wrong in [hub.kept("a b").map(drop), hub.newest("a b").map(drop)] {
-        assert_eq!(wrong.unwrap_err().kind(), ErrorKind::InvalidInput);
-    }
-}

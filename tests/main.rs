@@ -30,6 +30,8 @@ mod request;
 mod response;
 mod routes;
 mod server;
+mod shelf;
 mod stream;
 mod subscription;
 mod system;
+mod topics;

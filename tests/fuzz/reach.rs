@@ -9,11 +9,10 @@ use crate::config::{Config, Token};
 use crate::connection::Connection;
 use crate::encoded::Framing;
 use crate::event::Id;
-use crate::follower::TOPICS_PER_STREAM;
 use crate::history::History;
-use crate::hub::check_topic;
 use crate::kept::{Kept, restore};
 use crate::lines::Lines;
+use crate::names::{TOPICS_AT_ONCE, check_topic};
 use crate::reader::Reader;
 use crate::recovery::Found;
 use crate::request::Request;
@@ -40,7 +39,7 @@ fn gone() -> &'static Connection {
         let socket = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
         let (peer, address) = listener.accept().unwrap();
         drop(peer);
-        Connection::new(0, address, socket)
+        Connection::new(0, address, socket, Duration::from_secs(1))
     })
 }
 
@@ -91,7 +90,7 @@ fn lines(reader: &mut Reader, body: &mut Body, config: &Config) {
 
 fn streams(request: &Request, names: &str) {
     if let Ok(wanted) = wanted_topics(request, names) {
-        assert!((1..=TOPICS_PER_STREAM).contains(&wanted.names.len()));
+        assert!((1..=TOPICS_AT_ONCE).contains(&wanted.names.len()));
         assert!(wanted.names.iter().all(|name| check_topic(name).is_ok()));
     }
 }
