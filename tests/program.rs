@@ -369,6 +369,35 @@ fn the_hook_hears_of_each_subscription_that_begins_and_ends() {
 }
 
 #[test]
+fn a_hook_that_takes_its_time_holds_up_neither_streams_nor_their_ends() {
+    let server = bind(Config::default()).unwrap();
+    let (sender, heard) = mpsc::channel();
+    let (release, held) = mpsc::channel::<()>();
+    let hook = move |presence: &Presence| {
+        let _ = held.recv(); // until all of it is over
+        let _ = sender.send((presence.peer, presence.ended.is_some()));
+    };
+    server.on_subscription(hook).unwrap();
+    let server = server.spawn().unwrap();
+    let addr = server.addr().unwrap();
+    let mut streams: Vec<_> = (0..10).map(|_| Wire::subscribe(addr, "/events/a", "").0).collect();
+    streams.iter_mut().for_each(|stream| wire_arrives_alone(&server, stream));
+    let peers: Vec<_> = streams.iter().map(|stream| stream.socket.local_addr().unwrap()).collect();
+    streams.into_iter().for_each(Wire::reset);
+    wait_for_metric(addr, "subscribers", 0);
+    drop(release);
+    let calls: Vec<_> = (0..20).map(|_| heard.recv_timeout(PATIENCE).unwrap()).collect();
+    assert_eq!(calls[..10], peers.iter().map(|peer| (*peer, false)).collect::<Vec<_>>());
+    assert!(peers.iter().all(|peer| calls[10..].contains(&(*peer, true))), "{calls:?}");
+}
+
+/// The next event, whichever it is, so that each of several streams has one.
+fn wire_arrives_alone(server: &Handle, stream: &mut Wire) {
+    server.hub().publish("a", Event::new("x")).unwrap();
+    assert_eq!(stream.event().unwrap().data(), "x");
+}
+
+#[test]
 fn routes_can_be_added_from_any_thread_and_a_request_lent_to_others() {
     fn is_shared<T: Send + Sync>() {}
     is_shared::<Server>();
