@@ -100,6 +100,9 @@ fn a_handler_answers_with_any_status_field_and_bytes_and_the_connection_goes_on(
     assert_eq!(ask("odd").1, b"odd");
     assert_eq!(ask("nothing/here").1, b"no \"nothing/here\"\n");
     assert_eq!(ask("health").1, b"ok\n", "the server's own paths come first");
+    // Two in one: the second waits until the handler has answered the first.
+    wire.send(&b"GET /one HTTP/1.1\r\nHost: localhost\r\n\r\n".repeat(2));
+    assert_eq!([wire.answer().body, wire.answer().body], ["no \"one\"\n"; 2]);
 }
 
 #[test]
