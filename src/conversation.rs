@@ -105,8 +105,8 @@ impl Conversation {
         &self.shared.streams.places
     }
 
-    /// Answers requests until the connection ends, or asks for a stream; returns what came of the last. The reader's buffer
-    /// goes with this frame.
+    /// Answers requests until the connection ends, or asks for a stream; returns what came of the last. The reader's
+    /// buffer goes with this frame.
     fn answer_requests(&self, seat: &mut Seat) -> AfterRequest {
         let (c, places, config) = (&*self.c, self.places(), self.config());
         let mut reader = Reader::new(c);
