@@ -26,8 +26,9 @@ const IDLE_TIME: Duration = Duration::from_secs(1);
 const START_AFTER: Duration = Duration::from_millis(2);
 /// The same where the line moves: then it is mostly the processor that all wait for, which more threads would not help.
 const SLOW_AFTER: Duration = Duration::from_millis(10);
-/// How long a request waits for its turn before another connection makes room for it.
-const ROOM_AFTER: Duration = Duration::from_millis(20);
+/// How long a request waits for its turn before another connection makes room for it, and how long that has had its
+/// own turn by then, when a crowd waits: heads need a moment to come.
+const ROOM_AFTER: Duration = Duration::from_millis(50);
 /// A line that does not move gets this part of its length in new threads at a time.
 const STARTED_PART: usize = 16;
 const _: () = assert!(STAYING <= FEWEST_THREADS);
