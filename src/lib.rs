@@ -40,14 +40,16 @@
 //! the end of this file. A `Connection` is called `c`.
 //!
 //! # Where a change goes
-//! *A parameter of a stream* is named and read in `routes` (`STREAM_PARAMETERS`, `wanted_topics`), and kept in `subscription` (`Wanted`). Where the stream
-//! starts is decided in `cursor`; when it ends, in `subscription` (`follow`). Live or behind, the events of its topics are
-//! written by `Connection::deliver`, or by `Connection::finish` where one fitted only in part.
+//! *A parameter of a stream* is named and read in `routes` (`STREAM_PARAMETERS`, `wanted_topics`), and kept in
+//! `subscription` (`Wanted`). Where the stream starts is decided in `cursor`; when it ends, in `subscription` (`follow`).
+//! Live or behind, the events of its topics are written by `Connection::deliver`, or by `Connection::finish` where one
+//! fitted only in part.
 //!
-//! *Another kind of storage* replaces `journal`, which only `hub`, `tending`, `unwritten` and `kept` name; `kept` stands between its blocks and
-//! the history. One that numbers events itself replaces `Core::number`, too. `Core::hand_out` gives an event to the history
-//! and the lanes, and only demands that ids rise. That an id has a time of this server's clock in it, and a position just
-//! before it, is relied on in `cursor`; when the process starts, also in `kept` (`recover`) and `history` (`restore`).
+//! *Another kind of storage* replaces `journal`, which only `hub`, `tending`, `unwritten` and `kept` name; `kept` stands
+//! between its blocks and the history. One that numbers events itself replaces what `hub` does under the order lock
+//! (`number`, `number_each`, `number_forgetting`), too. `Core::hand_out` gives an event to the history and the lanes, and
+//! only demands that ids rise. That an id has a time of this server's clock in it, and a position just before it, is
+//! relied on in `cursor`; when the process starts, also in `kept` (`recover`) and `history` (`restore`).
 //!
 //! # Locks, outermost first
 //! | lock | held | guards |
@@ -96,6 +98,8 @@ mod history; // kept events, and what was forgotten
 mod lane; // writing to whoever is live
 mod door; // who may do what: hosts, origins, tokens
 mod lines; // the lines of a PUT
+mod relay; // its events, where it is an event stream
+mod parser; // an event stream, read as the standard says
 mod request; // a request's head, read strictly
 mod target; // its path and query
 mod body; // its body, of a length or in chunks
@@ -132,3 +136,7 @@ pub mod fuzzing;
 #[cfg(test)]
 #[path = "../tests/turn.rs"]
 mod turn;
+
+#[cfg(any(test, fuzzing))]
+#[path = "../tests/parser.rs"]
+mod parsing;

@@ -1,5 +1,5 @@
 //! Publishing over HTTP: `POST` publishes its body as one event, `PUT` every line of it as it arrives, and `DELETE` makes
-//! a topic forget what was published.
+//! a topic forget what was published. A `PUT` may also be an event stream, whose events are published.
 //!
 //! What is wrong with the query is said before the body is read: nobody should send a day's log to learn of a typing
 //! error. A `PUT` cannot be undone, so an error in the middle of it says how many lines were published and which id the
@@ -12,6 +12,7 @@ use crate::lines::Lines;
 use crate::names::{check_topic, topic_names};
 use crate::places::Places;
 use crate::reader::Reader;
+use crate::relay::Relay;
 use crate::request::Request;
 use crate::response::{Response, decline};
 use crate::text::quoted;
@@ -65,17 +66,19 @@ impl Publishing {
         }
     }
 
-    /// Publishes each line of the body; the answer says how many, and the last id.
+    /// Publishes each line of the body, or each event of a body that is an event stream; the answer says how many, and the
+    /// last id.
     ///
     /// # Errors
     /// As for [`Publishing::post`], with what was published before.
     pub fn put(&self, reader: &mut Reader, request: &mut Request, topic: &str) -> Result<Response, Response> {
         check_topic(topic).map_err(|error| self.not_published(&error))?;
-        let event = self.describe(request, &["event", "retry"])?;
+        let known: &[&str] = if request.is_event_stream { &[] } else { &["event", "retry"] };
+        let event = self.describe(request, known)?;
         request.invite_body(reader)?;
         // Outside of the loop over the lines, since an error needs them, too.
         let (mut count, mut last) = (0, None);
-        let result = self.put_lines(reader, request, topic, &event, &mut count, &mut last);
+        let result = self.put_all(reader, request, topic, &event, &mut count, &mut last);
         let summary = format!("published {count}{}", last.map_or(String::new(), |id| format!(", last id {id}")));
         match result {
             Ok(()) => Ok(Response::text(200, summary)),
@@ -83,8 +86,8 @@ impl Publishing {
         }
     }
 
-    /// The lines until the body ends or one is wrong. `count` and `last` hold what was published, also after an error.
-    fn put_lines(
+    /// All of them until the body ends or one is wrong. `count` and `last` hold what was published, also after an error.
+    fn put_all(
         &self,
         reader: &mut Reader,
         request: &mut Request,
@@ -94,11 +97,16 @@ impl Publishing {
         last: &mut Option<Id>,
     ) -> Result<(), Response> {
         let (c, config) = (reader.c, &self.hub.core.config);
-        let mut lines = Lines::new(reader, &mut request.body, config);
+        let mut take_some: Box<dyn FnMut(&mut Vec<Event>) -> Result<bool, Response>> = if request.is_event_stream {
+            let mut relay = Relay::new(reader, &mut request.body, config);
+            Box::new(move |events| relay.take_some(events))
+        } else {
+            let mut lines = Lines::new(reader, &mut request.body, config);
+            Box::new(move |events| lines.take_some(event, events))
+        };
         loop {
-            let mut texts = Vec::new();
-            let more = lines.take_some(&mut texts); // looked at below: the lines before an error are published first
-            let events = texts.into_iter().map(|data| Event { data, ..event.clone() }).collect();
+            let mut events = Vec::new();
+            let more = take_some(&mut events); // looked at below: what came before an error is published first
             self.places.refresh(c); // a publisher that sends is not the one to make room
             let (ids, published) = self.hub.core.publish_all(topic, events);
             *count += ids.len();
@@ -132,7 +140,7 @@ impl Publishing {
         }
     }
 
-    /// Adds to a refusal how many lines were published before it.
+    /// Adds to a refusal how much was published before it.
     fn explain(&self, refusal: Response, so_far: &str) -> Response {
         // Stopping ends the reading side of the socket, which looks as if the sender had stopped in the middle.
         if self.hub.core.is_stopping() {

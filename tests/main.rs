@@ -22,6 +22,7 @@ mod metrics;
 mod minimal;
 mod places;
 mod power;
+mod relay;
 mod request;
 mod response;
 mod routes;
