@@ -77,6 +77,7 @@
 #![warn(missing_docs)]
 
 mod server; // bind, accept, start and stop
+mod tokens; // the tokens' file, and whose right is gone
 mod clerk; // what lanes and acceptors may not do, since they never wait
 mod conversation; // one connection's requests, one after another
 mod routes; // what each request gets
@@ -97,8 +98,8 @@ mod cursor; // where a stream starts, what comes next, gaps
 mod history; // kept events, and what was forgotten
 mod lane; // writing to whoever is live
 mod door; // who may do what: hosts, origins, tokens
-mod lines; // the lines of a PUT
-mod relay; // its events, where it is an event stream
+mod relay; // the events of a PUT, where it is an event stream
+mod lines; // its lines, where it is none
 mod parser; // an event stream, read as the standard says
 mod request; // a request's head, read strictly
 mod target; // its path and query
@@ -112,6 +113,7 @@ mod connection; // one socket, and whose it is
 mod subscriber; // what a subscriber follows, while nobody serves it
 mod encoded; // an event's bytes, shared by all who get it
 mod system; // what the system allows
+mod rights; // which token may do what
 mod names; // what topics may be called
 mod log; // lines for stderr
 mod metrics; // what is counted

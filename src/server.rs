@@ -24,6 +24,7 @@ use crate::subscription::Streams;
 use crate::sync::{enter, start_thread};
 use crate::system::{self, AddressSpace};
 use crate::tending;
+use crate::tokens::TokensFile;
 use crossbeam_channel::{Receiver, Sender, bounded};
 use std::io::{self, ErrorKind};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
@@ -65,6 +66,8 @@ pub struct Handle {
     acceptors: Vec<JoinHandle<()>>,
     /// The lanes and the clerk, likewise.
     helpers: Vec<JoinHandle<()>>,
+    /// The thread that watches the tokens' file ends when this is dropped. It is not waited for: the disk may be stuck.
+    watching: Option<Sender<()>>,
 }
 
 impl Server {
@@ -80,6 +83,7 @@ impl Server {
         let listener = TcpListener::bind(address)?;
         let address = listener.local_addr()?;
         check_reach(&config, address)?;
+        let (tokens, rights) = config.tokens.as_deref().map(TokensFile::open).transpose()?.unzip();
         let doorbell = TcpStream::from(std::os::fd::OwnedFd::from(listener.try_clone()?));
         // The log's thread and the listener first: what is left of the system's limits is for connections.
         let log = Arc::new(Logger::start(config.log)?);
@@ -99,7 +103,10 @@ impl Server {
         let address_space = Arc::new(AddressSpace::read());
         helpers.push(clerk::start(streams.clone(), address_space.clone())?);
         // Only a server on loopback knows all of its names; the door needs its port to tell them from other servers'.
-        let door = Door::new(&core.config, Some(address.port()).filter(|_| address.ip().is_loopback()));
+        let door = Door::new(&core.config, rights, Some(address.port()).filter(|_| address.ip().is_loopback()));
+        let door = Arc::new(door);
+        let (watching, stopping) = bounded(0);
+        tokens.map(|file| file.watch(door.clone(), streams.clone(), stopping)).transpose()?;
         let routes = Routes::new(Hub { core }, door, streams.clone());
         let handle = Handle {
             shared: Arc::new(Shared { streams, routes, evicted: OncePerSecond::default() }),
@@ -108,6 +115,7 @@ impl Server {
             address_space,
             acceptors: Vec::new(),
             helpers,
+            watching: Some(watching),
         };
         tending::start(&handle.shared.streams.core)?;
         Ok(Server { handle })
@@ -224,6 +232,7 @@ impl Handle {
             // Not every system lets a listening socket be shut down; a connection wakes an acceptor, too.
             let _ = self.addr().map(|address| self.acceptors.iter().for_each(|_| drop(TcpStream::connect(address))));
         }
+        self.watching = None;
         for acceptor in self.acceptors.drain(..) {
             let _ = acceptor.join();
         }
@@ -250,7 +259,8 @@ impl Drop for Handle {
 
 /// Whoever can reach the port could publish: beyond loopback that must be wanted. A token or [`Config::open`] says so.
 fn check_reach(config: &Config, address: SocketAddr) -> io::Result<()> {
-    if config.open || !config.publish_tokens.is_empty() || address.ip().is_loopback() {
+    let needs_token = !config.publish_tokens.is_empty() || config.tokens.is_some();
+    if config.open || needs_token || address.ip().is_loopback() {
         return Ok(());
     }
     let reason = format!(
