@@ -56,7 +56,7 @@ impl Event {
         self
     }
 
-    /// Makes publishing repeatable: a second event of the same topic with this key (1 to 128 bytes without CR, LF or
+    /// Makes publishing repeatable: a second event of the same topic with this key (1 to 1,024 bytes without CR, LF or
     /// NUL) is not published, and gets the first one's id, for as long as the first is kept.
     pub fn key(mut self, key: impl Into<String>) -> Event {
         self.key = Some(key.into());

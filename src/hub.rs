@@ -31,8 +31,9 @@ use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
-/// A key is kept as long as its event.
-const KEY_BYTES: usize = 128;
+/// A key is kept as long as its event. The ids of relayed streams are keys, and those of some public ones are JSON of
+/// some hundred bytes.
+const KEY_BYTES: usize = 1024;
 /// What waits for the journal takes at most this much memory (and one event for each publisher), so that a stuck disk
 /// does not fill it.
 const UNWRITTEN_BYTES: usize = 16 * 1024 * 1024;
