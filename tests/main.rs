@@ -30,4 +30,5 @@ mod server;
 mod stream;
 mod subscription;
 mod system;
+mod tokens;
 mod topics;
