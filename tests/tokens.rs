@@ -398,8 +398,8 @@ fn a_tokens_file_that_is_changed_a_thousand_times_under_load_cuts_whom_it_names_
         }
         without.extend((0..4).filter_map(|n| since[n].take().map(|from| (n, from, Instant::now()))));
         // The steady ones must have everything before their streams end with the server.
-        for n in 4..8 {
-            wait_for("everything", || (got[n].lock().unwrap().len() == CHANGES).then_some(()));
+        for got in &got[4..] {
+            wait_for("everything", || (got.lock().unwrap().len() == CHANGES).then_some(()));
         }
         is_over.store(true, SeqCst);
         drop(server);
