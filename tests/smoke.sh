@@ -1,7 +1,7 @@
 #!/bin/sh
 # Runs every command of the README's console blocks, word for word and in their order, against a server on a free port, those
-# of "console minimal" against the one in one file, and compares what they print with what the README says. Ids differ from
-# run to run; nothing else may.
+# of "console minimal" against the one in one file, those of "console tenants" against one with a file of tokens, and compares
+# what they print with what the README says. Ids differ from run to run; nothing else may.
 set -eu
 cd "$(dirname "$0")/.."
 if ! command -v curl >/dev/null; then
@@ -32,6 +32,8 @@ start() {
 }
 start brooklet "$programs/brooklet" --listen 127.0.0.1:0 --log off
 start minimal "$programs/brooklet-minimal" 127.0.0.1:0
+echo 'programs-token both *' >tokens
+start tenants "$programs/brooklet" --listen 127.0.0.1:0 --log off --tokens tokens
 
 # A log of 9,999 lines, for the command that adds one and follows it.
 seq 1 9999 | sed 's/.*/& a line, "quoted", with \\ and	tab/' >app.log
