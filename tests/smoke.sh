@@ -90,4 +90,15 @@ for pid in *.pid; do
     await same "$n" || fail "$n"
 done
 sed -n 's/^data: //p' log.out | cmp - app.log || fail_for 'the log did not arrive line for line'
+
+# What --help shows works, too; a stream goes on until its time is over.
+CURL_HOME=$dir/brooklet
+"$programs/brooklet" --help | sed -n 's/^  curl \(.*[^ ]\)   .*/curl -f \1/p' >help
+[ "$(wc -l <help)" -ge 5 ] || fail_for 'the examples of --help were not found'
+while IFS= read -r command; do
+    status=0
+    timeout 2 sh -c "$command" >help.out 2>&1 </dev/null || status=$?
+    [ $status = 0 ] || [ $status = 124 ] || { cat help.out >&2; fail_for "$command"; }
+    passed=$((passed + 1))
+done <help
 echo "smoke: $passed passed, 0 failed"
