@@ -158,10 +158,7 @@ fn an_event_once_begun_must_end_in_time_and_between_events_silence_may_last() {
     let mut wire = begin(server.addr().unwrap(), 100);
     wire.send(b"data: one\n\n");
     let answer = wire.answer();
-    assert!(
-        answer.status == 408 && answer.body.starts_with("nothing came within 300ms (put_idle_time)"),
-        "{answer:?}"
-    );
+    assert!(answer.status == 408 && answer.body.starts_with("nothing came within 300ms (put_idle_time)"), "{answer:?}");
 }
 
 #[test]
