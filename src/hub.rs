@@ -13,7 +13,7 @@ use crate::config::Config;
 use crate::connection::STOPPING;
 use crate::encoded::Encoded;
 use crate::event::{Event, Id, ids_from};
-use crate::history::{History, TopicOverview};
+use crate::history::{Gone, History, TopicOverview};
 use crate::journal::Journal;
 use crate::kept::{Kept, open_journal};
 use crate::lane::Lane;
@@ -177,7 +177,8 @@ impl Core {
     /// # Errors
     /// As for [`Hub::publish`]. Nothing is forgotten then.
     pub fn forget(&self, topic: &str) -> io::Result<Option<Id>> {
-        let numbered = self.number_forgetting(&mut enter(&self.turns.order), topic)?;
+        let mut gone = Gone::default(); // dropped without any lock: a topic may keep a million events
+        let numbered = self.number_forgetting(&mut enter(&self.turns.order), topic, &mut gone)?;
         numbered.map(|up_to| self.settle(up_to)).transpose()
     }
 
@@ -324,13 +325,15 @@ impl Core {
     }
 
     /// Gives the forgetting of a topic its place in the order: just after the topic's newest event.
-    fn number_forgetting(&self, order: &mut Order, topic: &str) -> io::Result<Option<Numbered>> {
+    fn number_forgetting(&self, order: &mut Order, topic: &str, gone: &mut Gone) -> io::Result<Option<Numbered>> {
         check_topic(topic)?;
-        self.check_open(&Event::default())?;
+        if self.is_stopping() {
+            return Err(stopped());
+        }
         let newest = order.find_newest(&self.history(), topic);
         let Some((up_to, None)) = newest else { return Ok(newest) };
         if self.config.journal.is_none() {
-            self.hand_out_forgetting(topic, up_to);
+            *gone = self.hand_out_forgetting(topic, up_to);
             return Ok(newest);
         }
         self.check_disk(order)?;
@@ -391,13 +394,14 @@ impl Core {
         let result = turn.journal().append(&bytes, kept_bytes, &|boot| self.snapshot(boot));
         self.note_journal(result.is_err(), turn.journal().length());
         let result = result.map_err(|error| error.to_string());
+        let mut gone = Vec::new(); // goes after the lock
         let mut order = enter(&self.turns.order);
         if result.is_err() {
             count = order.unwritten.len(); // all that wait: none may be published after one that was refused
         }
         for unwritten in order.take(count) {
             if result.is_ok() {
-                self.make_happen(&unwritten.change);
+                gone.extend(self.make_happen(&unwritten.change));
             }
             let _ = unwritten.outcome.set(result.clone());
         }
@@ -408,21 +412,21 @@ impl Core {
         Box::new(Kept::new(&self.history, boot))
     }
 
-    /// Called in the order of the changes, under the order lock.
-    fn make_happen(&self, change: &Change) {
+    /// Called in the order of the changes, under the order lock. Returns what was forgotten.
+    fn make_happen(&self, change: &Change) -> Option<Gone> {
         match change {
             Change::Publish { events, key } => {
                 events.iter().for_each(|(topic, event)| self.hand_out(topic, event.clone(), key.clone()));
+                None
             }
-            Change::Forget { topic, up_to } => self.hand_out_forgetting(topic, *up_to),
+            Change::Forget { topic, up_to } => Some(self.hand_out_forgetting(topic, *up_to)),
         }
     }
 
     /// Forgets what a topic keeps up to `id`. What stands in a lane's queue goes out all the same; whoever falls behind
     /// before it has that hears a gap.
-    fn hand_out_forgetting(&self, topic: &str, id: Id) {
-        let gone = enter(&self.history).forget(topic, id);
-        drop(gone); // the lock is given up already: a topic may keep a million events
+    fn hand_out_forgetting(&self, topic: &str, id: Id) -> Gone {
+        enter(&self.history).forget(topic, id)
     }
 
     /// Keeps an event, and then queues it for every lane, in this order: leg 4 of the proof in `subscription.rs`.
