@@ -37,7 +37,7 @@ pub struct Config {
     /// Any of these lets its holder publish (none: no token is needed). Several, so that they can be changed without a
     /// gap.
     pub publish_tokens: Vec<Token>,
-    /// Any of these lets its holder read streams and `/metrics` (none: no token is needed).
+    /// Any of these lets its holder read streams, `/topics` and `/metrics` (none: no token is needed).
     pub subscribe_tokens: Vec<Token>,
     /// A file of tokens with rights to some topics each, read again whenever it changes (none). One right a line: a token,
     /// `publish`, `subscribe` or `both`, topics with commas between them (names, or beginnings that end in `*`), and
