@@ -56,7 +56,7 @@ impl Event {
         self
     }
 
-    /// Makes publishing repeatable: a second event of the same topic with this key (1 to 128 bytes without CR, LF or
+    /// Makes publishing repeatable: a second event of the same topic with this key (1 to 1,024 bytes without CR, LF or
     /// NUL) is not published, and gets the first one's id, for as long as the first is kept.
     pub fn key(mut self, key: impl Into<String>) -> Event {
         self.key = Some(key.into());
@@ -161,6 +161,12 @@ impl Id {
             seq => Id { ms: self.ms, seq: seq - 1 },
         }
     }
+}
+
+/// The ids of events that are published together, from the first one on. A journal names the first alone, so that these
+/// must not depend on the clock.
+pub fn ids_from(first: Id) -> impl Iterator<Item = Id> {
+    std::iter::successors(Some(first), |id| Some(id.next(0)))
 }
 
 impl fmt::Display for Id {

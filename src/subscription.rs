@@ -179,7 +179,10 @@ impl Streams {
     pub fn end_soon(self: &Arc<Streams>, c: &Arc<Connection>, why: Option<Reason>) {
         let mut state = enter(&c.state);
         let its_time = if state.is_poll { POLL_IS_OVER } else { LIFETIME_IS_OVER };
-        state.ending.get_or_insert(why.unwrap_or(its_time));
+        match why {
+            Some(why) => state.ending = Some(why),
+            None => drop(state.ending.get_or_insert(its_time)),
+        }
         if state.phase == Phase::Live && state.subscriber.is_some() {
             state.phase = Phase::Queued;
             drop(state);
@@ -210,6 +213,7 @@ impl Streams {
         self.core.history().unsubscribe(&subscriber.names);
         let _ = c.socket.shutdown(Shutdown::Write); // its lane may keep the socket open for a moment
         self.log_end(c, &subscriber.opened, reason);
+        self.core.presence.note_end(&subscriber.names, c.peer, c.cut.get().copied().unwrap_or(reason));
         self.places.leave(c);
     }
 
