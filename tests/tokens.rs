@@ -133,7 +133,7 @@ fn a_stream_whose_right_is_withdrawn_or_over_ends_within_seconds_and_no_other_do
     let dir = Scratch::new();
     let path = dir.path("tokens");
     let steady = "steady both *\n";
-    let soon = unix_time() + 3;
+    let soon = unix_time() + 6;
     write(
         &path,
         &format!("{steady}gone subscribe a,b\ncut subscribe a,b\nsoon subscribe a until={soon}\nput publish a\n"),
