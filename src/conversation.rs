@@ -20,7 +20,7 @@ use crate::reader::Reader;
 use crate::request::Request;
 use crate::response::{Response, stream_head};
 use crate::routes::{Reply, Routes, Source};
-use crate::subscription::{POLL_IS_OVER, Subscription};
+use crate::subscription::{NO_NAMES, NOT_REACHED, POLL_IS_OVER, Subscription};
 use crate::sync::{enter, start_thread};
 use crate::text::quoted;
 use std::borrow::Cow;
@@ -34,7 +34,6 @@ use std::time::Instant;
 /// Why a stream is rejected. The client is told in a comment; in the log both need the debug level, or a flood would
 /// fill it.
 const NO_ROOM: Reason = "no room for another stream";
-const NO_NAMES: Reason = "all topic names are in use";
 
 /// What all conversations share. Nothing in it belongs to one of them.
 pub struct Shared {
@@ -208,8 +207,8 @@ impl Conversation {
             Source::Topics(wanted) => {
                 // The lanes take turns. A stream stays with its lane, or its events could overtake each other.
                 match Subscription::open(core, c, &core.lanes[count % core.lanes.len()], wanted) {
-                    Some(subscription) => subscription.serve(head).into(),
-                    None => self.reject(&head, NO_NAMES).into(),
+                    Ok(subscription) => subscription.serve(head).into(),
+                    Err(why) => self.reject(&head, why).into(),
                 }
             }
             Source::Handler(handled) => handled.serve(core, c, head),
@@ -234,7 +233,7 @@ impl Conversation {
         let (peer, reason) = (self.c.peer, self.c.cut.get().copied().unwrap_or(&self.reason));
         let line =
             format_args!("closed peer={peer} path={path} reason={reason:?} seconds={seconds}.{tenths} events={sent}");
-        let repeats = [POLL_IS_OVER, NO_ROOM, NO_NAMES].contains(&reason); // as fast as a flood
+        let repeats = [POLL_IS_OVER, NO_ROOM, NO_NAMES, NOT_REACHED].contains(&reason); // as fast as a flood
         self.shared.log.line(if repeats { Log::Debug } else { Log::Info }, line);
     }
 }

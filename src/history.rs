@@ -36,6 +36,10 @@ pub struct History {
     /// The newest that was forgotten by topics which have left the table; a topic that enters it begins with this.
     forgotten: Point,
     clock: Steady,
+    /// An engine gives the ids, and not this server's clock.
+    is_fed: bool,
+    /// The newest moment of all events.
+    moment_ms: u64,
     keep_events: usize,
     keep_bytes: usize,
     keep_age: Duration,
@@ -101,7 +105,7 @@ pub struct Totals {
 
 impl History {
     /// Nothing is kept, and everything up to `base` counts as forgotten.
-    pub fn new(base: Id, config: &Config) -> History {
+    pub fn new(base: Id, is_fed: bool, config: &Config) -> History {
         let clock = Steady::start();
         History {
             topics: HashMap::new(),
@@ -111,6 +115,8 @@ impl History {
             newest: base,
             forgotten: Point { id: base, moment_ms: clock.before_start(base.ms) },
             clock,
+            is_fed,
+            moment_ms: 0,
             keep_events: config.keep_events,
             keep_bytes: config.keep_bytes,
             keep_age: config.keep_age,
@@ -152,8 +158,32 @@ impl History {
     /// Keeps an event that is published now; ids must rise from call to call. Returns its topic's name if anyone
     /// follows it: only then must the lanes know of the event, since whoever follows the topic later finds it kept.
     pub fn insert(&mut self, name: &str, event: Encoded, key: Option<Arc<str>>) -> Option<Arc<str>> {
-        let moment_ms = self.clock.now_ms();
+        let moment_ms = if self.is_fed { self.moment_of(event.id) } else { self.clock.now_ms() };
         self.keep(name, KeptEvent { event, key, moment_ms })
+    }
+
+    /// When an event was published that an engine shows, perhaps long after: at its start, or after it was away. Moments
+    /// rise as ids do, and none is in the future.
+    fn moment_of(&mut self, id: Id) -> u64 {
+        self.moment_ms = id.ms.min(self.clock.now_ms()).max(self.moment_ms);
+        self.moment_ms
+    }
+
+    /// Notes an id that belongs to no event here.
+    pub fn reach(&mut self, id: Id) {
+        self.newest = self.newest.max(id);
+    }
+
+    /// Counts everything up to `id` as forgotten by the topics that are not in the table.
+    pub fn pass_over(&mut self, id: Id) {
+        self.reach(id);
+        self.forgotten = Point { id: self.newest, moment_ms: self.moment_of(id) };
+    }
+
+    /// Counts everything up to `id` as forgotten, in every topic, where an engine has said so.
+    pub fn miss_up_to(&mut self, id: Id) {
+        self.pass_over(id);
+        self.topics.values_mut().for_each(|topic| topic.forgotten = self.forgotten);
     }
 
     /// Keeps an event of an earlier process. What is too old goes at once, or a long journal would fill memory.
@@ -249,7 +279,8 @@ impl History {
         // An id later than both the newest id and the clock can only be from before this server's history was lost: all
         // that is kept is new to its owner. An id between the two means "from now on", which is after the newest: if
         // the clock is set back, ids up to the asked one are still to come.
-        let is_known = |asked: &Id| *asked <= self.newest || asked.ms <= now_ms();
+        // An engine has been asked (`Core::reach`): what is later than the newest id then, nobody has given.
+        let is_known = |asked: &Id| *asked <= self.newest || !self.is_fed && asked.ms <= now_ms();
         let known = asked.filter(is_known).map(|asked| asked.min(self.newest));
         match known {
             Some(cursor) if cursor >= self.forgotten_of(names).id => (cursor, None),

@@ -12,6 +12,7 @@ use crate::clock::now_ms;
 use crate::config::{Config, Log};
 use crate::connection::STOPPING;
 use crate::encoded::Encoded;
+use crate::engine::{Engine, Entry};
 use crate::event::{Event, Id};
 use crate::history::{History, Totals};
 use crate::journal::{Journal, LOOK_TIME};
@@ -80,6 +81,9 @@ impl Hub {
     /// ```
     pub fn publish(&self, topic: &str, event: Event) -> io::Result<Id> {
         let core = &*self.core;
+        if core.engine.is_some() {
+            return Ok(core.publish_outside(vec![Entry::new(topic, event)])?[0]);
+        }
         let numbered = core.number(&mut enter(&core.turns.order), topic, event)?;
         core.settle(numbered)
     }
@@ -95,12 +99,14 @@ pub struct Core {
     /// Set without any lock: stopping must not stand in line behind all who want to publish.
     stopped_at: OnceLock<Instant>,
     /// The outermost lock, and the events that wait for the journal.
-    turns: Turns,
+    pub turns: Turns,
     /// The last try to write the journal has failed.
     is_journal_failing: AtomicBool,
     /// Locked shortly, under the order lock or alone. A snapshot for the journal has a share of it.
     history: Arc<Mutex<History>>,
-    log: Arc<Logger>,
+    /// Numbers the events in our place, and shows them to us through a `Feed`.
+    pub engine: Option<Arc<dyn Engine>>,
+    pub log: Arc<Logger>,
 }
 
 impl Core {
@@ -113,10 +119,15 @@ impl Core {
         lanes: Vec<Sender<ToLane>>,
         counters: Arc<Counters>,
         log: &Arc<Logger>,
+        engine: Option<Arc<dyn Engine>>,
     ) -> io::Result<Core> {
-        // Ids begin above those of the journal; without one, whatever an earlier process had counts as forgotten.
-        let base = if config.journal.is_none() { Id { ms: now_ms(), seq: 0 } } else { Id::default() };
-        let history = Arc::new(Mutex::new(History::new(base, &config)));
+        // Ids begin above those of the journal; without one, whatever an earlier process had counts as forgotten. An engine
+        // says itself what is missing.
+        let base = match config.journal.is_none() && engine.is_none() {
+            true => Id { ms: now_ms(), seq: 0 },
+            false => Id::default(),
+        };
+        let history = Arc::new(Mutex::new(History::new(base, engine.is_some(), &config)));
         let journal = config.journal.as_deref().map(|path| open_journal(path, &history, &config, log)).transpose()?;
         counters.journal_bytes.store(journal.as_ref().map_or(0, Journal::length), Relaxed);
         let newest = enter(&history).newest(); // the next id is above all that the journal knows of
@@ -128,6 +139,7 @@ impl Core {
             turns: Turns { order, ended: Condvar::new(), work: Condvar::new() },
             is_journal_failing: AtomicBool::new(false),
             history,
+            engine,
             log: log.clone(),
             config,
         })
@@ -177,6 +189,10 @@ impl Core {
     /// # Errors
     /// As for [`Hub::publish`], for the first that was not.
     pub fn publish_all(&self, topic: &str, events: Vec<Event>) -> (Vec<Id>, io::Result<()>) {
+        if self.engine.is_some() {
+            let published = self.publish_outside(events.into_iter().map(|event| Entry::new(topic, event)).collect());
+            return published.map_or_else(|error| (Vec::new(), Err(error)), |ids| (ids, Ok(())));
+        }
         let (mut numbered, mut published) = (Vec::new(), Vec::new());
         let number_all = || {
             // Held throughout: a failing journal then refuses the last of them, never one between two others.
@@ -373,9 +389,26 @@ impl Core {
         Box::new(Kept::new(&self.history, boot))
     }
 
+    /// Publishes through the engine. Returns once it has the entries; they are shown when they come back from it.
+    fn publish_outside(&self, entries: Vec<Entry>) -> io::Result<Vec<Id>> {
+        for entry in &entries {
+            check_topic(&entry.topic)?;
+            if let Some(event) = &entry.event {
+                self.check(event)?;
+                self.history().check_room(&entry.topic)?;
+            }
+        }
+        let Some(engine) = self.engine.as_ref().filter(|_| !self.is_stopping()) else { return Err(stopped()) };
+        let ids = if entries.is_empty() { Vec::new() } else { engine.publish(&entries)? };
+        if ids.len() != entries.len() {
+            return Err(io::Error::other(format!("the engine gave {} ids to {} entries", ids.len(), entries.len())));
+        }
+        Ok(ids)
+    }
+
     /// Keeps an event, and then queues it for every lane, in this order: leg 4 of the proof in `subscription.rs`.
     /// Called in the order of the ids, under the order lock; it may wait for room in a queue.
-    fn hand_out(&self, topic: &str, event: Encoded, key: Option<Arc<str>>) {
+    pub fn hand_out(&self, topic: &str, event: Encoded, key: Option<Arc<str>>) {
         let followed = enter(&self.history).insert(topic, event.clone(), key);
         self.counters.published.fetch_add(1, Relaxed);
         if let Some(topic) = followed {
@@ -393,7 +426,7 @@ pub fn check_topic(name: &str) -> io::Result<()> {
     invalid(format!("{} is no topic name: that is 1 to {TOPIC_NAME_BYTES} of A-Z a-z 0-9 . _ ~ -", quoted(name)))
 }
 
-fn stopped() -> io::Error {
+pub fn stopped() -> io::Error {
     io::Error::new(ErrorKind::NotConnected, STOPPING)
 }
 

@@ -43,6 +43,8 @@ pub enum ToLane {
     Join(Arc<Connection>, Arc<[Arc<str>]>),
     /// Its serial number and topics, after it was live for the last time.
     Leave(u64, Arc<[Arc<str>]>),
+    /// Everyone looks at the history again: it has forgotten something without a new event.
+    Look,
     /// The lane ends, whatever stands after this.
     Stop,
 }
@@ -142,6 +144,7 @@ impl Lane {
             ToLane::Weight => {}
             ToLane::Join(c, names) => self.join(&c, &names),
             ToLane::Leave(serial, names) => self.leave(serial, &names),
+            ToLane::Look => self.send_back(),
             ToLane::Stop => return ControlFlow::Break(()),
         }
         ControlFlow::Continue(())
@@ -204,6 +207,18 @@ impl Lane {
         }
         self.counters.delivered.fetch_add(delivered, Relaxed);
         self.run.clear();
+    }
+
+    /// Sends everyone who is live back to its thread, after what stands before this in the queue.
+    fn send_back(&mut self) {
+        self.write_run();
+        for c in &self.everyone {
+            let mut state = enter(&c.state);
+            if state.phase == Phase::Live {
+                state.phase = Phase::Behind;
+                self.wake_if_not_live(c, &state);
+            }
+        }
     }
 
     /// Looks at every live subscriber: has it closed, and is a heartbeat due before the next sweep? No thread wakes for

@@ -70,6 +70,7 @@ mod routes; // what each request gets
 mod publishing; // POST and PUT
 mod subscription; // a stream of topics, while it must be waited for
 mod stream; // a handler's stream
+mod feed; // what an engine shows to its server
 mod hub; // publishing: number, write down, hand out
 mod unwritten; // what waits for the journal, and whose turn it is
 mod kept; // between the journal's blocks and the history
@@ -81,6 +82,7 @@ mod block; // what it is made of
 mod history; // kept events, cursors, gaps
 mod lane; // writing to whoever is live
 mod door; // who may do what: hosts, origins, tokens
+mod engine; // what gives several servers one order
 mod lines; // the lines of a PUT
 mod request; // a request's head, read strictly
 mod target; // its path and query
@@ -101,7 +103,9 @@ mod authority; // hosts and ports
 mod text; // durations, quoting
 
 pub use config::{Config, Log, Token};
+pub use engine::{Engine, Entry};
 pub use event::{Event, Id};
+pub use feed::Feed;
 pub use hub::Hub;
 pub use server::{Handle, Server};
 pub use stream::Stream;

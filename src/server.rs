@@ -9,6 +9,8 @@ use crate::config::{Config, Log};
 use crate::connection::STOPPING;
 use crate::conversation::{self, Shared};
 use crate::door::Door;
+use crate::engine::Engine;
+use crate::feed::Feed;
 use crate::hub::{Core, Hub, STOP_WAIT};
 use crate::lane::{self, ToLane};
 use crate::log::{Logger, OncePerSecond};
@@ -18,6 +20,7 @@ use crate::routes::{Route, Routes};
 use crate::stream::Stream;
 use crate::sync::start_thread;
 use crate::system::{self, AddressSpace};
+use crate::text::invalid;
 use std::io::{self, ErrorKind};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
 use std::sync::Arc;
@@ -68,6 +71,28 @@ impl Server {
     /// used ([`ErrorKind::ResourceBusy`]: another process has it; [`ErrorKind::InvalidData`]: the file is none); or no
     /// thread can be started; or the system has no room for two connections ([`ErrorKind::QuotaExceeded`]).
     pub fn bind(address: impl ToSocketAddrs, config: Config) -> io::Result<Server> {
+        Server::bind_to(address, config, None)
+    }
+
+    /// As [`Server::bind`], for a server that shares its topics with others: the engine numbers what is published on any
+    /// of them, and shows it to this one by the feed. See [`Engine`].
+    ///
+    /// # Errors
+    /// As for [`Server::bind`]; and a journal is [`ErrorKind::InvalidInput`], since the engine keeps the events.
+    pub fn bind_with_engine(
+        address: impl ToSocketAddrs,
+        config: Config,
+        engine: Arc<dyn Engine>,
+    ) -> io::Result<(Server, Feed)> {
+        if config.journal.is_some() {
+            return invalid("journal: an engine keeps the events instead: leave one of the two out");
+        }
+        let server = Server::bind_to(address, config, Some(engine))?;
+        let feed = Feed { core: Arc::downgrade(&server.handle.shared.core) };
+        Ok((server, feed))
+    }
+
+    fn bind_to(address: impl ToSocketAddrs, config: Config, engine: Option<Arc<dyn Engine>>) -> io::Result<Server> {
         config.check()?;
         let listener = TcpListener::bind(address)?;
         let address = listener.local_addr()?;
@@ -83,7 +108,7 @@ impl Server {
             lanes.push(lane);
             threads.push(thread);
         }
-        let core = Arc::new(Core::new(config, lanes, counters, &log)?);
+        let core = Arc::new(Core::new(config, lanes, counters, &log, engine)?);
         let places = Arc::new(Places::new(core.config.subscribers, core.config.connections));
         // Only a server on loopback knows all of its names; the door needs its port to tell them from other servers'.
         let door = Door::new(&core.config, Some(address.port()).filter(|_| address.ip().is_loopback()));

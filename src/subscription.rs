@@ -23,6 +23,7 @@ use crate::clock::spread;
 use crate::connection::{Connection, Phase, Reason, STOPPING, State};
 use crate::encoded::Encoded;
 use crate::event::Id;
+use crate::feed::reach;
 use crate::history::{Next, Start};
 use crate::hub::Core;
 use crate::lane::ToLane;
@@ -38,6 +39,9 @@ pub const POLL_TIME: Duration = Duration::from_secs(25);
 const POLL_RETRY: Duration = Duration::from_millis(100);
 /// The log writes this end only at its debug level, since polls end all the time.
 pub const POLL_IS_OVER: Reason = "the poll is over";
+/// Why a stream was not opened: the client is told to come back.
+pub const NO_NAMES: Reason = "all topic names are in use";
+pub const NOT_REACHED: Reason = "events that another server has sent have not come here yet";
 
 /// What a request for a stream of topics has asked for.
 pub struct Wanted {
@@ -67,20 +71,23 @@ pub struct Subscription<'a> {
 
 impl<'a> Subscription<'a> {
     /// Counts the subscriber and finds its start, in one hold of the history's lock: what is forgotten in between would
-    /// be a gap that nobody tells. `None` where all topic names are in use.
+    /// be a gap that nobody tells. With an engine, it may first have to show what the client has seen elsewhere.
     pub fn open(
         core: &'a Core,
         c: &'a Arc<Connection>,
         lane: &'a Sender<ToLane>,
         wanted: Wanted,
-    ) -> Option<Subscription<'a>> {
+    ) -> Result<Subscription<'a>, Reason> {
+        if !reach(core, &wanted.start) {
+            return Err(NOT_REACHED);
+        }
         let mut history = core.history();
-        let names = history.subscribe(&wanted.names).ok()?;
+        let names = history.subscribe(&wanted.names).map_err(|_| NO_NAMES)?;
         let (start, told) = (history.start(&names, wanted.start), history.told(&names));
         drop(history);
         let deadline = Instant::now() + spread(core.config.lifetime, 80, 100);
         let poll_until = wanted.poll.map(|time| Instant::now() + time);
-        Some(Subscription { core, c, lane, names, start, told, poll_until, deadline })
+        Ok(Subscription { core, c, lane, names, start, told, poll_until, deadline })
     }
 
     /// Serves the stream to its end, and returns why it ended.

@@ -33,6 +33,8 @@ pub struct Order {
     pub is_claimed: bool,
     /// The journal is closed, and stays so.
     pub is_closed: bool,
+    /// How many wait for an engine's feed to reach an id.
+    pub waiting: usize,
 }
 
 /// An event that has its id and is not published yet.
@@ -59,7 +61,7 @@ impl Drop for Unwritten {
 impl Order {
     pub fn new(newest: Id, journal: Option<Journal>) -> Order {
         let unwritten = VecDeque::new();
-        Order { newest, unwritten, unwritten_bytes: 0, journal, is_claimed: false, is_closed: false }
+        Order { newest, unwritten, unwritten_bytes: 0, journal, is_claimed: false, is_closed: false, waiting: 0 }
     }
 
     /// Adds an event; its id must be the highest.

@@ -11,6 +11,7 @@ mod common;
 mod conversation;
 mod corpus;
 mod door;
+mod engine;
 mod event;
 mod history;
 mod house;
