@@ -69,8 +69,8 @@ impl Block<'_> {
         let frame_at = text.len() - frame.len();
         // Only a mark without a topic names the boot, and it has no key.
         let good = if topic.is_some() { boot.is_none() } else { is_mark && key.is_none() };
-        let leaves_room = id.seq <= u64::MAX / 2; // for the ids of all that may ever follow it
-        Some(Block { id, boot, topic, key, is_mark, frame_at }).filter(|_| good && leaves_room)
+        let ids_may_follow = id.seq <= u64::MAX / 2; // as many as will ever be published
+        Some(Block { id, boot, topic, key, is_mark, frame_at }).filter(|_| good && ids_may_follow)
     }
 }
 

@@ -15,6 +15,11 @@ pub fn now_ms() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_millis() as u64)
 }
 
+/// A time in milliseconds; the largest number where it is longer than that.
+pub fn millis(time: Duration) -> u64 {
+    u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
+}
+
 /// Milliseconds that go on evenly, whatever the clock is set to: they begin as Unix time and are counted by the
 /// monotonic clock from there. The history takes an event's age from this and not from its id, since ids run ahead of a
 /// clock that was set back.

@@ -219,7 +219,7 @@ impl Conversation {
     /// time is spread, or all that were rejected would return at the same moment.
     fn reject(&self, head: &str, why: Reason) -> Reason {
         self.shared.core.counters.rejected.fetch_add(1, Relaxed);
-        self.shared.log.warn(format_args!("{} is sent away: {why}", self.c.peer));
+        self.shared.log.warn(format_args!("{} was rejected: {why}", self.c.peer));
         match self.c.write_whole(head.as_bytes(), Instant::now() + LINGER) {
             Ok(()) => self.c.end(why, spread(self.config().retry, 50, 150), None),
             Err(reason) => reason, // half a head: nothing may follow

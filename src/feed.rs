@@ -9,10 +9,10 @@
 //! A feed does not keep its server alive: a program that drops the server's handle need not think of the engine.
 
 use crate::config::Log;
+use crate::cursor::Start;
 use crate::encoded::Encoded;
 use crate::engine::Entry;
 use crate::event::{Event, Id};
-use crate::history::Start;
 use crate::hub::{Core, check_topic, stopped};
 use crate::lane::ToLane;
 use crate::sync::enter;

@@ -10,10 +10,10 @@
 //! ([`Steady`]). Moments and ids rise together, in each topic and over all. Nothing here waits: the caller has the
 //! lock.
 
-use crate::clock::{Steady, now_ms};
+use crate::clock::{Steady, millis};
 use crate::config::Config;
-use crate::encoded::{Encoded, Framing, Run};
-use crate::event::{Event, Id};
+use crate::encoded::Encoded;
+use crate::event::Id;
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::io::{self, ErrorKind};
 use std::sync::Arc;
@@ -24,6 +24,7 @@ const EVENT_OVERHEAD: usize = 136;
 /// The same for a key, whose text is counted twice: in the map and in the event.
 const KEY_OVERHEAD: usize = 96;
 
+/// What subscribers ask of it is in `cursor.rs`.
 pub struct History {
     topics: HashMap<Arc<str>, Topic>,
     /// The oldest event of each topic that keeps any. The first of them is the oldest of all: the next to be forgotten.
@@ -34,7 +35,7 @@ pub struct History {
     /// The newest id that subscribers may have seen, over all topics.
     newest: Id,
     /// The newest that was forgotten by topics which have left the table; a topic that enters it begins with this.
-    forgotten: Point,
+    newest_forgotten: Point,
     clock: Steady,
     /// An engine gives the ids, and not this server's clock.
     is_fed: bool,
@@ -47,12 +48,13 @@ pub struct History {
 }
 
 #[derive(Default)]
-struct Topic {
+pub struct Topic {
     name: Arc<str>,
     events: VecDeque<KeptEvent>,
     /// The event of each key that is kept; forgotten with it.
     keys: HashMap<Arc<str>, Id>,
-    forgotten: Point,
+    /// The newest that it has forgotten.
+    pub newest_forgotten: Point,
     subscribers: usize,
 }
 
@@ -64,27 +66,9 @@ struct KeptEvent {
 
 /// An id and its moment.
 #[derive(Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord)]
-struct Point {
-    id: Id,
-    moment_ms: u64,
-}
-
-/// Where a new stream wants to begin: now, with all that is kept, some time ago, or after an id.
-#[derive(Clone, Copy)]
-pub enum Start {
-    Now,
-    Earliest,
-    Ago(Duration),
-    /// None where it cannot be read. It gets a gap: a browser gives up for good on a refusal.
-    After(Option<Id>),
-}
-
-/// What a subscriber that is behind gets next.
-pub enum Next {
-    /// The event that says that events before the next one may have been forgotten.
-    Gap(Encoded),
-    Events(Run),
-    Nothing,
+pub struct Point {
+    pub id: Id,
+    pub moment_ms: u64,
 }
 
 /// A walk over the kept events, some at a time, so that nobody waits long for the lock meanwhile. What is forgotten
@@ -113,7 +97,7 @@ impl History {
             events: 0,
             bytes: 0,
             newest: base,
-            forgotten: Point { id: base, moment_ms: clock.before_start(base.ms) },
+            newest_forgotten: Point { id: base, moment_ms: clock.before_start(base.ms) },
             clock,
             is_fed,
             moment_ms: 0,
@@ -126,6 +110,10 @@ impl History {
 
     pub fn newest(&self) -> Id {
         self.newest
+    }
+
+    pub fn is_fed(&self) -> bool {
+        self.is_fed
     }
 
     pub fn totals(&self) -> Totals {
@@ -177,13 +165,13 @@ impl History {
     /// Counts everything up to `id` as forgotten by the topics that are not in the table.
     pub fn pass_over(&mut self, id: Id) {
         self.reach(id);
-        self.forgotten = Point { id: self.newest, moment_ms: self.moment_of(id) };
+        self.newest_forgotten = Point { id: self.newest, moment_ms: self.moment_of(id) };
     }
 
     /// Counts everything up to `id` as forgotten, in every topic, where an engine has said so.
     pub fn miss_up_to(&mut self, id: Id) {
         self.pass_over(id);
-        self.topics.values_mut().for_each(|topic| topic.forgotten = self.forgotten);
+        self.topics.values_mut().for_each(|topic| topic.newest_forgotten = self.newest_forgotten);
     }
 
     /// Keeps an event of an earlier process. What is too old goes at once, or a long journal would fill memory.
@@ -252,87 +240,14 @@ impl History {
         }
     }
 
-    /// The cursor that a new stream starts after, and the gap that it must hear first.
-    pub fn start(&self, names: &[Arc<str>], from: Start) -> (Id, Option<Encoded>) {
-        match from {
-            Start::Now => (self.newest, None),
-            Start::Earliest => (self.oldest_after(names, Id::default()).map_or(self.newest, Id::before), None),
-            Start::Ago(time) => self.start_ago(names, time),
-            Start::After(cursor) => self.resume(names, cursor),
-        }
-    }
-
-    /// From that long ago. By moments, not ids; only what the gap says of it is by the clock on the wall.
-    fn start_ago(&self, names: &[Arc<str>], time: Duration) -> (Id, Option<Encoded>) {
-        let limit_ms = self.ago_ms(time);
-        let first = self.topics(names).filter_map(|topic| topic.first_since(limit_ms)).min();
-        let cursor = first.map_or(self.newest, Id::before);
-        if self.forgotten_of(names).moment_ms < limit_ms {
-            return (cursor, None);
-        }
-        let after = Id { ms: now_ms().saturating_sub(millis(time)), seq: 0 };
-        let gap = self.gap(names, Some(after), cursor);
-        (gap.id, Some(gap))
-    }
-
-    fn resume(&self, names: &[Arc<str>], asked: Option<Id>) -> (Id, Option<Encoded>) {
-        // An id later than both the newest id and the clock can only be from before this server's history was lost: all
-        // that is kept is new to its owner. An id between the two means "from now on", which is after the newest: if
-        // the clock is set back, ids up to the asked one are still to come.
-        // An engine has been asked (`Core::reach`): what is later than the newest id then, nobody has given.
-        let is_known = |asked: &Id| *asked <= self.newest || !self.is_fed && asked.ms <= now_ms();
-        let known = asked.filter(is_known).map(|asked| asked.min(self.newest));
-        match known {
-            Some(cursor) if cursor >= self.forgotten_of(names).id => (cursor, None),
-            _ => {
-                let gap = self.gap(names, asked, known.unwrap_or_default());
-                (gap.id, Some(gap))
-            }
-        }
-    }
-
-    /// Whether [`History::next`] has anything for a subscriber at `cursor`.
-    pub fn has_news(&self, names: &[Arc<str>], cursor: Id, told: &[Id]) -> bool {
-        self.has_untold(names, cursor, told) || self.oldest_after(names, cursor).is_some()
-    }
-
-    fn has_untold(&self, names: &[Arc<str>], cursor: Id, told: &[Id]) -> bool {
-        self.topics(names).zip(told).any(|(topic, told)| topic.forgotten.id > cursor.max(*told))
-    }
-
-    /// What comes after `cursor` in all of these topics, in one order, up to one run. A gap comes first where a topic
-    /// has forgotten something after the cursor that the subscriber was not told of. `told` has an id for each topic:
-    /// with one for all, a gap told for one topic would hide what another forgets later.
-    pub fn next(&self, names: &[Arc<str>], cursor: Id, told: &[Id], framing: Framing) -> Next {
-        if self.has_untold(names, cursor, told) {
-            return Next::Gap(self.gap(names, Some(cursor), cursor));
-        }
-        let mut run = Run::new(framing);
-        let mut heads: Vec<_> = self.topics(names).map(|topic| topic.after(cursor)).collect();
-        // In each topic the ids rise, so the next of all is the lowest of the topics' next ones.
-        let id_ahead = |event: Option<&Encoded>| event.map_or(Id::MAX, |event| event.id);
-        while let Some(head) = heads.iter_mut().min_by_key(|head| id_ahead((**head).clone().next())) {
-            match head.next() {
-                Some(event) if run.has_room_for(event) => run.push(event),
-                _ => break,
-            }
-        }
-        if run.bytes.is_empty() { Next::Nothing } else { Next::Events(run) }
-    }
-
-    /// What each of these topics has forgotten by now: kept by a subscriber that has just been told of a gap.
-    pub fn told(&self, names: &[Arc<str>]) -> Vec<Id> {
-        self.topics(names).map(|topic| topic.forgotten.id).collect()
-    }
-
     /// Notes what an earlier process has forgotten: of one topic, or of all that are not in the table.
-    pub fn restore_forgotten(&mut self, name: Option<&str>, id: Id) {
+    pub fn restore_newest_forgotten(&mut self, name: Option<&str>, id: Id) {
         let point = Point { id, moment_ms: self.clock.before_start(id.ms) };
         match name {
-            None => self.forgotten = self.forgotten.max(point),
+            None => self.newest_forgotten = self.newest_forgotten.max(point),
             Some(name) => {
-                let known = self.topics.get(name).map_or(point, |topic| topic.forgotten);
-                self.topic(name).forgotten = known.max(point);
+                let known = self.topics.get(name).map_or(point, |topic| topic.newest_forgotten);
+                self.topic(name).newest_forgotten = known.max(point);
             }
         }
         self.newest = self.newest.max(id);
@@ -348,8 +263,8 @@ impl History {
     /// Counts everything up to `id` as forgotten, in every topic.
     pub fn count_as_forgotten(&mut self, id: Id) {
         self.newest = self.newest.max(id);
-        self.forgotten = Point { id: self.newest, moment_ms: self.clock.now_ms() };
-        self.topics.values_mut().for_each(|topic| topic.forgotten = self.forgotten);
+        self.newest_forgotten = Point { id: self.newest, moment_ms: self.clock.now_ms() };
+        self.topics.values_mut().for_each(|topic| topic.newest_forgotten = self.newest_forgotten);
     }
 
     /// Begins a walk over all that is kept now.
@@ -383,26 +298,27 @@ impl History {
     }
 
     /// The newest id that this topic has forgotten, or any other where it is not in the table.
-    pub fn forgotten(&self, name: &str) -> Id {
-        self.topics.get(name).map_or(self.forgotten, |topic| topic.forgotten).id
+    pub fn newest_forgotten(&self, name: &str) -> Id {
+        self.topics.get(name).map_or(self.newest_forgotten, |topic| topic.newest_forgotten).id
     }
 
-    /// The topics that keep events, with what each has forgotten; and the newest id that any other topic has forgotten.
-    pub fn all_forgotten(&self) -> (Vec<(Arc<str>, Id)>, Id) {
+    /// The topics that keep events, each with the newest id that it has forgotten; and the newest of any other topic.
+    pub fn newest_forgotten_of_each(&self) -> (Vec<(Arc<str>, Id)>, Id) {
         let (used, unused): (Vec<_>, Vec<_>) = self.topics.values().partition(|topic| !topic.events.is_empty());
-        let others = unused.iter().map(|topic| topic.forgotten).fold(self.forgotten, Point::max);
-        (used.iter().map(|topic| (topic.name.clone(), topic.forgotten.id)).collect(), others.id)
+        let others = unused.iter().map(|topic| topic.newest_forgotten).fold(self.newest_forgotten, Point::max);
+        (used.iter().map(|topic| (topic.name.clone(), topic.newest_forgotten.id)).collect(), others.id)
     }
 
     /// The topic, put into the table if it is not there. The caller must keep an event or count a subscriber at once:
     /// nothing removes a topic that was never used.
     fn topic(&mut self, name: &str) -> &mut Topic {
         let name: Arc<str> = name.into();
-        let new = Topic { name: name.clone(), forgotten: self.forgotten, ..Topic::default() };
+        let new = Topic { name: name.clone(), newest_forgotten: self.newest_forgotten, ..Topic::default() };
         self.topics.entry(name).or_insert(new)
     }
 
-    fn topics(&self, names: &[Arc<str>]) -> impl Iterator<Item = &Topic> {
+    /// Those of these topics that are in the table: of a subscriber's, all.
+    pub fn topics(&self, names: &[Arc<str>]) -> impl Iterator<Item = &Topic> {
         names.iter().filter_map(|name| self.topics.get(name))
     }
 
@@ -413,7 +329,7 @@ impl History {
         self.oldest.remove(&point);
         self.events -= 1;
         self.bytes -= kept.cost();
-        topic.forgotten = topic.forgotten.max(point);
+        topic.newest_forgotten = topic.newest_forgotten.max(point);
         if let Some(key) = kept.key.filter(|key| topic.keys.get(key) == Some(&point.id)) {
             topic.keys.remove(&key);
         }
@@ -431,46 +347,31 @@ impl History {
     /// What it had forgotten goes into the one number first, or a later subscriber would hear no gap.
     fn remove_if_unused(&mut self, name: &str) {
         if let Some(topic) = self.topics.get(name).filter(|t| t.subscribers == 0 && t.events.is_empty()) {
-            self.forgotten = self.forgotten.max(topic.forgotten);
+            self.newest_forgotten = self.newest_forgotten.max(topic.newest_forgotten);
             self.topics.remove(name);
         }
     }
 
     /// The moment that long ago.
-    fn ago_ms(&self, time: Duration) -> u64 {
+    pub fn ago_ms(&self, time: Duration) -> u64 {
         self.clock.now_ms().saturating_sub(millis(time))
     }
 
-    fn forgotten_of(&self, names: &[Arc<str>]) -> Point {
-        self.topics(names).map(|topic| topic.forgotten).max().unwrap_or(self.forgotten)
-    }
-
-    fn oldest_after(&self, names: &[Arc<str>], cursor: Id) -> Option<Id> {
-        self.topics(names).filter_map(|topic| topic.after(cursor).next()).map(|event| event.id).min()
-    }
-
-    /// The event that says that something may be missing between `after`, the id that was asked for, and `oldest`, from
-    /// which on all of these topics are whole. Its own id is just before all that is kept after the cursor, so whoever
-    /// resumes from it gets all of that, though one topic may keep what is older than something that another forgot.
-    fn gap(&self, names: &[Arc<str>], asked: Option<Id>, cursor: Id) -> Encoded {
-        let forgotten = self.forgotten_of(names).id;
-        let id = self.oldest_after(names, cursor).map_or(forgotten, Id::before);
-        let oldest = self.oldest_after(names, cursor.max(forgotten));
-        let json = |id: Option<Id>| id.map_or("null".into(), |id| format!("\"{id}\""));
-        let data = format!("{{\"after\":{},\"oldest\":{}}}", json(asked), json(oldest));
-        Encoded::new(id, b"", Event::new(data).name("gap").encode_with_id(id).as_bytes())
+    /// The newest that any of these topics has forgotten.
+    pub fn newest_forgotten_of(&self, names: &[Arc<str>]) -> Point {
+        self.topics(names).map(|topic| topic.newest_forgotten).max().unwrap_or(self.newest_forgotten)
     }
 }
 
 impl Topic {
     /// The kept events after `cursor`, oldest first.
-    fn after(&self, cursor: Id) -> impl Iterator<Item = &Encoded> + Clone {
+    pub fn after(&self, cursor: Id) -> impl Iterator<Item = &Encoded> + Clone {
         let first = self.events.partition_point(|kept| kept.event.id <= cursor);
         self.events.range(first..).map(|kept| &kept.event)
     }
 
     /// The first kept event since that moment.
-    fn first_since(&self, moment_ms: u64) -> Option<Id> {
+    pub fn first_since(&self, moment_ms: u64) -> Option<Id> {
         let first = self.events.partition_point(|kept| kept.moment_ms < moment_ms);
         self.events.get(first).map(|kept| kept.event.id)
     }
@@ -484,8 +385,4 @@ impl KeptEvent {
     fn cost(&self) -> usize {
         EVENT_OVERHEAD + self.event.memory() + self.key.as_ref().map_or(0, |key| 2 * key.len() + KEY_OVERHEAD)
     }
-}
-
-fn millis(time: Duration) -> u64 {
-    u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
 }

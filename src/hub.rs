@@ -15,7 +15,7 @@ use crate::encoded::Encoded;
 use crate::engine::{Engine, Entry};
 use crate::event::{Event, Id};
 use crate::history::{History, Totals};
-use crate::journal::{Journal, LOOK_TIME};
+use crate::journal::Journal;
 use crate::kept::{Kept, restore};
 use crate::lane::{ToLane, send_event};
 use crate::log::Logger;
@@ -24,6 +24,7 @@ use crate::rewrite::Snapshot;
 use crate::sync::{enter, start_thread};
 use crate::text::{invalid, quoted};
 use crate::unwritten::{Numbered, Order, Outcome, Turn, Turns, Unwritten};
+use crate::watch::LOOK_TIME;
 use crossbeam_channel::Sender;
 use std::io::{self, ErrorKind};
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -281,7 +282,8 @@ impl Core {
         let Some(outcome) = outcome else { return Ok(id) };
         let mut order = enter(&self.turns.order);
         while outcome.get().is_none() {
-            // Taken under the order lock, so that no turn can end between finding it taken and falling asleep.
+            // The lock is held from here until this thread sleeps: otherwise a turn could end in between, and nobody
+            // would wake it.
             let turn = if self.config.fsync || order.is_claimed { None } else { order.journal.take() };
             if let Some(journal) = turn {
                 drop(order);
@@ -289,7 +291,7 @@ impl Core {
                 order = enter(&self.turns.order);
                 continue;
             }
-            self.turns.work.notify_one(); // with `--fsync` its own thread writes, and may be asleep
+            self.turns.work.notify_one(); // with `--fsync`, the journal's own thread writes; it may be asleep
             let left = self.stopped_at.get().map(|at| (*at + STOP_WAIT).saturating_duration_since(Instant::now()));
             let ended = &self.turns.ended;
             order = match left {
@@ -321,7 +323,7 @@ impl Core {
 
     /// One turn of the journal's own thread. `failed` is what went wrong since the last one, when it had no journal.
     fn take_turn(&self, look_at: &mut Instant, failed: &mut Option<io::Error>) {
-        let mut turn = Turn::new(&self.turns, self.wait_for_work(*look_at));
+        let mut turn = Turn::new(&self.turns, self.wait_for_turn(*look_at));
         self.write_batch(&mut turn);
         if *look_at <= Instant::now() {
             *look_at = Instant::now() + LOOK_TIME;
@@ -342,7 +344,7 @@ impl Core {
     }
 
     /// Waits until there is something to do, claims the next turn, and waits for the journal.
-    fn wait_for_work(&self, look_at: Instant) -> Journal {
+    fn wait_for_turn(&self, look_at: Instant) -> Journal {
         let mut order = enter(&self.turns.order);
         loop {
             let left = look_at.saturating_duration_since(Instant::now());
@@ -459,10 +461,13 @@ fn recover(path: &Path, shared: &Arc<Mutex<History>>, config: &Config, log: &Arc
     Ok(journal)
 }
 
-/// An id above all that may have been published and lost. What is lost was written before now; so it is now, unless the
-/// clock has gone back: then it is a while after the newest event. But this rule itself puts ids ahead of the clock:
-/// they have the millisecond of the mark that a start has written, until the clock passes it. To add the while again at
-/// each start would put them ahead without end, so after a mark it is added to the clock, not to the mark.
+/// An id above every event that may have been published and lost. All of them were published before now; so it is the
+/// time of now, unless the clock was set back. Then the newest event in the file tells the time, and what was lost came
+/// within `HELD_BACK_MS` of it.
+///
+/// A start that uses this puts ids ahead of the clock: its mark has such an id, and so have all events until the clock
+/// passes it. If the next start added `HELD_BACK_MS` to that again, ids would run further ahead each time. So where no
+/// event is later than the newest mark, the time is added to the clock, and the id need only be above the mark.
 fn after_what_is_lost(newest_event: Id, newest_mark: Id) -> Id {
     let now = now_ms();
     let lost_until = match newest_event.ms > newest_mark.ms {

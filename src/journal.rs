@@ -9,20 +9,19 @@
 //!   process may have died during a failing sync: so with `--fsync`, a start trusts only a file that was ended in order.
 //! - *Unsynced, the end may be missing* after the machine has died, and nothing in the file shows it. So its first
 //!   block names the boot, and after another boot all topics count as forgotten up to now.
-//! - *The lock is on the file itself*, and once a second its name is checked: a file that was moved, cut or deleted is
-//!   written anew; where another server's file has the name, nothing is published any more.
+//! - *The lock is on the file itself*, and once a second its name is checked (`watch.rs`): a file that was moved, cut or
+//!   deleted is written anew; where another server's file has the name, nothing is published any more.
 //!
 //! The journal takes and gives encoded blocks, and knows no history. It waits for the disk: call it without a lock.
 
 use crate::block::{Block, end_mark};
-use crate::clock::now_ms;
 use crate::config::{Config, Log};
-use crate::locked::{beside, is_same, lock_as_before, open, open_locked, resolve, sync_directory_of};
+use crate::locked::{beside, is_same, sync_directory_of};
 use crate::log::{Logger, OncePerSecond};
 use crate::recovery::{Found, block_limit};
-use crate::rewrite::{Pause, Rewrite, Snapshot, remove_stale};
+use crate::rewrite::{Pause, Rewrite, TakeSnapshot, remove_stale};
 use crate::system;
-use crate::text::invalid;
+use crate::watch::Watch;
 use std::fmt;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, ErrorKind, Write};
@@ -35,15 +34,12 @@ use std::time::{Duration, Instant};
 const SLACK_BYTES: u64 = 1024 * 1024;
 /// A lost journal is written anew at most this often, so that a broken disk is not kept busy with it.
 const RETRY_TIME: Duration = Duration::from_secs(1);
-/// How long events may go into a file that has lost its name.
-pub const LOOK_TIME: Duration = Duration::from_secs(1);
 /// Written to see whether a full disk has room again: as much as a large event, or that would fail all the same.
 const TRIAL_BYTES: usize = 64 * 1024;
 
 pub struct Journal {
-    /// What the file was named by, which may be a link; and where that leads.
-    given: PathBuf,
-    path: PathBuf,
+    /// Has its name, and the path that leads to.
+    watch: Watch,
     /// Locked. Opened for appending, so that the next block stands at the end also after the file was cut.
     file: Arc<File>,
     /// Up to here the file is whole blocks that were published; what stands after it was refused.
@@ -57,7 +53,6 @@ pub struct Journal {
     reason: String,
     /// When a lost file was last written anew, or tried.
     tried_at: Option<Instant>,
-    looked_at: Instant,
     /// A new file that is being written, step by step.
     rewrite: Option<Rewrite>,
     /// Everything is synced before it is published (`--fsync`).
@@ -67,12 +62,7 @@ pub struct Journal {
     log: Arc<Logger>,
     /// A flood of refused connections must not use up the journal's turn.
     warned: OncePerSecond,
-    /// Keeps servers of older versions out.
-    old_lock: Option<File>,
 }
-
-/// Begins a snapshot for a new file, whose first block names this boot.
-pub type Begin<'a> = &'a dyn Fn(Option<&str>) -> Box<dyn Snapshot>;
 
 /// Whether the file may be appended to: only if it is whole. `make_fit` mends what it can.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -105,14 +95,8 @@ impl Journal {
         take: &mut dyn FnMut(Block, &[u8]),
     ) -> io::Result<(Journal, Found)> {
         let started = Instant::now();
-        if !open(path)?.metadata()?.is_file() {
-            return invalid("it is no regular file");
-        }
-        let given = std::path::absolute(path)?;
-        let path = path.canonicalize()?; // a link stays one, however often the journal is renamed
-        let old_lock = lock_as_before(&path, None)?;
-        let file = open_locked(&path)?;
-        remove_stale(&beside(&path, ".new"), &file)?;
+        let (watch, file) = Watch::start(path)?;
+        remove_stale(&beside(watch.path(), ".new"), &file)?;
         let size = file.metadata()?.len();
         let mut found = Found::read(&file, size, block_limit(config), log.wants(Log::Info), take)?;
         if size > 0 && found.blocks == found.damaged {
@@ -123,8 +107,7 @@ impl Journal {
         let boot = system::boot_id();
         found.has_rebooted = found.boot.is_some() && found.boot != boot;
         let journal = Journal {
-            given,
-            path,
+            watch,
             file: Arc::new(file),
             length: found.whole,
             needed: found.whole,
@@ -132,13 +115,11 @@ impl Journal {
             health: Health::Whole,
             reason: String::new(),
             tried_at: None,
-            looked_at: Instant::now(),
             rewrite: None,
             syncs: config.fsync,
             boot: boot.filter(|_| !config.fsync),
             log: log.clone(),
             warned: OncePerSecond::default(),
-            old_lock,
         };
         found.describe(started.elapsed()).iter().for_each(|line| journal.say(format_args!("{line}")));
         Ok((journal, found))
@@ -152,32 +133,32 @@ impl Journal {
     /// Makes the file one that can be appended to. What a dying process left half-written at its end is cut off. Where
     /// more is damaged, the file is kept aside, and what could be read of it is written anew. So is a file whose first
     /// block must name another boot from here on, and with `--fsync` one that may not be on the disk.
-    pub fn repair(&mut self, found: &Found, kept_bytes: u64, begin: Begin) -> io::Result<()> {
+    pub fn repair(&mut self, found: &Found, kept_bytes: u64, take_snapshot: TakeSnapshot) -> io::Result<()> {
         (self.needed, self.kept_bytes) = (kept_bytes, kept_bytes);
         let copy = if found.is_damaged() { Some(self.keep_aside("damaged")?) } else { None };
         let is_trusted = !self.syncs || self.is_on_the_disk(found);
         if found.may_lack_events() || found.boot != self.boot || !is_trusted {
             let found_file = self.file.clone();
-            let Err(error) = self.rewrite_at_once(begin) else { return Ok(()) };
+            let Err(error) = self.rewrite_at_once(take_snapshot) else { return Ok(()) };
             let has_its_name = Arc::ptr_eq(&found_file, &self.file);
             if has_its_name && found.boot.is_some() && !found.is_damaged() && is_trusted {
                 // Perhaps the disk is full. The file is whole, and since it names an earlier boot, the next start means
                 // a gap too many, but no hole.
                 self.say(format_args!("cannot be written anew: {error}"));
                 self.take_back()?;
-                return self.note_base(begin);
+                return self.note_base(take_snapshot);
             } else if has_its_name {
                 let _ = copy.map(fs::remove_file); // or each try to start would leave one
             }
             return Err(io::Error::other(format!("it must be written anew, beside itself, and cannot be: {error}")));
         }
-        sync_directory_of(&self.path)?; // who gave the file its name may have died before that
+        sync_directory_of(self.watch.path())?; // who gave the file its name may have died before that
         if found.whole < found.size { self.take_back() } else { Ok(()) }
     }
 
     /// Appends from where on ids are given, as a new file's first block would: or yet another death might repeat them.
-    fn note_base(&mut self, begin: Begin) -> io::Result<()> {
-        begin(None).next().iter().try_for_each(|mark| self.write(&mark.block().concat()))?;
+    fn note_base(&mut self, take_snapshot: TakeSnapshot) -> io::Result<()> {
+        take_snapshot(None).next().iter().try_for_each(|mark| self.write(&mark.block().concat()))?;
         self.file.sync_data()
     }
 
@@ -189,20 +170,21 @@ impl Journal {
 
     /// Appends whole blocks, and syncs them with `--fsync`. Where that fails, none of them is published, nor will a
     /// later start find them, unless the error says so.
-    pub fn append(&mut self, blocks: &[u8], kept_bytes: u64, begin: Begin) -> io::Result<()> {
+    pub fn append(&mut self, blocks: &[u8], kept_bytes: u64, take_snapshot: TakeSnapshot) -> io::Result<()> {
         self.kept_bytes = kept_bytes;
-        let result = self.make_fit(begin).and_then(|()| self.write(blocks));
+        let result = self.make_fit(take_snapshot).and_then(|()| self.write(blocks));
         if let Err(error) = &result {
-            let line = format_args!("journal {}: {error}; nothing is published until it works", self.path.display());
+            let line =
+                format_args!("journal {}: {error}; nothing is published until it works", self.watch.path().display());
             self.log.warn_within(&self.warned, line);
         }
         result
     }
 
-    /// Checks that the file still has its name; to be called once in `LOOK_TIME`, also where nobody publishes. Where
-    /// the journal has failed, tries whether it can be written again.
-    pub fn look_after(&mut self, has_failed: bool, begin: Begin) -> io::Result<()> {
-        self.make_fit(begin)?;
+    /// Checks that the file still has its name; to be called once in `watch::LOOK_TIME`, also where nobody publishes.
+    /// Where the journal has failed, tries whether it can be written again.
+    pub fn look_after(&mut self, has_failed: bool, take_snapshot: TakeSnapshot) -> io::Result<()> {
+        self.make_fit(take_snapshot)?;
         if has_failed { self.write(&[b'\n'; TRIAL_BYTES]).and_then(|()| self.take_back_trial()) } else { Ok(()) }
     }
 
@@ -217,8 +199,8 @@ impl Journal {
     }
 
     /// Writes some more of a new file, if the old one has grown too large. Others may append before the next step.
-    pub fn step(&mut self, begin: Begin) -> Pause {
-        self.try_step(begin).unwrap_or_else(|error| {
+    pub fn step(&mut self, take_snapshot: TakeSnapshot) -> Pause {
+        self.try_step(take_snapshot).unwrap_or_else(|error| {
             self.abandon(&error);
             Pause::Nothing
         })
@@ -253,12 +235,12 @@ impl Journal {
         self.health == Health::Whole && self.length > 2 * self.needed.max(self.kept_bytes) + SLACK_BYTES
     }
 
-    fn try_step(&mut self, begin: Begin) -> io::Result<Pause> {
+    fn try_step(&mut self, take_snapshot: TakeSnapshot) -> io::Result<Pause> {
         if self.rewrite.is_none() {
             if !self.has_grown() {
                 return Ok(Pause::Nothing);
             }
-            self.rewrite = Some(self.begin(begin)?);
+            self.rewrite = Some(self.start_rewrite(take_snapshot)?);
         }
         let Some(rewrite) = &mut self.rewrite else { return Ok(Pause::Nothing) };
         let is_last = rewrite.step(&self.file, self.length)?;
@@ -270,19 +252,19 @@ impl Journal {
         rewrite.finish(self.syncs)?;
         self.look();
         match self.rewrite.take().filter(|_| self.health == Health::Whole) {
-            Some(rewrite) => Ok(Pause::Replaced(self.change_to(rewrite, true, self.syncs)?, self.path.clone())),
+            Some(rewrite) => Ok(Pause::Replaced(self.change_to(rewrite, true, self.syncs)?, self.watch.path().into())),
             None => Ok(Pause::Nothing),
         }
     }
 
-    fn begin(&self, begin: Begin) -> io::Result<Rewrite> {
-        let path = beside(&self.path, ".new");
-        Rewrite::begin(path, &self.file, self.length, begin(self.boot.as_deref()))
+    fn start_rewrite(&self, take_snapshot: TakeSnapshot) -> io::Result<Rewrite> {
+        let path = beside(self.watch.path(), ".new");
+        Rewrite::start(path, &self.file, self.length, take_snapshot(self.boot.as_deref()))
     }
 
     /// Makes the file fit to be appended to: ours, whole and trusted.
-    fn make_fit(&mut self, begin: Begin) -> io::Result<()> {
-        if self.looked_at.elapsed() >= LOOK_TIME {
+    fn make_fit(&mut self, take_snapshot: TakeSnapshot) -> io::Result<()> {
+        if self.watch.is_due() {
             self.look();
         }
         if self.health == Health::Torn {
@@ -293,15 +275,15 @@ impl Journal {
         }
         match self.health {
             Health::Whole | Health::Torn => Ok(()),
-            Health::Lost => self.replace_lost(begin),
+            Health::Lost => self.replace_lost(take_snapshot),
             Health::Taken => Err(io::Error::other(self.reason.clone())),
         }
     }
 
     /// Finds out whether the file still has the name, and is as long as it was. A change is logged once.
     fn look(&mut self) {
-        self.looked_at = Instant::now();
-        let what = match self.find_change() {
+        let length = (self.health == Health::Whole).then_some(self.length);
+        let what = match self.watch.look(&self.file, self.health == Health::Taken, length) {
             Ok(what) => what,
             Err(error) => {
                 let reason = format!("its name is not its own any more: {error}");
@@ -323,38 +305,6 @@ impl Journal {
         }
     }
 
-    /// What has happened to the file or its name.
-    ///
-    /// # Errors
-    /// Another server has it.
-    fn find_change(&mut self) -> io::Result<Option<&'static str>> {
-        self.path = resolve(&self.given).unwrap_or_else(|| self.path.clone()); // it may be a link by now, or none any more
-        let own = self.file.metadata();
-        let size = own.as_ref().map_or(0, fs::Metadata::len);
-        match fs::metadata(&self.path) {
-            Err(error) if error.kind() == ErrorKind::NotFound => Ok(Some("was deleted or moved")),
-            Err(error) => Err(error),
-            found if !is_same(&found, &own) => match self.health {
-                // It may be free by now, but what stands there was another server's.
-                Health::Taken => Err(io::Error::other("another server's file stands there")),
-                _ => self.lock_other().map(|_| Some("was replaced")),
-            },
-            _ if self.health == Health::Taken => Ok(Some("was away")),
-            _ if self.health != Health::Whole || size == self.length => Ok(None),
-            _ if size < self.length => Ok(Some("was cut")),
-            _ => lock_as_before(&self.path, self.old_lock.as_ref()).map(|_| Some("was written to by somebody else")),
-        }
-    }
-
-    /// Locks the file that has the name instead of ours, so that no server begins to use it meanwhile.
-    fn lock_other(&self) -> io::Result<File> {
-        if !fs::metadata(&self.path)?.is_file() {
-            return invalid("no regular file stands there: move it away");
-        }
-        lock_as_before(&self.path, self.old_lock.as_ref())?;
-        open_locked(&self.path)
-    }
-
     /// A new file that is being written goes, too: it copies from this one.
     fn lose(&mut self, health: Health) {
         self.rewrite = None;
@@ -362,26 +312,26 @@ impl Journal {
     }
 
     /// Writes a lost file anew, at most once in `RETRY_TIME`; between two tries, the last error stands.
-    fn replace_lost(&mut self, begin: Begin) -> io::Result<()> {
+    fn replace_lost(&mut self, take_snapshot: TakeSnapshot) -> io::Result<()> {
         if self.tried_at.is_some_and(|at| at.elapsed() < RETRY_TIME) {
             return Err(io::Error::other(format!("it must be written anew, and cannot be: {}", self.reason)));
         }
         self.tried_at = Some(Instant::now());
-        self.rewrite_at_once(begin).inspect_err(|error| self.reason = error.to_string())
+        self.rewrite_at_once(take_snapshot).inspect_err(|error| self.reason = error.to_string())
     }
 
     /// Writes a new file in one go: nothing can be published before it is there.
-    fn rewrite_at_once(&mut self, begin: Begin) -> io::Result<()> {
+    fn rewrite_at_once(&mut self, take_snapshot: TakeSnapshot) -> io::Result<()> {
         self.lose(Health::Lost);
-        let mut rewrite = self.begin(begin)?;
+        let mut rewrite = self.start_rewrite(take_snapshot)?;
         while !rewrite.step(&self.file, self.length)? {}
         rewrite.finish(true)?;
         let (mut _other, mut replaces) = (None, true);
-        match fs::symlink_metadata(&self.path) {
+        match fs::symlink_metadata(self.watch.path()) {
             Err(error) if error.kind() == ErrorKind::NotFound => replaces = false,
             found if is_same(&found, &self.file.metadata()) => {}
             _ => {
-                let other = self.lock_other()?;
+                let other = self.watch.lock_other()?;
                 if other.metadata()?.len() > 0 {
                     self.keep_aside("replaced")?;
                 }
@@ -393,12 +343,12 @@ impl Journal {
 
     /// Gives a new file the journal's name, and returns the old one. It is trusted once the name is on the disk, too.
     fn change_to(&mut self, mut rewrite: Rewrite, replaces: bool, syncs: bool) -> io::Result<Arc<File>> {
-        rewrite.take_name(&self.path, replaces)?;
+        rewrite.take_name(self.watch.path(), replaces)?;
         let old = std::mem::replace(&mut self.file, rewrite.file().clone());
         (self.length, self.needed) = (rewrite.length(), rewrite.needed());
         self.health = Health::Lost;
         if syncs {
-            sync_directory_of(&self.path)?;
+            sync_directory_of(self.watch.path())?;
         }
         self.health = Health::Whole;
         Ok(old)
@@ -443,25 +393,21 @@ impl Journal {
 
     /// Overwrites the end of the file with blank lines, by another handle: one for appending writes at the end only.
     fn blot_out(&self, size: u64) -> io::Result<()> {
-        let file = OpenOptions::new().write(true).open(&self.path)?;
+        let file = OpenOptions::new().write(true).open(self.watch.path())?;
         if !is_same(&file.metadata(), &self.file.metadata()) {
             return Err(io::Error::other("the file has lost its name"));
         }
         file.write_all_at(&vec![b'\n'; (size - self.length) as usize], self.length)
     }
 
-    /// Gives the file that has the journal's name a second name, which it keeps when a new file gets the first.
+    /// Keeps the file that has the journal's name under a second one, and says so.
     fn keep_aside(&self, why: &str) -> io::Result<PathBuf> {
-        let copy = beside(&self.path, &format!(".{why}.{}", now_ms()));
-        if fs::hard_link(&self.path, &copy).is_err() {
-            let copied = fs::copy(&self.path, &copy).and_then(|_| File::open(&copy)?.sync_all());
-            copied.inspect_err(|_| drop(fs::remove_file(&copy)))?;
-        }
+        let copy = self.watch.keep_aside(why)?;
         self.say(format_args!("as it was, it is kept as {}", copy.display()));
         Ok(copy)
     }
 
     fn say(&self, what: fmt::Arguments) {
-        self.log.line(Log::Info, format_args!("journal {}: {what}", self.path.display()));
+        self.log.line(Log::Info, format_args!("journal {}: {what}", self.watch.path().display()));
     }
 }

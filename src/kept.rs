@@ -26,7 +26,7 @@ pub fn restore(history: &mut History, block: Block, bytes: &[u8]) {
             let (fields, frame) = bytes.split_at(frame_at);
             history.restore(name, Encoded::new(id, fields, frame), key.map(Arc::from));
         }
-        _ => history.restore_forgotten(topic, id),
+        _ => history.restore_newest_forgotten(topic, id),
     }
 }
 
@@ -36,9 +36,9 @@ pub struct Kept {
     history: Arc<Mutex<History>>,
     /// For the first block.
     boot: Option<String>,
-    /// What topics that keep nothing have forgotten; none once the first block was given.
+    /// The newest id that topics which keep nothing have forgotten; none once the first block was given.
     others: Option<Id>,
-    /// The topics that kept events when the snapshot began, with what each had forgotten by then.
+    /// The topics that kept events when the snapshot began, with the newest id that each had forgotten.
     topics: Vec<(Arc<str>, Id)>,
     /// How many of the topics' marks were given.
     marked: usize,
@@ -49,7 +49,7 @@ impl Kept {
     /// Begins a snapshot, in one hold of the lock. What is published after this is not in it: the journal copies that.
     pub fn new(shared: &Arc<Mutex<History>>, boot: Option<&str>) -> Kept {
         let history = enter(shared);
-        let (topics, others) = history.all_forgotten();
+        let (topics, others) = history.newest_forgotten_of_each();
         let (boot, walk) = (boot.map(String::from), history.walk());
         Kept { history: shared.clone(), boot, others: Some(others), topics, marked: 0, walk }
     }
@@ -63,20 +63,20 @@ impl Snapshot for Kept {
         let topics: Vec<_> = self.topics[self.marked..].iter().take(STEP_MARKS).collect();
         self.marked += topics.len();
         if !topics.is_empty() {
-            return topics.into_iter().map(|(name, forgotten)| mark("topic", Some(name), *forgotten)).collect();
+            return topics.into_iter().map(|(name, id)| mark("topic", Some(name), *id)).collect();
         }
         enter(&self.history).walk_on(&mut self.walk, STEP_BYTES)
     }
 
     fn last(&mut self) -> Vec<Encoded> {
         let history = enter(&self.history);
-        // // `forgotten` also answers for a topic that has left the table meanwhile.
+        // `newest_forgotten` also answers for a topic that has left the table meanwhile.
         let now = |(name, before): &(Arc<str>, Id)| {
-            Some((name.clone(), history.forgotten(name))).filter(|(_, forgotten)| forgotten > before)
+            Some((name.clone(), history.newest_forgotten(name))).filter(|(_, id)| id > before)
         };
         let changed: Vec<_> = self.topics.iter().filter_map(now).collect();
         drop(history);
-        changed.iter().map(|(name, forgotten)| mark("topic", Some(name), *forgotten)).collect()
+        changed.iter().map(|(name, id)| mark("topic", Some(name), *id)).collect()
     }
 }
 

@@ -35,9 +35,19 @@
 //! # The house
 //! Each room has one idea, which its first paragraph says, and uses only rooms that stand below it in this list. One event's
 //! way goes down through them once: `routes` → `publishing` → `hub` → `journal` → `history` → `lane` → `connection`. A stream's
-//! way is `conversation` → `routes` (what is wanted) → `subscription`, then `history` while it is behind and `lane` while it
-//! is live, both through `connection`. What is `pub` in a room is for the rooms above it; what is for the world is named at
+//! way is `conversation` → `routes` (what is wanted) → `subscription`, then `cursor` while it is behind and `lane` while it is
+//! live, both through `connection`. What is `pub` in a room is for the rooms above it; what is for the world is named at
 //! the end of this file. A `Connection` is called `c`.
+//!
+//! # Where a change goes
+//! *A parameter of a stream* is read in `routes` (`wanted_topics`) and kept in `subscription` (`Wanted`). Where the stream
+//! starts is decided in `cursor`; when it ends, in `subscription` (`follow`). Live or behind, the events of its topics are
+//! written by `Connection::deliver`, or by `Connection::finish` where one fitted only in part.
+//!
+//! *Another kind of storage* replaces `journal`, which only `hub` and `unwritten` name; `kept` stands between its blocks and
+//! the history. One that numbers events itself replaces `Core::number`, too. `Core::hand_out` gives an event to the history
+//! and the lanes, and only demands that ids rise. That an id has a time of this server's clock in it, and a position just
+//! before it, is relied on in `cursor`; when the process starts, also in `hub` (`recover`) and `history` (`restore`).
 //!
 //! # Locks, outermost first
 //! | lock | held | guards |
@@ -76,10 +86,12 @@ mod unwritten; // what waits for the journal, and whose turn it is
 mod kept; // between the journal's blocks and the history
 mod journal; // the file that outlives the process
 mod rewrite; // the new file that takes its place
+mod watch; // whether the file still has its name
 mod locked; // whose a file is
 mod recovery; // reading the journal at the start
 mod block; // what it is made of
-mod history; // kept events, cursors, gaps
+mod cursor; // where a stream starts, what comes next, gaps
+mod history; // kept events, and what was forgotten
 mod lane; // writing to whoever is live
 mod door; // who may do what: hosts, origins, tokens
 mod engine; // what gives several servers one order

@@ -2,6 +2,10 @@
 
 #[cfg(feature = "redis")]
 mod redis;
+#[cfg(feature = "redis")]
+mod redis_link;
+#[cfg(feature = "redis")]
+mod redis_reader;
 
 use brooklet::{Config, Event, Log, Server, Token, parse_duration};
 use std::ffi::OsString;
@@ -267,7 +271,12 @@ impl Command {
             }
             "--redis" => self.redis.url = Some(first_line(value)?),
             "--redis-stream" => self.redis.stream = value.into(),
-            "--redis-length" => self.redis.length = count(value)?,
+            "--redis-length" => {
+                self.redis.length = count(value)?;
+                if self.redis.length == 0 {
+                    return Err("0 would keep nothing: give at least 1".into());
+                }
+            }
             "--log" => {
                 config.log = match value {
                     "off" => Log::Off,

@@ -1,10 +1,10 @@
 //! Who is here, and who makes room.
 //!
 //! A connection is idle (the head of its next request has not come whole), busy (its body is being read, or its answer
-//! written), or a stream. When all places are taken, whoever has kept the server waiting longest makes room for a
-//! newcomer: without that, a crowd of idle or slow clients would lock all others out for as long as it likes. Streams
+//! written), or a stream. When all places are taken, one connection is closed to make room for a newcomer: the one that
+//! has kept the server waiting longest. Otherwise a crowd of idle or slow clients could lock everybody else out. Streams
 //! never make room, and they cannot take the places that are kept for other connections. While there are few streams, a
-//! burst of new connections may use their places, too.
+//! burst of new connections may use the streams' places, too.
 
 use crate::connection::{Connection, Reason};
 use crate::sync::enter;

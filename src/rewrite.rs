@@ -33,6 +33,9 @@ pub trait Snapshot: Send {
     fn last(&mut self) -> Vec<Encoded>;
 }
 
+/// Takes a snapshot of what is kept now, for a new file whose first block names this boot.
+pub type TakeSnapshot<'a> = &'a dyn Fn(Option<&str>) -> Box<dyn Snapshot>;
+
 /// What takes a while and is done between two steps, when the journal is free for others to append.
 pub enum Pause {
     Nothing,
@@ -93,7 +96,7 @@ impl Rewrite {
     ///
     /// # Errors
     /// The file cannot be made, or another process is writing one there.
-    pub fn begin(path: PathBuf, old: &File, old_length: u64, snapshot: Box<dyn Snapshot>) -> io::Result<Rewrite> {
+    pub fn start(path: PathBuf, old: &File, old_length: u64, snapshot: Box<dyn Snapshot>) -> io::Result<Rewrite> {
         remove_stale(&path, old)?;
         let file = OpenOptions::new().read(true).append(true).create_new(true).mode(0o600).open(&path)?;
         let new = Rewrite {

@@ -8,8 +8,9 @@
 //! is done.
 
 use crate::connection::STOPPING;
+use crate::cursor::Start;
 use crate::door::Door;
-use crate::history::{Start, Totals};
+use crate::history::Totals;
 use crate::hub::{Core, Hub, check_topic};
 use crate::log::{Logger, OncePerSecond};
 use crate::metrics::{self, Gauges};

@@ -21,10 +21,10 @@
 
 use crate::clock::spread;
 use crate::connection::{Connection, Phase, Reason, STOPPING, State};
+use crate::cursor::{Next, Start};
 use crate::encoded::Encoded;
 use crate::event::Id;
 use crate::feed::reach;
-use crate::history::{Next, Start};
 use crate::hub::Core;
 use crate::lane::ToLane;
 use crate::sync::enter;
@@ -169,10 +169,10 @@ impl<'a> Subscription<'a> {
         }
     }
 
-    /// Ends the stream, whose last frame has ended. Where nothing newer is kept of its topics, the client resumes from
-    /// the newest id of all: from its own last one, a quiet topic's page would hear a gap for what other topics have
-    /// forgotten since. Only the history's lock can show that nothing lies between the two ids; what still stands in a
-    /// lane's queue is kept, too.
+    /// Ends the stream; its last frame must be whole. If its topics keep nothing newer, the client is given the newest
+    /// id of all topics to resume from: with its own last id, the page of a quiet topic would hear a gap for what other
+    /// topics have forgotten since. Both are looked at in one hold of the history's lock, so nothing lies between the two
+    /// ids: whatever stands in a lane's queue is kept already.
     fn end(&self, why: Reason, retry: Duration) -> Reason {
         let cursor = enter(&self.c.state).cursor;
         let history = self.core.history();

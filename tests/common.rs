@@ -753,7 +753,7 @@ impl Bystander {
         assert!(self.probe_with(), "no room for a stream");
     }
 
-    /// Where streams are full, a new one is sent away, kindly. Returns whether there was room.
+    /// Where streams are full, a new one is rejected, kindly. Returns whether there was room.
     pub fn probe_with(&mut self) -> bool {
         let started = Instant::now();
         let health = get(self.addr, "/health");

@@ -247,7 +247,7 @@ fn only_allowed_origins_may_read_and_only_those_by_name_with_credentials() {
         (&none, "https://app.example", None, false),
         (&none, "null", None, false),
     ] {
-        // A stream, a stream that is sent away, an answer, an error: a page must be able to read each.
+        // A stream, a stream that is rejected, an answer, an error: a page must be able to read each.
         for target in ["/events/a", "/events/a?poll=1ms", "/health", "/nowhere"] {
             let answer = ask(server.addr().unwrap(), "GET", target, &format!("Origin: {origin}\r\n"));
             assert_eq!(answer.header("access-control-allow-origin"), allowed, "{origin} {target}");

@@ -195,7 +195,7 @@ fn those_inside_get_everything(process: &Process, attempts: usize, places: std::
         assert_eq!(post(addr, "/events/a", &format!("{n} to all")).status, 200);
     }
     crowd.read_until(10);
-    // Each stream is one thread and one descriptor, and nothing is left of those that were sent away.
+    // Each stream is one thread and one descriptor, and nothing is left of those that were rejected.
     process.wait_until_at_most((before.0 + inside, before.1 + inside));
     drop(crowd);
     process.wait_until_at_most(before);

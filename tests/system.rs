@@ -14,16 +14,16 @@ fn limits_that_the_system_does_not_allow_are_lowered_with_a_warning() {
     let line = process.wait_for_log("");
     assert!(line.contains("the limit is on open files (ulimit -n)"), "{line}");
     let mut streams = Vec::new();
-    let mut sent_away = 0;
+    let mut rejected = 0;
     for _ in 0..300 {
         let mut wire = Wire::stream(process.addr, "/events/a", "");
         match wire.block().unwrap().id {
             Some(_) => streams.push(wire),
-            None => sent_away += 1,
+            None => rejected += 1,
         }
         assert_eq!(get(process.addr, "/health").status, 200);
     }
-    assert!(streams.len() > 150 && sent_away > 50, "{} and {sent_away}", streams.len());
+    assert!(streams.len() > 150 && rejected > 50, "{} and {rejected}", streams.len());
     assert_eq!(post(process.addr, "/events/a", "to all").status, 200);
     assert!(streams.iter_mut().all(|wire| wire.event().unwrap().data() == "to all"));
 }

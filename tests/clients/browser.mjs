@@ -389,7 +389,7 @@ async function noRoom({ server, cutter, context, origin }) {
   await server.subscribers(1);
   events.push(await server.publish('no place'));
   cutter.pass();
-  await until('it to be sent away twice', async () => await server.metric('sent_away_total') >= 2);
+  await until('it to be rejected twice', async () => await server.metric('sent_away_total') >= 2);
   events.push(await server.publish('still none'));
   await occupant.body.cancel(); // which also keeps it from being collected before
   await has(page, events.at(-1));
