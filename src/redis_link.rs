@@ -17,6 +17,8 @@ use std::time::{Duration, Instant};
 
 /// How long the threads here wait for one reply.
 pub const REPLY_TIME: Duration = Duration::from_millis(400);
+/// And for a new connection, which with TLS takes several ways there and back.
+const CONNECT_TIME: Duration = Duration::from_secs(1);
 /// Keys are kept this long at most, in milliseconds: Redis takes no time that overflows its clock.
 pub const LONGEST_MS: u128 = 10 * 365 * 24 * 3600 * 1000;
 
@@ -124,14 +126,14 @@ impl Link {
     /// # Errors
     /// The reason in words.
     pub fn join(&self) -> Result<Session, String> {
-        let connection = self.client.get_connection_with_timeout(REPLY_TIME).map_err(|error| reason(&error))?;
+        let connection = self.client.get_connection_with_timeout(CONNECT_TIME).map_err(|error| reason(&error))?;
         connection.set_write_timeout(Some(REPLY_TIME)).map_err(|error| reason(&error))?;
         let outages = self.outages.load(SeqCst);
         let mut session = Session { connection, outages, run: String::new(), epoch: String::new() };
         let mut commands = [redis::cmd("INFO"), redis::cmd("INFO")];
         commands[0].arg("server");
         commands[1].arg("replication");
-        let info = session.ask(&commands, REPLY_TIME)?;
+        let info = session.ask(&commands, CONNECT_TIME)?;
         let info: Vec<String> = info.into_iter().map(|part| text(taken(part)?)).collect::<Result<_, _>>()?;
         let field = |name: &str| {
             let line = info.iter().flat_map(|part| part.lines()).find_map(|line| line.strip_prefix(name));

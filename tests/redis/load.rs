@@ -1,0 +1,106 @@
+//! Many subscribers on three servers, of which each must have every event of its topics, once and in the order of the ids.
+
+use super::*;
+use std::io::{ErrorKind, Read};
+
+pub struct Size {
+    pub subscribers: usize,
+    /// Subscribers of many topics, beside the others, which have one each.
+    pub of_many: usize,
+    pub topics: usize,
+    pub events: usize,
+    pub publishers: usize,
+}
+
+struct Member {
+    socket: std::net::TcpStream,
+    topics: Vec<usize>,
+    buffer: Vec<u8>,
+    /// The numbers of the events, as they came.
+    had: Vec<u32>,
+}
+
+impl Member {
+    /// Takes what has come. The numbers are all that is looked at: what else a stream holds, others test.
+    fn read(&mut self) {
+        let mut chunk = [0; 64 * 1024];
+        loop {
+            match self.socket.read(&mut chunk) {
+                Ok(0) => panic!("a stream ended"),
+                Ok(got) => self.buffer.extend_from_slice(&chunk[..got]),
+                Err(error) if error.kind() == ErrorKind::WouldBlock => break,
+                Err(error) => panic!("{error}"),
+            }
+        }
+        let whole = self.buffer.iter().rposition(|byte| *byte == b'\n').map_or(0, |at| at + 1);
+        for line in str::from_utf8(&self.buffer[..whole]).unwrap().lines() {
+            assert_ne!(line, "event: gap");
+            if let Some(number) = line.strip_prefix("data: ") {
+                self.had.push(number.parse().unwrap());
+            }
+        }
+        self.buffer.drain(..whole);
+    }
+}
+
+fn subscribe(addr: std::net::SocketAddr, topics: Vec<usize>) -> Member {
+    let names: Vec<String> = topics.iter().map(|topic| format!("t{topic}")).collect();
+    let (wire, _) = Wire::subscribe(addr, &format!("/events/{}", names.join(",")), "");
+    wire.socket.set_nonblocking(true).unwrap();
+    Member { socket: wire.socket, topics, buffer: wire.buffer, had: Vec::new() }
+}
+
+pub fn run(size: &Size) {
+    let redis = Redis::start();
+    // No stream may end meanwhile, and a burst must not be forgotten before a slow machine's readers have it.
+    let flags = ["--log", "off", "--lifetime", "1h", "--keep-events", "20000", "--stall-time", "1m"];
+    let servers = three(&redis.url(), &flags);
+    let topics = |n: usize| match n.checked_sub(size.subscribers) {
+        None => vec![n % size.topics],
+        Some(n) => (0..16.min(size.topics)).map(|topic| (n + topic) % size.topics).collect(),
+    };
+    let count = size.subscribers + size.of_many;
+    let readers = 4;
+    let mut members: Vec<Vec<Member>> = (0..readers).map(|_| Vec::new()).collect();
+    for n in 0..count {
+        members[n % readers].push(subscribe(servers[n % 3].addr, topics(n)));
+    }
+    let began = Instant::now();
+    let mut taken: Vec<(Id, usize, u32)> = thread::scope(|scope| {
+        let publish = |p: usize| {
+            let mut wires: Vec<Wire> = servers.iter().map(|server| Wire::connect(server.addr)).collect();
+            let mut taken = Vec::new();
+            for n in (p..size.events).step_by(size.publishers) {
+                let (topic, server) = (n / 3 % size.topics, (n / size.publishers + p) % 3);
+                let answer = wires[server].post(&format!("/events/t{topic}"), &n.to_string());
+                assert_eq!(answer.status, 200, "{answer:?}");
+                taken.push((answer.body.trim().parse().unwrap(), topic, n as u32));
+            }
+            taken
+        };
+        let publishers: Vec<_> = (0..size.publishers).map(|p| scope.spawn(move || publish(p))).collect();
+        let expected = |member: &Member| {
+            let of_topics = (0..size.events).filter(|n| member.topics.contains(&(n / 3 % size.topics)));
+            of_topics.count()
+        };
+        for members in &mut members {
+            scope.spawn(move || {
+                let expected: Vec<usize> = members.iter().map(expected).collect();
+                wait_longer_for("every event everywhere", || {
+                    members.iter_mut().for_each(Member::read);
+                    members.iter().zip(&expected).all(|(member, count)| member.had.len() >= *count).then_some(())
+                });
+            });
+        }
+        publishers.into_iter().flat_map(|publisher| publisher.join().unwrap()).collect()
+    });
+    let took = began.elapsed();
+    taken.sort_unstable();
+    let mut delivered = 0;
+    for member in members.iter().flatten() {
+        let expected = taken.iter().filter(|(_, topic, _)| member.topics.contains(topic)).map(|(.., n)| *n);
+        assert!(expected.eq(member.had.iter().copied()), "once and in order");
+        delivered += member.had.len();
+    }
+    println!("{} events, {count} subscribers of three servers, {delivered} deliveries: {took:.1?}", size.events);
+}
