@@ -18,7 +18,10 @@ use std::time::Duration;
 pub const SWEEP: Duration = Duration::from_millis(1_750);
 /// More than any machine has cores; each lane is a thread and wakes for every event.
 const MOST_LANES: usize = 256;
-const _: () = assert!(SWEEP.as_millis() == 1_750 && MOST_LANES == 256, "`Config::check` names both");
+/// With fewer there is no share for each kind of connection (`pool.rs`).
+pub const FEWEST_THREADS: usize = 4;
+const _: () =
+    assert!(SWEEP.as_millis() == 1_750 && MOST_LANES == 256 && FEWEST_THREADS == 4, "`Config::check` names all");
 
 /// Every limit of a [`Server`](crate::Server); each is a flag of the command, too. [`Config::default`] has the defaults
 /// named here.
@@ -39,11 +42,16 @@ pub struct Config {
     /// Origins whose pages may read and publish, with the browser's cookies: `https://app.example`, `null` for pages
     /// from files; `*` lets all others read, without cookies (none).
     pub allow_origins: Vec<String>,
-    /// Streams at once (10,000). Each has a thread, which takes 4 memory mappings: at the usual limit of 65,530
-    /// mappings the process aborts. Lowered at the start where the system has less room.
+    /// Streams at once (100,000). Each takes a descriptor and some 2 kB; lowered at the start where the system gives fewer
+    /// descriptors.
     pub subscribers: usize,
     /// Connections beside the streams (1,000): publishing and `/health` have room also while all streams are taken.
     pub connections: usize,
+    /// Connections that are waited for at the same time, each by a thread (4,000, at least 4): half of them at most for
+    /// requests, a quarter for handlers, and three quarters for handlers and subscribers that are behind. A thread takes 4
+    /// memory mappings: near the usual limit of 65,530 the process aborts. Lowered at the start where the system has less
+    /// room.
+    pub threads: usize,
     /// Bytes of a request's head (16 KiB): cookies and proxies make heads of several KiB.
     pub head_bytes: usize,
     /// Bytes of one `POST` body (64 KiB). An event published from the program may have as many, or `line_bytes` if that
@@ -101,8 +109,9 @@ impl Default for Config {
             publish_tokens: Vec::new(),
             subscribe_tokens: Vec::new(),
             allow_origins: Vec::new(),
-            subscribers: 10_000,
+            subscribers: 100_000,
             connections: 1_000,
+            threads: 4_000,
             head_bytes: 16 * 1024,
             body_bytes: 64 * 1024,
             line_bytes: 64 * 1024,
@@ -160,6 +169,7 @@ impl Config {
             (self.head_bytes == 0, "head_bytes: no head has 0 bytes: give some KiB"),
             (self.topics == 0, "topics: without any, nothing is published: give at least 1"),
             (self.connections == 0, "connections: without any, nobody could ask for a stream: give at least 1"),
+            (self.threads < FEWEST_THREADS, "threads: each kind of connection needs its share: give at least 4"),
             (self.lanes > MOST_LANES, "lanes: more than any machine has cores: give at most 256"),
             (self.fsync && self.journal.is_none(), "fsync: only a journal can be synced: name its file, too"),
         ] {

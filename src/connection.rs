@@ -1,18 +1,21 @@
 //! One socket, and whose it is.
 //!
-//! `phase` says it, under the connection's own lock: while a subscriber is live the socket is the lane's, else its
-//! thread's. Only the owner writes, or the bytes of two events would mix. Non-blocking mode belongs to the open file
-//! and not to a handle, so only the owner sets it, too: a lane whose socket was made blocking by another would wait for
-//! one slow reader, and all its others with it. Everyone else may only shut the socket down ([`Connection::cut`]), or
-//! take it back from the lane for its thread ([`Connection::take_back`]). Why nothing is lost or repeated between the
-//! two owners is shown in `subscription.rs`.
+//! `phase` says it, under the connection's own lock: a live subscriber's socket is its lane's, one that is behind has a
+//! thread, one that is queued waits for a thread and is nobody's. Only the owner writes, or the bytes of two events would
+//! mix. Non-blocking mode belongs to the open file and not to a handle, so only the owner sets it, too: a lane whose
+//! socket was made blocking by another would wait for one slow reader, and all its others with it. Everyone else may
+//! only shut the socket down ([`Connection::cut`]).
+//!
+//! While a subscriber has no thread, what it follows lies in the state. Whoever takes that out owns the socket and the
+//! ending: so each ends exactly once. Why nothing is lost or repeated between two owners is shown in `subscription.rs`.
 
 use crate::encoded::{Encoded, Framing, Run};
 use crate::event::Id;
-use crate::sync::enter;
+use crate::subscriber::Subscriber;
+use crate::sync::{Mutex, enter};
 use std::io::{self, ErrorKind, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpStream};
-use std::sync::{Condvar, Mutex, OnceLock};
+use std::sync::OnceLock;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -20,6 +23,9 @@ use std::time::{Duration, Instant};
 /// long, or the reset that closing causes would overtake the answer ([RFC 9112
 /// §9.6](https://www.rfc-editor.org/rfc/rfc9112#section-9.6)).
 pub const LINGER: Duration = Duration::from_secs(1);
+/// One write waits this long; then its owner looks whether it may wait on. The kernel wakes a blocked writer only once a
+/// third of the buffer is free, but a new write takes whatever is: so a slow peer is served at least this often.
+pub const PATIENCE: Duration = Duration::from_millis(250);
 /// A client that sends its next request as soon as it has its answer is waited for without sleeping, for this long: to
 /// put the thread to sleep and to wake it on another core takes longer than to answer. One publisher gets 2.8 times as
 /// many answers.
@@ -32,16 +38,17 @@ const HEARTBEAT: &[u8] = b":\n";
 /// Why something about a connection ended, for the log and for a handler. Never text from outside.
 pub type Reason = &'static str;
 pub const STOPPING: Reason = "the server is stopping";
+const CLOSED: Reason = "the peer closed the connection";
 
-/// Shared by its thread, its lane and the table in `places.rs`; the socket closes when the last of them drops it.
+/// Shared by whoever serves it, its lane and the table in `places.rs`; the socket closes when the last of them drops it.
 pub struct Connection {
     /// Counts connections from the start; a lane's lists are sorted by it.
     pub serial: u64,
     pub peer: SocketAddr,
     pub socket: TcpStream,
+    /// A peer that takes nothing for this long is closed.
+    stall_time: Duration,
     pub state: Mutex<State>,
-    /// The subscriber's thread sleeps here while its lane has the socket.
-    pub wake: Condvar,
     /// Why it was cut, if it was: set before the socket is shut down, so whoever then finds it closed can tell.
     pub cut: OnceLock<Reason>,
 }
@@ -49,111 +56,207 @@ pub struct Connection {
 /// What changes hands with the socket. The lock is held during one non-blocking write at most, never while waiting.
 pub struct State {
     pub phase: Phase,
+    /// What it follows, while it is live or queued, and after it was closed until its end is noted.
+    pub subscriber: Option<Box<Subscriber>>,
     /// How a stream goes out, which the version of HTTP in its request says. Fixed before the stream begins.
     pub framing: Framing,
     /// Everything up to here has been written whole, or is not for this subscriber. It never goes back.
     pub cursor: Id,
-    /// Only while the subscriber is behind; its thread finishes it before it replays.
+    /// Must go out before anything else is written.
     pub unfinished: Option<Unfinished>,
-    /// A poll is not written to by its lane: the first event wakes its thread, which replays and ends.
+    /// Why it is to end as soon as a frame has ended, if it is.
+    pub ending: Option<Reason>,
+    /// A poll is not written to by its lane: the first event queues it for a thread, which replays and ends.
     pub is_poll: bool,
     /// When anything was last written: from then on silence counts, for the heartbeat.
     pub wrote: Instant,
+    /// How long it has taken nothing, in writes that waited for it.
+    pub stalled: Duration,
     /// Events that went out whole, gaps with them: for the log and the end of a poll.
     pub sent: u64,
     /// Bytes that the subscriber has sent after its request, of [`STRAY_BYTES`].
     pub stray: usize,
+    /// The peer has ended its sending side: it is not read again.
+    pub has_said_all: bool,
 }
 
-/// Who owns the socket. Its thread turns a subscriber live; the lane, the thread or stopping takes it back; once
-/// closed, it stays so.
+/// Who owns the socket.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub enum Phase {
-    /// The socket is the thread's: also before there is a stream, and for handlers' streams.
+    /// A thread: it reads requests, replays to a subscriber, or waits for a handler's peer.
     Behind,
-    /// The socket is the lane's.
+    /// Its lane. A handler's stream is live while its handler neither sleeps on the socket nor waits for a write; it is
+    /// written to by both, each under the state's lock.
     Live,
-    /// Nobody writes any more; its thread logs the reason and ends.
+    /// Nobody, until a thread takes it.
+    Queued,
+    /// Nobody writes any more; whoever has what it followed notes its end.
     Closed(Reason),
 }
 
-/// An event of which only a part fitted into the socket. The rest must go out before anything else is written, or the
-/// reader would see two events mixed.
+/// What has been begun, or must come first, and how much of it is out. If something else were written before the rest,
+/// the reader would see two frames mixed.
 pub struct Unfinished {
-    pub event: Encoded,
+    pub what: Outgoing,
     pub offset: usize,
 }
 
-impl State {
-    /// Leaves an event for the thread to finish: from here on the subscriber is behind, and whoever calls this from a
-    /// lane must wake the thread. An `offset` of 0 is a whole event.
-    pub fn fall_behind(&mut self, event: Encoded, offset: usize) {
-        self.phase = Phase::Behind;
-        self.unfinished = Some(Unfinished { event, offset });
+/// What goes out in one piece.
+pub enum Outgoing {
+    /// The cursor moves once it is out.
+    Event(Encoded),
+    /// A response's head and a stream's first block, or a heartbeat.
+    Other(Vec<u8>),
+}
+
+/// How far a write has come.
+#[derive(PartialEq, Eq)]
+pub enum Written {
+    Whole,
+    /// The rest was left, because others wait for the thread.
+    Part,
+}
+
+impl Outgoing {
+    fn bytes(&self, framing: Framing) -> &[u8] {
+        match self {
+            Outgoing::Event(event) => event.bytes(framing),
+            Outgoing::Other(bytes) => bytes,
+        }
     }
 }
 
 impl Connection {
-    pub fn new(serial: u64, peer: SocketAddr, socket: TcpStream) -> Connection {
-        let (phase, framing, cursor) = (Phase::Behind, Framing::Chunked, Id::default());
-        let wrote = Instant::now();
-        let state = State { phase, framing, cursor, unfinished: None, is_poll: false, wrote, sent: 0, stray: 0 };
-        Connection { serial, peer, socket, state: Mutex::new(state), wake: Condvar::new(), cut: OnceLock::new() }
+    pub fn new(serial: u64, peer: SocketAddr, socket: TcpStream, stall_time: Duration) -> Connection {
+        let state = State {
+            phase: Phase::Behind,
+            subscriber: None,
+            framing: Framing::Chunked,
+            cursor: Id::default(),
+            unfinished: None,
+            ending: None,
+            is_poll: false,
+            wrote: Instant::now(),
+            stalled: Duration::ZERO,
+            sent: 0,
+            stray: 0,
+            has_said_all: false,
+        };
+        Connection { serial, peer, socket, stall_time, state: Mutex::new(state), cut: OnceLock::new() }
+    }
+
+    /// Sets the socket up for requests. An accepted one may have its listener's mode, and an embedder's listener may not
+    /// block. Without `nodelay` small events wait for the peer to acknowledge the one before (RFC 896).
+    ///
+    /// # Errors
+    /// The peer has gone already.
+    pub fn prepare(&self) -> io::Result<()> {
+        self.socket.set_nonblocking(false)?;
+        self.socket.set_nodelay(true)?;
+        self.socket.set_write_timeout(Some(PATIENCE.min(self.stall_time)))
     }
 
     /// One non-blocking write of what in `run` is newer than the cursor. Returns how many events went out whole. Where
-    /// not all did, the subscriber is behind, and the first of the rest is unfinished. Only for the owner, with the
-    /// state locked throughout.
-    pub fn deliver(&self, state: &mut State, run: &Run, now: Instant) -> u64 {
+    /// not all did, the first of the rest is unfinished, and the subscriber is behind. Only for the owner, with the state
+    /// locked throughout.
+    ///
+    /// # Errors
+    /// The connection is closed.
+    pub fn deliver(&self, state: &mut State, run: &Run, now: Instant) -> Result<u64, Reason> {
         // Leg 5 of the proof in `subscription.rs`: what was replayed and still stood in the queue is skipped.
         let first = run.events.partition_point(|(event, _)| event.id <= state.cursor);
         let start = run.end_of(first);
-        let reached = match write_now(&self.socket, &run.bytes[start..]) {
-            Ok(written) => start + written,
-            Err(error) => {
-                state.phase = Phase::Closed(reason_of(&error));
-                return 0;
-            }
-        };
+        let reached = start + self.write_some(state, &run.bytes[start..])?;
         // The cursor moves by whole events only: what was begun is finished from `unfinished`, never replayed.
         let whole = run.events.partition_point(|(_, end)| *end <= reached);
         if whole > first {
             state.cursor = run.events[whole - 1].0.id;
             state.sent += (whole - first) as u64;
             state.wrote = now;
+            state.stalled = Duration::ZERO;
         }
         if let Some((event, _)) = run.events.get(whole) {
-            state.fall_behind(event.clone(), reached - run.end_of(whole));
+            let (what, offset) = (Outgoing::Event(event.clone()), reached - run.end_of(whole));
+            state.unfinished = Some(Unfinished { what, offset });
         }
-        (whole - first) as u64
+        Ok((whole - first) as u64)
     }
 
-    /// Writes a heartbeat, without waiting; for the lane. Where it does not fit, the subscriber is behind, with the
-    /// rest of it unfinished.
-    pub fn beat(&self, state: &mut State, now: Instant) {
+    /// Writes a heartbeat without waiting. What does not fit is unfinished.
+    ///
+    /// # Errors
+    /// The connection is closed.
+    pub fn beat(&self, state: &mut State, now: Instant) -> Result<(), Reason> {
         state.wrote = now;
-        // With the cursor for an id, so that `finish` can tell it from an event.
-        let heartbeat = Encoded::new(state.cursor, b"", HEARTBEAT);
-        let bytes = heartbeat.bytes(state.framing);
-        match write_now(&self.socket, bytes) {
-            Ok(written) if written == bytes.len() => {}
-            Ok(offset) => state.fall_behind(heartbeat, offset),
-            Err(error) => state.phase = Phase::Closed(reason_of(&error)),
+        self.write_or_leave(state, state.framing.wrap(HEARTBEAT)).map(drop)
+    }
+
+    /// Writes what it can without waiting, and leaves the rest unfinished. Returns whether all went out.
+    ///
+    /// # Errors
+    /// The connection is closed.
+    pub fn write_or_leave(&self, state: &mut State, bytes: Vec<u8>) -> Result<bool, Reason> {
+        let offset = self.write_some(state, &bytes)?;
+        if offset < bytes.len() {
+            state.unfinished = Some(Unfinished { what: Outgoing::Other(bytes), offset });
+        }
+        Ok(state.unfinished.is_none())
+    }
+
+    /// Looks whether the peer has gone, without waiting. True where that is in doubt, for the first time: it has ended its
+    /// sending side, which looks the same whether it still reads or not. Then a heartbeat is written, which a peer that has
+    /// gone answers with a reset; so look again soon.
+    ///
+    /// # Errors
+    /// The connection is closed.
+    pub fn look(&self, state: &mut State) -> Result<bool, Reason> {
+        if !state.has_said_all {
+            let got = self.read_stray()?;
+            return self.note_stray(state, got);
+        }
+        match self.socket.take_error() {
+            Ok(None) => Ok(false),
+            _ => Err(CLOSED),
         }
     }
 
-    /// One read, which says why the connection is closed, if it is. A subscriber has nothing to say, so what it sends
-    /// is thrown away, up to a limit. A peer that shuts down only its sending side looks closed, too.
-    pub fn look(&self, stray: &mut usize) -> Option<Reason> {
+    /// One write that does not wait. A peer that had ended its sending side has closed, where it fails.
+    fn write_some(&self, state: &State, bytes: &[u8]) -> Result<usize, Reason> {
+        write_now(&self.socket, bytes).map_err(|reason| if state.has_said_all { CLOSED } else { reason })
+    }
+
+    /// One read of what a subscriber has no reason to send. None where nothing came.
+    ///
+    /// # Errors
+    /// The connection is closed.
+    pub fn read_stray(&self) -> Result<Option<usize>, Reason> {
         match (&self.socket).read(&mut [0; 1024]) {
-            Ok(0) => Some("the peer closed the connection"),
-            Ok(got) => {
-                *stray += got;
-                (*stray > STRAY_BYTES).then_some("the peer sent too much after its request")
-            }
-            Err(error) if would_block(&error) || error.kind() == ErrorKind::Interrupted => None,
-            Err(error) => Some(reason_of(&error)),
+            Ok(got) => Ok(Some(got)),
+            Err(error) if would_block(&error) || error.kind() == ErrorKind::Interrupted => Ok(None),
+            Err(error) => Err(reason_of(&error)),
         }
+    }
+
+    /// Takes what [`Connection::read_stray`] has found: stray bytes are thrown away, up to a limit. True as for
+    /// [`Connection::look`].
+    ///
+    /// # Errors
+    /// The connection is closed.
+    pub fn note_stray(&self, state: &mut State, got: Option<usize>) -> Result<bool, Reason> {
+        match got {
+            None => return Ok(false),
+            Some(0) if self.cut.get().is_some() => return Err(CLOSED),
+            Some(0) if state.ending.is_some() => return Ok(false), // it was this server that ended it
+            Some(0) => {
+                state.has_said_all = true;
+                if state.unfinished.is_none() {
+                    self.beat(state, Instant::now())?;
+                }
+                return Ok(true);
+            }
+            Some(got) => state.stray += got,
+        }
+        if state.stray > STRAY_BYTES { Err("the peer sent too much after its request") } else { Ok(false) }
     }
 
     /// Waits for the next request without sleeping, but not for long; other threads that are due on this core go first.
@@ -166,85 +269,127 @@ impl Connection {
         self.socket.set_nonblocking(false)
     }
 
-    /// Finishes the unfinished event with writes that wait for the peer. Returns how
-    /// many events went out whole.
+    /// Writes what is unfinished, and waits for the peer where it must; with writes that wait as long as `may_wait` lets
+    /// them. Returns how many events went out whole.
     ///
     /// # Errors
     /// The peer took nothing for the stall time, closed or reset the connection, or the deadline has passed. The stream
     /// may have ended in the middle of an event, so nothing may follow.
-    pub fn finish(&self, deadline: Instant) -> Result<u64, Reason> {
+    pub fn finish(&self, deadline: Instant, may_wait: &dyn Fn() -> bool) -> Result<(Written, u64), Reason> {
         let mut state = enter(&self.state);
-        let Some(Unfinished { event, offset }) = state.unfinished.take() else { return Ok(0) };
-        let framing = state.framing;
-        drop(state);
-        self.write_waiting(&event.bytes(framing)[offset..], deadline)?; // without the lock: it may take the stall time
-        let mut state = enter(&self.state);
-        state.wrote = Instant::now();
-        if event.id <= state.cursor {
-            return Ok(0); // a heartbeat
+        let Some(Unfinished { what, offset }) = state.unfinished.take() else { return Ok((Written::Whole, 0)) };
+        let (framing, mut stalled) = (state.framing, state.stalled);
+        drop(state); // the write may take a while
+        let bytes = what.bytes(framing);
+        let mut reached = offset + write_now(&self.socket, &bytes[offset..])?;
+        if reached < bytes.len() {
+            self.set_nonblocking(false)?;
+            reached += self.write_waiting(&bytes[reached..], deadline, &mut stalled, may_wait)?;
+            self.set_nonblocking(true)?;
+        } else {
+            stalled = Duration::ZERO;
         }
-        state.cursor = event.id;
-        state.sent += 1;
-        Ok(1)
+        let is_whole = reached == bytes.len();
+        let mut state = enter(&self.state);
+        state.stalled = stalled;
+        if reached > offset {
+            state.wrote = Instant::now();
+        }
+        match what {
+            what if !is_whole => {
+                state.unfinished = Some(Unfinished { what, offset: reached });
+                Ok((Written::Part, 0))
+            }
+            Outgoing::Event(event) => {
+                state.cursor = event.id;
+                state.sent += 1;
+                Ok((Written::Whole, 1))
+            }
+            Outgoing::Other(_) => Ok((Written::Whole, 0)),
+        }
     }
 
-    /// Writes all of `bytes`, waiting for the peer, and leaves the socket in non-blocking mode, as a lane needs it. For
-    /// streams; everything else uses [`Connection::write_whole`], since its reads wait, too.
-    pub fn write_waiting(&self, bytes: &[u8], deadline: Instant) -> Result<(), Reason> {
-        self.set_nonblocking(false)?;
-        self.write_whole(bytes, deadline)?;
-        self.set_nonblocking(true)
-    }
-
-    fn set_nonblocking(&self, mode: bool) -> Result<(), Reason> {
-        self.socket.set_nonblocking(mode).map_err(|error| reason_of(&error))
-    }
-
-    /// Writes all of `bytes` to a socket in blocking mode, for as long as the peer takes something in each stall time,
-    /// which is the socket's write timeout. The deadline bounds a peer that takes a byte now and then. No lock may be
-    /// held.
+    /// Writes all of `bytes` to a socket in non-blocking mode, waiting for the peer, and leaves it in that mode.
     ///
     /// # Errors
     /// As for [`Connection::finish`].
-    pub fn write_whole(&self, mut bytes: &[u8], deadline: Instant) -> Result<(), Reason> {
-        while !bytes.is_empty() {
-            let mut written = (&self.socket).write(bytes);
-            if written.as_ref().is_err_and(would_block) {
-                // The time has passed, but the peer may have taken something: the kernel wakes a blocked writer only
-                // once a third of its buffer is free. So try once more without waiting.
-                self.set_nonblocking(true)?;
-                written = (&self.socket).write(bytes);
-                self.set_nonblocking(false)?;
-            }
-            match written {
-                Ok(written) => bytes = &bytes[written..],
-                Err(error) if error.kind() == ErrorKind::Interrupted => {}
-                Err(error) if would_block(&error) => return Err("the peer took nothing in the stall time"),
-                Err(error) => return Err(reason_of(&error)),
-            }
-            if !bytes.is_empty() && Instant::now() >= deadline {
-                return Err("the time is over, in the middle of a write");
-            }
+    pub fn write_stream(&self, bytes: &[u8], deadline: Instant) -> Result<(), Reason> {
+        let reached = write_now(&self.socket, bytes)?;
+        if reached < bytes.len() {
+            self.set_nonblocking(false)?;
+            self.write_whole(&bytes[reached..], deadline)?;
+            self.set_nonblocking(true)?;
         }
         Ok(())
     }
 
-    /// The end of a stream that the server decides on; only after a whole frame. The peer reads why, when to come back,
-    /// and after which id, if that is not the last one it has been sent. Whether it takes that makes no difference to
-    /// us.
+    pub fn set_nonblocking(&self, mode: bool) -> Result<(), Reason> {
+        self.socket.set_nonblocking(mode).map_err(|error| reason_of(&error))
+    }
+
+    /// Writes all of `bytes` to a socket in blocking mode. No lock may be held.
+    ///
+    /// # Errors
+    /// As for [`Connection::finish`].
+    pub fn write_whole(&self, bytes: &[u8], deadline: Instant) -> Result<(), Reason> {
+        self.write_waiting(bytes, deadline, &mut Duration::default(), &|| true).map(drop)
+    }
+
+    /// Writes for as long as the peer takes something in each stall time, until all is out or `may_wait` says that others
+    /// need the thread. The deadline bounds a peer that takes a byte now and then. Returns how much went out.
+    fn write_waiting(
+        &self,
+        bytes: &[u8],
+        deadline: Instant,
+        stalled: &mut Duration,
+        may_wait: &dyn Fn() -> bool,
+    ) -> Result<usize, Reason> {
+        let mut written = 0;
+        while written < bytes.len() {
+            let began = Instant::now();
+            let left = deadline.saturating_duration_since(began);
+            if left.is_zero() {
+                return Err("the time is over, in the middle of a write");
+            } else if left < PATIENCE {
+                // Rounded up, since the kernel takes no timeout at all for 0.
+                let left = left + Duration::from_millis(1);
+                self.socket.set_write_timeout(Some(left)).map_err(|error| reason_of(&error))?;
+            }
+            match (&self.socket).write(&bytes[written..]) {
+                Ok(count) => {
+                    written += count;
+                    *stalled = Duration::ZERO;
+                }
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                Err(error) if would_block(&error) => *stalled += began.elapsed(),
+                Err(error) => return Err(reason_of(&error)),
+            }
+            if *stalled >= self.stall_time {
+                return Err("the peer took nothing in the stall time");
+            } else if !may_wait() {
+                break;
+            }
+        }
+        Ok(written)
+    }
+
+    /// The end of a stream that the server decides on; only for its owner, after a whole frame. Whether the peer takes it
+    /// makes no difference to us.
     pub fn end(&self, why: Reason, retry: Duration, id: Option<Id>) -> Reason {
-        let id = id.map_or(String::new(), |id| format!("id: {id}\n"));
-        let block = format!(": {why}\nretry: {}\n{id}\n", retry.as_millis());
         let framing = enter(&self.state).framing;
-        let bytes = [&framing.wrap(block.as_bytes()), framing.end()].concat();
-        let _ = self.write_waiting(&bytes, Instant::now() + LINGER);
+        let _ = self.write_stream(&end_block(framing, why, retry, id), Instant::now() + LINGER);
         why
+    }
+
+    /// The same without waiting, for a lane.
+    pub fn end_now(&self, state: &State, why: Reason, retry: Duration, id: Option<Id>) {
+        let _ = write_now(&self.socket, &end_block(state.framing, why, retry, id));
     }
 
     /// The end of a stream without a comment or a reconnection time: the handler has said what it had to say.
     pub fn end_silently(&self) {
         let framing = enter(&self.state).framing;
-        let _ = self.write_waiting(framing.end(), Instant::now() + LINGER);
+        let _ = self.write_stream(framing.end(), Instant::now() + LINGER);
     }
 
     /// Shuts the socket down, from any thread. Whoever waits for it wakes as if the peer had gone, so the true reason
@@ -253,25 +398,22 @@ impl Connection {
         let _ = self.cut.set(why);
         let _ = self.socket.shutdown(Shutdown::Both);
     }
+}
 
-    /// Takes the socket from the lane and wakes the thread, if the subscriber is live. Stopping does so, to let each
-    /// end in order.
-    pub fn take_back(&self) {
-        let mut state = enter(&self.state);
-        if state.phase == Phase::Live {
-            state.phase = Phase::Behind;
-            self.wake.notify_one();
-        }
-    }
+/// What a peer reads at the end: why, when to come back, and after which id, if that is not the last one it has been sent.
+fn end_block(framing: Framing, why: Reason, retry: Duration, id: Option<Id>) -> Vec<u8> {
+    let id = id.map_or(String::new(), |id| format!("id: {id}\n"));
+    let block = format!(": {why}\nretry: {}\n{id}\n", retry.as_millis());
+    [&framing.wrap(block.as_bytes()), framing.end()].concat()
 }
 
 /// One write that does not wait; 0 if the socket is full. The socket must be in non-blocking mode.
-fn write_now(mut socket: &TcpStream, bytes: &[u8]) -> io::Result<usize> {
+fn write_now(mut socket: &TcpStream, bytes: &[u8]) -> Result<usize, Reason> {
     loop {
         match socket.write(bytes) {
             Err(error) if error.kind() == ErrorKind::Interrupted => {}
             Err(error) if would_block(&error) => return Ok(0),
-            written => return written,
+            written => return written.map_err(|error| reason_of(&error)),
         }
     }
 }

@@ -1,59 +1,50 @@
-//! One connection, on its own thread: requests one after another, until it ends or becomes a stream.
+//! One connection's requests, one after another, until it ends or becomes a stream.
 //!
-//! Whatever goes wrong here ends this connection and no other: a refusal is answered, a panic closes the socket, and in
-//! each case the place is given up (`Drop` of `Conversation`). A stream that finds no room is answered with 200, a
-//! reconnection time and its end, since a browser gives up for good on anything else.
-//!
-//! # A small stack
-//! What a thread has touched of its stack stays resident for as long as it lives, and a subscriber's lives long. So
-//! what happens one after another (reading a head, answering it, following topics) is never inlined into one frame:
-//! each uses the same pages again. Otherwise every subscriber takes 15.5 kB instead of 11.5.
+//! They are read and answered on a thread of the pool. Whatever goes wrong here ends this connection and no other: a
+//! refusal is answered, a panic closes the socket, and in each case the place is given up (`Drop` of `Conversation`). A
+//! stream that finds no room is answered with 200, a reconnection time and its end, since a browser gives up for good on
+//! anything else.
 
 use crate::clock::spread;
 use crate::config::{Config, Log};
 use crate::connection::{AWAKE_TIME, Connection, LINGER, Reason, STOPPING};
 use crate::encoded::Framing;
-use crate::hub::Core;
-use crate::log::{Logger, OncePerSecond};
+use crate::log::OncePerSecond;
 use crate::places::{MADE_ROOM, Place, Places};
+use crate::pool::{Kind, Seat};
 use crate::reader::Reader;
 use crate::request::Request;
 use crate::response::{Response, stream_head};
 use crate::routes::{Reply, Routes, Source};
-use crate::subscription::{NO_NAMES, NOT_REACHED, POLL_IS_OVER, Subscription};
-use crate::sync::{enter, start_thread};
+use crate::subscriber::Opened;
+use crate::subscription::{NO_ROOM, NO_THREAD, Streams};
+use crate::sync::enter;
 use crate::text::quoted;
 use std::borrow::Cow;
-use std::io;
 use std::net::Shutdown;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 use std::thread;
 use std::time::Instant;
 
-/// Why a stream is rejected. The client is told in a comment; in the log both need the debug level, or a flood would
-/// fill it.
-const NO_ROOM: Reason = "no room for another stream";
-
 /// What all conversations share. Nothing in it belongs to one of them.
 pub struct Shared {
-    pub core: Arc<Core>,
-    pub places: Arc<Places>,
+    pub streams: Arc<Streams>,
     pub routes: Routes,
-    pub log: Arc<Logger>,
     /// A crowd that is closed to make room must not hide other warnings.
     pub evicted: OncePerSecond,
 }
 
-/// A connection on its thread. Dropping it, also by a panic, closes the socket and gives up its place.
+/// A connection on a thread. Dropping it, also by a panic, closes the socket and gives up its place.
 struct Conversation {
     shared: Arc<Shared>,
     c: Arc<Connection>,
     /// For the log, once it is a stream: then a line is written at its end.
-    path: Option<String>,
+    opened: Option<Opened>,
     /// Why the stream ended, for that line. A handler's error is a text of its own.
     reason: Cow<'static, str>,
-    opened: Instant,
+    /// It is a subscriber now, whose end is noted elsewhere.
+    is_over: bool,
 }
 
 /// A stream that a request has asked for, and all that is kept of the request.
@@ -74,44 +65,40 @@ enum AfterRequest {
     End,
 }
 
-/// Starts the thread of a connection that has its place.
-///
-/// # Errors
-/// There is no thread; the connection has given its place up.
-pub fn start(shared: Arc<Shared>, c: Arc<Connection>) -> io::Result<()> {
-    let name = format!("conn {}", c.serial);
-    let conversation = Conversation { shared, c, path: None, reason: "".into(), opened: Instant::now() };
-    start_thread(name, Box::new(move || conversation.hold())).map(drop)
+/// Puts a connection that has its place into the line for a thread.
+pub fn start(shared: Arc<Shared>, c: Arc<Connection>) {
+    let pool = shared.streams.pool.clone();
+    let conversation = Conversation { shared, c, opened: None, reason: "".into(), is_over: false };
+    pool.hand(Kind::Request, Box::new(move |seat| conversation.hold(seat)));
 }
 
 impl Conversation {
-    /// The whole life of a connection.
-    fn hold(mut self) {
+    /// All of a connection's requests, and a handler's stream.
+    fn hold(mut self, seat: &mut Seat) {
         let c = &self.c;
-        // An accepted socket may have its listener's mode, and an embedder's listener may not block. Without `nodelay`
-        // small events wait for the peer to acknowledge the one before (RFC 896). The write timeout is what
-        // `write_whole` takes for the stall time.
-        let prepared = c.socket.set_nonblocking(false).and(c.socket.set_nodelay(true));
-        if prepared.and(c.socket.set_write_timeout(Some(self.config().stall_time))).is_err() {
-            return; // it has gone already
+        if !self.places().move_to(Place::Idle, c) || c.prepare().is_err() {
+            return; // it has made room, or gone, already
         }
         if let Some(Opening { path, framing, head, source }) = self.answer_requests() {
             enter(&self.c.state).framing = framing;
-            self.path = Some(quoted(&path));
+            self.opened = Some(Opened { path: path.into(), at: Instant::now() });
             // For the log, should the call after this panic.
-            self.reason =
-                if source.is_handler() { "the handler panicked" } else { "this server panicked: a fault" }.into();
-            self.reason = self.stream(head, source);
+            self.reason = "the handler panicked".into();
+            self.reason = self.stream(seat, &head, source);
         }
     }
 
     fn config(&self) -> &Config {
-        &self.shared.core.config
+        &self.shared.streams.core.config
+    }
+
+    fn places(&self) -> &Places {
+        &self.shared.streams.places
     }
 
     /// Answers requests until the connection ends, or asks for a stream. The reader's buffer goes with this frame.
     fn answer_requests(&self) -> Option<Opening> {
-        let (c, places, config) = (&*self.c, &self.shared.places, self.config());
+        let (c, places, config) = (&*self.c, self.places(), self.config());
         let mut reader = Reader::new(c);
         reader.wait_at_most(config.head_time);
         let mut answered = Instant::now();
@@ -148,9 +135,8 @@ impl Conversation {
     }
 
     /// Answers one request. Where it lost its place to a newcomer meanwhile, its socket is shut down already.
-    #[inline(never)] // a small stack
     fn answer(&self, reader: &mut Reader, mut request: Request) -> AfterRequest {
-        if !self.shared.places.move_to(Place::Busy, &self.c) {
+        if !self.places().move_to(Place::Busy, &self.c) {
             return AfterRequest::End;
         }
         let is_head = request.method == "HEAD";
@@ -170,7 +156,8 @@ impl Conversation {
         response.fields += &cors; // refusals, too: without these lines no page of another origin could read why
         self.log_request(&request, response.status);
         // A body that was not read whole stands before the next request, which nobody could find.
-        let close = request.close || response.close || !request.body.is_over() || self.shared.core.is_stopping();
+        let close =
+            request.close || response.close || !request.body.is_over() || self.shared.streams.core.is_stopping();
         AfterRequest::Respond { parts: response.encode(is_head, close), close }
     }
 
@@ -178,79 +165,83 @@ impl Conversation {
     fn refuse(&self, reader: &Reader, refusal: &Response) -> AfterRequest {
         let is_head = reader.unread().starts_with(b"HEAD ");
         let line = format_args!("{} {}: {}", self.c.peer, refusal.status, refusal.reason());
-        self.shared.log.line(Log::Debug, line);
+        self.shared.streams.log.line(Log::Debug, line);
         AfterRequest::Respond { parts: refusal.encode(is_head, true), close: true }
     }
 
     /// One line for each response; a stream's line is written when it closes.
     fn log_request(&self, request: &Request, status: u16) {
-        if self.shared.log.wants(Log::Debug) {
+        if self.shared.streams.log.wants(Log::Debug) {
             let (peer, path) = (self.c.peer, quoted(&request.path));
-            self.shared.log.line(Log::Debug, format_args!("{peer} {:.20} {path} {status}", request.method));
+            self.shared.streams.log.line(Log::Debug, format_args!("{peer} {:.20} {path} {status}", request.method));
         }
     }
 
-    /// Finds a place among the streams, serves the stream to its end, and returns why it ended.
-    #[inline(never)] // a small stack
-    fn stream(&self, head: String, source: Source) -> Cow<'static, str> {
-        let (c, core) = (&self.c, &*self.shared.core);
-        let count = self.shared.places.move_to_streams(c);
+    /// Finds a place among the streams, and serves a handler's to its end, or gives a subscriber away. Returns why the
+    /// stream ended, if it did.
+    fn stream(&mut self, seat: &mut Seat, head: &str, source: Source) -> Cow<'static, str> {
+        let (c, streams) = (self.c.clone(), self.shared.streams.clone());
+        let place = if source.is_handler() { Place::Handler } else { Place::Stream };
+        let count = streams.places.move_to_streams(place, &c);
         // Checked after the move: a server that begins to stop from here on finds this connection among its streams.
-        if core.is_stopping() {
-            return self.reject(&head, STOPPING).into();
+        if streams.core.is_stopping() {
+            return self.reject(head, STOPPING).into();
         }
         let Some(count) = count else {
             let was_cut = c.cut.get(); // since its request was read
-            return was_cut.copied().unwrap_or_else(|| self.reject(&head, NO_ROOM)).into();
+            return was_cut.copied().unwrap_or_else(|| self.reject(head, NO_ROOM)).into();
         };
+        // The lanes take turns.
+        let lane = count % streams.core.lanes.len();
         match source {
             Source::Topics(wanted) => {
-                // The lanes take turns. A stream stays with its lane, or its events could overtake each other.
-                match Subscription::open(core, c, &core.lanes[count % core.lanes.len()], wanted) {
-                    Ok(subscription) => subscription.serve(head).into(),
-                    Err(why) => self.reject(&head, why).into(),
+                let Some(opened) = self.opened.take() else { return "".into() };
+                match streams.open(&c, lane, wanted, head, opened) {
+                    Ok(subscriber) => {
+                        self.is_over = true;
+                        streams.start(seat, &c, subscriber);
+                        "".into()
+                    }
+                    Err((reason, opened)) => {
+                        self.opened = Some(opened);
+                        self.reject(head, reason).into()
+                    }
                 }
             }
-            Source::Handler(handled) => handled.serve(core, c, head),
+            Source::Handler(_) if !seat.change_to(Kind::Handler) => self.reject(head, NO_THREAD).into(),
+            Source::Handler(handled) => handled.serve(&streams.core, &c, lane, head),
         }
     }
 
     /// Rejects a stream in a way that a browser comes back from: it is opened, told when to come back, and ended. The
     /// time is spread, or all that were rejected would return at the same moment.
     fn reject(&self, head: &str, why: Reason) -> Reason {
-        self.shared.core.counters.rejected.fetch_add(1, Relaxed);
-        self.shared.log.warn(format_args!("{} was rejected: {why}", self.c.peer));
-        match self.c.write_whole(head.as_bytes(), Instant::now() + LINGER) {
+        self.shared.streams.core.counters.rejected.fetch_add(1, Relaxed);
+        self.shared.streams.log.warn(format_args!("{} was rejected: {why}", self.c.peer));
+        match self.c.write_whole(head.as_bytes(), Instant::now() + LINGER).and(self.c.set_nonblocking(true)) {
             Ok(()) => self.c.end(why, spread(self.config().retry, 50, 150), None),
             Err(reason) => reason, // half a head: nothing may follow
         }
-    }
-
-    /// One line for each stream, in fields that a script can read.
-    fn log_closing(&self, path: &str) {
-        let (open, sent) = (self.opened.elapsed(), enter(&self.c.state).sent);
-        let (seconds, tenths) = (open.as_secs(), open.subsec_millis() / 100);
-        let (peer, reason) = (self.c.peer, self.c.cut.get().copied().unwrap_or(&self.reason));
-        let line =
-            format_args!("closed peer={peer} path={path} reason={reason:?} seconds={seconds}.{tenths} events={sent}");
-        let repeats = [POLL_IS_OVER, NO_ROOM, NO_NAMES, NOT_REACHED].contains(&reason); // as fast as a flood
-        self.shared.log.line(if repeats { Log::Debug } else { Log::Info }, line);
     }
 }
 
 impl Drop for Conversation {
     fn drop(&mut self) {
-        let _ = self.c.socket.shutdown(Shutdown::Write); // the lane may keep the socket open for a moment
+        if self.is_over {
+            return;
+        }
+        let (c, streams) = (&self.c, &self.shared.streams);
+        let _ = c.socket.shutdown(Shutdown::Write); // the lane may keep the socket open for a moment
         // A stream's line names a panic, too; a connection without a stream is worth a line only where something is
         // wrong.
-        if self.c.cut.get() == Some(&MADE_ROOM) {
-            self.shared.core.counters.evicted.fetch_add(1, Relaxed);
-            self.shared.log.warn_within(&self.shared.evicted, format_args!("{} was closed: {MADE_ROOM}", self.c.peer));
-        } else if let Some(path) = &self.path {
-            self.log_closing(path);
+        if c.cut.get() == Some(&MADE_ROOM) {
+            streams.core.counters.evicted.fetch_add(1, Relaxed);
+            streams.log.warn_within(&self.shared.evicted, format_args!("{} was closed: {MADE_ROOM}", c.peer));
+        } else if let Some(opened) = &self.opened {
+            streams.log_end(c, opened, &self.reason);
         } else if thread::panicking() {
-            self.shared.log.warn(format_args!("{}: this server panicked: a fault", self.c.peer));
+            streams.log.warn(format_args!("{}: this server panicked: a fault", c.peer));
         }
-        self.shared.places.leave(&self.c);
+        streams.places.leave(c);
     }
 }

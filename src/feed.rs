@@ -14,13 +14,13 @@ use crate::encoded::Encoded;
 use crate::engine::Entry;
 use crate::event::{Event, Id};
 use crate::hub::{Core, check_topic, stopped};
-use crate::lane::ToLane;
-use crate::sync::enter;
+use crate::lane::Lane;
+use crate::sync::{enter, wait};
 use crate::text::invalid;
 use crate::unwritten::Order;
 use std::fmt::Display;
 use std::io;
-use std::sync::{Arc, PoisonError, Weak};
+use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
 /// How long a client that is ahead of this server waits for the engine to show as much here. While engines keep up it is
@@ -75,7 +75,7 @@ impl Feed {
         core.history().miss_up_to(id);
         // After the history, and under the order lock, as events are. So whoever turned live before this is sent back by
         // its lane, which knows it by then; and whoever turns live after this has looked at the history after it, too.
-        core.lanes.iter().for_each(|lane| drop(lane.send(ToLane::Look)));
+        core.lanes.iter().for_each(Lane::look);
         Ok(())
     }
 
@@ -126,7 +126,7 @@ pub fn reach(core: &Core, start: &Start) -> bool {
             return false;
         }
         order.waiting += 1;
-        order = core.turns.ended.wait_timeout(order, left).unwrap_or_else(PoisonError::into_inner).0;
+        order = wait(&core.turns.ended, order, left);
         order.waiting -= 1;
     }
     true

@@ -17,7 +17,7 @@ use crate::event::{Event, Id};
 use crate::history::{History, Totals};
 use crate::journal::Journal;
 use crate::kept::{Kept, restore};
-use crate::lane::{ToLane, send_event};
+use crate::lane::Lane;
 use crate::log::Logger;
 use crate::metrics::Counters;
 use crate::rewrite::Snapshot;
@@ -25,7 +25,6 @@ use crate::sync::{enter, start_thread};
 use crate::text::{invalid, quoted};
 use crate::unwritten::{Numbered, Order, Outcome, Turn, Turns, Unwritten};
 use crate::watch::LOOK_TIME;
-use crossbeam_channel::Sender;
 use std::io::{self, ErrorKind};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
@@ -94,8 +93,7 @@ impl Hub {
 pub struct Core {
     /// As the system allows it (`system.rs`).
     pub config: Config,
-    /// The queue of each lane.
-    pub lanes: Vec<Sender<ToLane>>,
+    pub lanes: Vec<Lane>,
     pub counters: Arc<Counters>,
     /// Set without any lock: stopping must not stand in line behind all who want to publish.
     stopped_at: OnceLock<Instant>,
@@ -117,7 +115,7 @@ impl Core {
     /// The journal cannot be used: see [`Server::bind`](crate::Server::bind).
     pub fn new(
         config: Config,
-        lanes: Vec<Sender<ToLane>>,
+        lanes: Vec<Lane>,
         counters: Arc<Counters>,
         log: &Arc<Logger>,
         engine: Option<Arc<dyn Engine>>,
@@ -175,6 +173,14 @@ impl Core {
         self.turns.ended.notify_all();
         self.turns.work.notify_one();
         is_first
+    }
+
+    /// Has the lanes end all live streams, once the server stops. Under the order lock, so that each lane has everything
+    /// before it that was published, and nothing after.
+    pub fn end_streams(&self) {
+        let _order = enter(&self.turns.order);
+        let newest = self.history().newest();
+        self.lanes.iter().for_each(|lane| lane.end_streams(newest, self.config.retry));
     }
 
     /// The history, without what is too old. Whoever holds it may take a connection's state, but not the order lock.
@@ -414,7 +420,7 @@ impl Core {
         let followed = enter(&self.history).insert(topic, event.clone(), key);
         self.counters.published.fetch_add(1, Relaxed);
         if let Some(topic) = followed {
-            self.lanes.iter().for_each(|lane| send_event(lane, &topic, &event));
+            self.lanes.iter().for_each(|lane| lane.send(&topic, &event));
         }
     }
 }

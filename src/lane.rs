@@ -4,17 +4,24 @@
 //! the others. It drains its queue and writes neighbouring events of one topic as one run, so a burst costs each
 //! subscriber one write instead of one for each event, and no thread is woken to deliver. A lane takes neither the
 //! order lock nor that of the history, so a publisher that waits for room in its queue, with the order lock held,
-//! always gets it. Each subscriber belongs to one lane, from before it first turns live until its thread ends; its
-//! state says whether the lane may touch its socket.
+//! always gets it.
+//!
+//! A lane never waits, so it never sends to a queue that may be full either, and ends nobody: whom it lets go, because
+//! a write did not fit or failed, it lays on the clerk's desk. A subscriber is on its lane's lists from before it first
+//! turns live until it ends; its phase says whether the lane may touch its socket.
 
+use crate::clock::spread;
 use crate::config::SWEEP;
-use crate::connection::{Connection, Phase, State};
+use crate::connection::{Connection, Phase, STOPPING, State};
+use crate::desk::Desk;
 use crate::encoded::{BATCH_BYTES, Encoded, Framing, Run};
+use crate::event::Id;
 use crate::metrics::Counters;
-use crate::sync::{enter, start_thread};
+use crate::sync::{Mutex, enter, start_thread};
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded};
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::io;
+use std::mem::take;
 use std::ops::ControlFlow;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
@@ -34,93 +41,161 @@ const COMPANY_TIME: Duration = Duration::from_millis(2);
 const _: () =
     assert!(COMPANY_WAIT.as_micros() < COMPANY_TIME.as_micros() && COMPANY_TIME.as_millis() < SWEEP.as_millis());
 
-/// What stands in a lane's queue, first in, first out: the proof in `subscription.rs` depends on it.
-pub enum ToLane {
+/// So many are swept between two batches at most, or a crowd's sweep would hold events up.
+const SWEPT_AT_ONCE: usize = 1_000;
+/// How long a peer that seems to have gone has to answer with a reset. One that has only ended its sending side does not.
+const DOUBT_TIME: Duration = Duration::from_millis(100);
+const _: () = assert!((SWEEP.as_millis() + DOUBT_TIME.as_millis()) < 2_000, "a closed tab is noticed within 2 s");
+
+/// A lane, for those who hand something to it.
+pub struct Lane {
+    queue: Sender<ToLane>,
+    /// Who comes and goes, which the lane takes before it writes. Not in its queue, where they would compete with
+    /// publishers, and a subscriber that ends would wait for room. Locked shortly; the innermost lock.
+    changes: Arc<Mutex<Vec<Change>>>,
+}
+
+/// What stands in a lane's queue, first in, first out.
+enum ToLane {
     Event(Arc<str>, Encoded),
     /// Takes up a slot for each KiB of the event before it.
     Weight,
-    /// A subscriber of these topics, before it turns live.
-    Join(Arc<Connection>, Arc<[Arc<str>]>),
-    /// Its serial number and topics, after it was live for the last time.
-    Leave(u64, Arc<[Arc<str>]>),
-    /// Everyone looks at the history again: it has forgotten something without a new event.
+    /// Somebody leaves, whose socket should be closed soon.
+    Change,
+    /// Every live stream ends, after the events before this: the newest of them, and the reconnection time.
+    EndStreams(Id, Duration),
+    /// Everyone looks at the history again, after the events before this: it has forgotten something without an event.
     Look,
     /// The lane ends, whatever stands after this.
     Stop,
 }
 
-/// Starts a lane. Returns its queue and its thread, which ends at [`ToLane::Stop`] or when all senders are gone.
-///
-/// # Errors
-/// No thread can be started.
-pub fn start(
-    name: String,
-    heartbeat: Duration,
-    counters: Arc<Counters>,
-) -> io::Result<(Sender<ToLane>, JoinHandle<()>)> {
-    let (sender, queue) = bounded(QUEUE_SLOTS);
-    let lane = Lane {
-        topics: HashMap::new(),
-        everyone: Vec::new(),
-        run: Run::new(Framing::Chunked),
-        topic_of_run: None,
-        heartbeat,
-        counters,
-    };
-    Ok((sender, start_thread(name, Box::new(move || lane.work(&queue)))?))
+enum Change {
+    /// A subscriber of these topics, before it turns live.
+    Join(Arc<Connection>, Arc<[Arc<str>]>),
+    /// Its serial number and topics, after it was live for the last time.
+    Leave(u64, Arc<[Arc<str>]>),
 }
 
-/// Hands an event to a lane; waits while its queue is full. Called with the order lock held, in the order of the ids.
-pub fn send_event(lane: &Sender<ToLane>, topic: &Arc<str>, event: &Encoded) {
-    let _ = lane.send(ToLane::Event(topic.clone(), event.clone()));
-    for _ in 0..event.memory() / 1024 {
-        let _ = lane.send(ToLane::Weight);
+impl Lane {
+    /// Starts a lane. Its thread ends at [`Lane::stop`], or when this is dropped.
+    ///
+    /// # Errors
+    /// No thread can be started.
+    pub fn start(
+        name: String,
+        heartbeat: Duration,
+        desk: Arc<Desk>,
+        counters: Arc<Counters>,
+    ) -> io::Result<(Lane, JoinHandle<()>)> {
+        let (sender, queue) = bounded(QUEUE_SLOTS);
+        let changes = Arc::new(Mutex::new(Vec::new()));
+        let worker = Worker {
+            changes: changes.clone(),
+            topics: HashMap::new(),
+            everyone: BTreeMap::new(),
+            swept_to: None,
+            doubtful: VecDeque::new(),
+            run: Run::new(Framing::Chunked),
+            topic_of_run: None,
+            heartbeat,
+            desk,
+            counters,
+        };
+        Ok((Lane { queue: sender, changes }, start_thread(name, Box::new(move || worker.work(&queue)))?))
+    }
+
+    /// Hands an event to the lane; waits while its queue is full. Called with the order lock held, in the order of the
+    /// ids.
+    pub fn send(&self, topic: &Arc<str>, event: &Encoded) {
+        let _ = self.queue.send(ToLane::Event(topic.clone(), event.clone()));
+        for _ in 0..event.memory() / 1024 {
+            let _ = self.queue.send(ToLane::Weight);
+        }
+    }
+
+    /// Tells the lane of a subscriber, before it turns live: leg 2 of the proof in `subscription.rs`.
+    pub fn join(&self, c: &Arc<Connection>, names: &Arc<[Arc<str>]>) {
+        enter(&self.changes).push(Change::Join(c.clone(), names.clone()));
+    }
+
+    /// Takes a subscriber off the lane, after it was live for the last time. Never waits.
+    pub fn leave(&self, serial: u64, names: &Arc<[Arc<str>]>) {
+        enter(&self.changes).push(Change::Leave(serial, names.clone()));
+        // If its queue is full, it looks at the changes anyway.
+        let _ = self.queue.try_send(ToLane::Change);
+    }
+
+    /// Ends all live streams, after what is queued already. Called with the order lock held, once the server stops:
+    /// `newest` is the newest event that was published.
+    pub fn end_streams(&self, newest: Id, retry: Duration) {
+        let _ = self.queue.send(ToLane::EndStreams(newest, retry));
+    }
+
+    /// Has every subscriber look at the history again, which has forgotten something. Called with the order lock held.
+    pub fn look(&self) {
+        let _ = self.queue.send(ToLane::Look);
+    }
+
+    pub fn stop(&self) {
+        let _ = self.queue.send(ToLane::Stop);
     }
 }
 
 /// Everything here is the lane's own: no other thread sees these lists.
-struct Lane {
-    /// Each topic's subscribers on this lane, live or not.
-    topics: HashMap<Arc<str>, Vec<Arc<Connection>>>,
-    /// All of them once, for the sweep.
-    everyone: Vec<Arc<Connection>>,
+struct Worker {
+    changes: Arc<Mutex<Vec<Change>>>,
+    /// Each topic's subscribers on this lane, live or not, by their serial numbers.
+    topics: HashMap<Arc<str>, BTreeMap<u64, Arc<Connection>>>,
+    /// All of them once, for the sweep, and handlers' streams.
+    everyone: BTreeMap<u64, Arc<Connection>>,
+    /// The last serial number that was swept, in the middle of a sweep.
+    swept_to: Option<u64>,
+    /// Who may have gone, and when to look again.
+    doubtful: VecDeque<(Instant, Arc<Connection>)>,
     /// Neighbouring events of one topic that have not been written yet. Empty between two batches.
     run: Run,
     topic_of_run: Option<Arc<str>>,
     /// The longest silence that subscribers may see.
     heartbeat: Duration,
+    desk: Arc<Desk>,
     counters: Arc<Counters>,
 }
 
-impl Lane {
+impl Worker {
     /// Drains, sweeps when it is time to, and begins again.
     fn work(mut self, queue: &Receiver<ToLane>) {
         let mut sweep_at = Instant::now() + SWEEP;
         loop {
-            match queue.recv_deadline(sweep_at) {
+            let doubt_at = self.doubtful.front().map_or(sweep_at, |(at, _)| *at);
+            let wake_at = if self.swept_to.is_some() { Instant::now() } else { sweep_at.min(doubt_at) };
+            match queue.recv_deadline(wake_at) {
                 Ok(first) => {
-                    if self.drain(first, queue, sweep_at).is_break() {
+                    if self.drain(first, queue, wake_at).is_break() {
                         return;
                     }
                 }
-                Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Timeout) => self.take_changes(),
                 Err(RecvTimeoutError::Disconnected) => return,
             }
-            if Instant::now() >= sweep_at {
-                self.sweep();
-                sweep_at = Instant::now() + SWEEP;
+            let now = Instant::now();
+            self.settle_doubts(now);
+            if now >= sweep_at || self.swept_to.is_some() {
+                self.sweep(now);
+                sweep_at = if self.swept_to.is_some() { sweep_at } else { now + SWEEP };
             }
         }
     }
 
     /// Takes what stands in the queue, up to one batch, and writes it. A flood must not keep the lane from its sweep.
-    fn drain(&mut self, first: ToLane, queue: &Receiver<ToLane>, sweep_at: Instant) -> ControlFlow<()> {
+    fn drain(&mut self, first: ToLane, queue: &Receiver<ToLane>, wake_at: Instant) -> ControlFlow<()> {
         // From the first message on, so that no event waits longer than this for company.
         let alone_until = Instant::now() + COMPANY_TIME;
+        let until = wake_at.max(alone_until); // in the middle of a sweep there is time for a batch, too
         let mut next = Some(first);
         while let Some(message) = next {
             self.take(message)?;
-            let is_full = self.run.bytes.len() >= BATCH_BYTES || Instant::now() >= sweep_at;
+            let is_full = self.run.bytes.len() >= BATCH_BYTES || Instant::now() >= until;
             if is_full {
                 break;
             }
@@ -142,9 +217,15 @@ impl Lane {
                 self.run.push(&event);
             }
             ToLane::Weight => {}
-            ToLane::Join(c, names) => self.join(&c, &names),
-            ToLane::Leave(serial, names) => self.leave(serial, &names),
-            ToLane::Look => self.send_back(),
+            ToLane::Change => self.take_changes(),
+            ToLane::EndStreams(newest, retry) => {
+                self.write_run();
+                self.end_streams(newest, retry);
+            }
+            ToLane::Look => {
+                self.write_run();
+                self.send_back();
+            }
             ToLane::Stop => return ControlFlow::Break(()),
         }
         ControlFlow::Continue(())
@@ -160,103 +241,141 @@ impl Lane {
         queue.try_recv().ok()
     }
 
-    fn join(&mut self, c: &Arc<Connection>, names: &[Arc<str>]) {
-        for name in names {
-            insert(self.topics.entry(name.clone()).or_default(), c.clone());
-        }
-        insert(&mut self.everyone, c.clone());
-    }
-
-    fn leave(&mut self, serial: u64, names: &[Arc<str>]) {
-        for name in names {
-            if let Some(subscribers) = self.topics.get_mut(name) {
-                remove(subscribers, serial);
-                if subscribers.is_empty() {
-                    self.topics.remove(name);
+    fn take_changes(&mut self) {
+        let changes = take(&mut *enter(&self.changes));
+        for change in changes {
+            match change {
+                Change::Join(c, names) => {
+                    for name in &*names {
+                        self.topics.entry(name.clone()).or_default().insert(c.serial, c.clone());
+                    }
+                    self.everyone.insert(c.serial, c);
+                }
+                Change::Leave(serial, names) => {
+                    for name in &*names {
+                        if let Some(subscribers) = self.topics.get_mut(name) {
+                            subscribers.remove(&serial);
+                            if subscribers.is_empty() {
+                                self.topics.remove(name);
+                            }
+                        }
+                    }
+                    self.everyone.remove(&serial);
                 }
             }
         }
-        remove(&mut self.everyone, serial);
     }
 
     /// Writes the run to every live subscriber of its topic. Whoever is behind finds its events in the history.
     fn write_run(&mut self) {
+        // Whoever turned live before these events were queued has joined before that: leg 2 of the proof.
+        self.take_changes();
         if self.run.bytes.is_empty() {
             return;
         }
         let now = Instant::now();
         let (mut delivered, mut plain) = (0, None);
         let subscribers = self.topic_of_run.as_ref().and_then(|topic| self.topics.get(topic));
-        for c in subscribers.into_iter().flatten() {
+        for c in subscribers.into_iter().flatten().map(|(_, c)| c) {
             let mut state = enter(&c.state);
             // Not newer than the cursor: it was replayed before the subscriber turned live (leg 5 of the proof).
             if state.phase != Phase::Live || state.cursor >= self.run.newest() {
                 continue;
             } else if state.is_poll {
-                // Not written here: its thread replays all that is kept, in one go, and ends the stream.
-                state.phase = Phase::Behind;
-            } else {
-                let run = match state.framing {
-                    Framing::Chunked => &self.run,
-                    // Made once for the run, and only where a peer of HTTP/1.0 follows the topic.
-                    Framing::Plain => plain.get_or_insert_with(|| self.run.in_framing(Framing::Plain)),
-                };
-                delivered += c.deliver(&mut state, run, now);
+                // Not written here: a thread replays all that is kept, in one go, and ends the stream.
+                self.let_go(c, &mut state, Phase::Queued);
+                continue;
             }
-            self.wake_if_not_live(c, &state);
+            let run = match state.framing {
+                Framing::Chunked => &self.run,
+                // Made once for the run, and only where a peer of HTTP/1.0 follows the topic.
+                Framing::Plain => plain.get_or_insert_with(|| self.run.in_framing(Framing::Plain)),
+            };
+            match c.deliver(&mut state, run, now) {
+                Ok(whole) => delivered += whole,
+                Err(reason) => self.let_go(c, &mut state, Phase::Closed(reason)),
+            }
+            self.let_go_if_behind(c, &mut state);
         }
         self.counters.delivered.fetch_add(delivered, Relaxed);
         self.run.clear();
     }
 
-    /// Sends everyone who is live back to its thread, after what stands before this in the queue.
-    fn send_back(&mut self) {
-        self.write_run();
-        for c in &self.everyone {
-            let mut state = enter(&c.state);
-            if state.phase == Phase::Live {
-                state.phase = Phase::Behind;
-                self.wake_if_not_live(c, &state);
+    /// Looks at the next live subscribers: has one closed, and is a heartbeat due before the next sweep? No thread wakes
+    /// for either, unless the subscriber is not live any more.
+    fn sweep(&mut self, now: Instant) {
+        let next = self.swept_to.map_or(0, |serial| serial + 1);
+        self.swept_to = None;
+        for (swept, (serial, c)) in self.everyone.range(next..).enumerate() {
+            if swept == SWEPT_AT_ONCE {
+                self.swept_to = Some(serial - 1);
+                break;
             }
-        }
-    }
-
-    /// Looks at every live subscriber: has it closed, and is a heartbeat due before the next sweep? No thread wakes for
-    /// either, unless the subscriber is not live any more.
-    fn sweep(&self) {
-        let now = Instant::now();
-        for c in &self.everyone {
             let mut state = enter(&c.state);
             if state.phase != Phase::Live {
                 continue;
             }
-            // At the next sweep it would be overdue.
-            if now.duration_since(state.wrote) + SWEEP > self.heartbeat {
-                c.beat(&mut state, now); // a write looks at the socket, too
-            } else if let Some(reason) = c.look(&mut state.stray) {
-                state.phase = Phase::Closed(reason);
+            let mut looked = c.look(&mut state);
+            // At the next sweep it would be overdue. A handler's stream may have something unfinished.
+            if looked.is_ok() && now.duration_since(state.wrote) + SWEEP > self.heartbeat && state.unfinished.is_none()
+            {
+                looked = c.beat(&mut state, now).and(looked);
             }
-            self.wake_if_not_live(c, &state);
+            match looked {
+                Ok(true) => self.doubtful.push_back((now + DOUBT_TIME, c.clone())),
+                Ok(false) => {}
+                Err(reason) => self.let_go(c, &mut state, Phase::Closed(reason)),
+            }
+            self.let_go_if_behind(c, &mut state);
         }
     }
 
-    /// Once its phase has changed, the socket is its thread's, which sleeps and must be told.
-    fn wake_if_not_live(&self, c: &Connection, state: &State) {
-        if state.phase != Phase::Live {
+    /// Looks again at those who seemed to have gone.
+    fn settle_doubts(&mut self, now: Instant) {
+        while self.doubtful.front().is_some_and(|(at, _)| *at <= now) {
+            let Some((_, c)) = self.doubtful.pop_front() else { return };
+            let mut state = enter(&c.state);
+            if state.phase == Phase::Live
+                && let Err(reason) = c.look(&mut state)
+            {
+                self.let_go(&c, &mut state, Phase::Closed(reason));
+            }
+        }
+    }
+
+    /// Ends every live stream of topics, whose frame has ended, since it is live. A handler ends its own.
+    fn end_streams(&self, newest: Id, retry: Duration) {
+        for c in self.everyone.values() {
+            let mut state = enter(&c.state);
+            if state.phase == Phase::Live && state.subscriber.is_some() {
+                c.end_now(&state, STOPPING, spread(retry, 50, 150), Some(newest).filter(|id| *id > state.cursor));
+                self.let_go(c, &mut state, Phase::Closed(STOPPING));
+            }
+        }
+    }
+
+    fn send_back(&self) {
+        for c in self.everyone.values() {
+            let mut state = enter(&c.state);
+            if state.phase == Phase::Live && state.subscriber.is_some() {
+                self.let_go(c, &mut state, Phase::Queued);
+            }
+        }
+    }
+
+    /// A write did not fit: the rest waits for a thread. A handler's stream has one, which finds it.
+    fn let_go_if_behind(&self, c: &Arc<Connection>, state: &mut State) {
+        if state.phase == Phase::Live && state.unfinished.is_some() && state.subscriber.is_some() {
+            self.let_go(c, state, Phase::Queued);
+        }
+    }
+
+    /// From here on the socket is not the lane's. Whoever is let go lies on the desk once: it was live until now.
+    fn let_go(&self, c: &Arc<Connection>, state: &mut State, phase: Phase) {
+        state.phase = phase;
+        if state.subscriber.is_some() {
             self.counters.woken.fetch_add(1, Relaxed);
-            c.wake.notify_one();
+            self.desk.let_go(c.clone());
         }
-    }
-}
-
-/// Lists of subscribers are sorted by serial number: a newcomer's is nearly always the highest, so it goes to the end,
-/// and whoever leaves is found by halving.
-fn insert(list: &mut Vec<Arc<Connection>>, c: Arc<Connection>) {
-    list.insert(list.partition_point(|other| other.serial < c.serial), c);
-}
-
-fn remove(list: &mut Vec<Arc<Connection>>, serial: u64) {
-    if let Ok(at) = list.binary_search_by_key(&serial, |c| c.serial) {
-        list.remove(at);
     }
 }

@@ -75,10 +75,11 @@
 #![warn(missing_docs)]
 
 mod server; // bind, accept, start and stop
-mod conversation; // one connection on its thread: requests one after another
+mod clerk; // what lanes and acceptors may not do, since they never wait
+mod conversation; // one connection's requests, one after another
 mod routes; // what each request gets
 mod publishing; // POST and PUT
-mod subscription; // a stream of topics, while it must be waited for
+mod subscription; // a stream of topics: opened, replayed, ended
 mod stream; // a handler's stream
 mod feed; // what an engine shows to its server
 mod hub; // publishing: number, write down, hand out
@@ -102,7 +103,10 @@ mod body; // its body, of a length or in chunks
 mod reader; // what came on a connection and is not used yet
 mod response; // what is answered
 mod places; // who is here, and who makes room
+mod pool; // threads for those who must be waited for
+mod desk; // what waits for the clerk
 mod connection; // one socket, and whose it is
+mod subscriber; // what a subscriber follows, while nobody serves it
 mod encoded; // an event's bytes, shared by all who get it
 mod system; // what the system allows
 mod log; // lines for stderr

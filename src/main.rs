@@ -40,15 +40,16 @@ the flag wins. T and ORIGIN can be given several times.
   --subscribe-token T    none            readers must show T
   --allow-origin ORIGIN  none            web pages from there may read and
                                          publish; '*' lets all others read
-  --subscribers N        10000           streams open at once
+  --subscribers N        100000          streams open at once
   --connections N        1000            other connections open at once
+  --threads N            4000            threads, for all but live streams
   --head-bytes SIZE      16KiB           longest request head
   --body-bytes SIZE      64KiB           longest body of a POST
   --line-bytes SIZE      64KiB           longest line of a PUT
   --head-time TIME       10s             for a whole request head to arrive
   --body-time TIME       30s             for a POST's body, or a line of a PUT
   --put-idle-time TIME   12h             for the next line of a PUT
-  --idle-time TIME       15s             for the next request on a connection
+  --idle-time TIME       75s             for the next request on a connection
   --heartbeat TIME       15s             send a comment after this much silence
                                          on a stream (3.5s or more)
   --lifetime TIME        10m             close a topic's stream after 80-100 %
@@ -80,7 +81,7 @@ enum Takes {
 
 /// Every flag that the environment can give, too. A variable of another name that begins with `BROOKLET_` is not ours to
 /// refuse: Kubernetes sets some for a service that is called brooklet.
-const FLAGS: [(&str, Takes); 29] = [
+const FLAGS: [(&str, Takes); 30] = [
     ("--listen", Takes::Value),
     ("--open", Takes::Nothing),
     ("--publish-token", Takes::Values),
@@ -88,6 +89,7 @@ const FLAGS: [(&str, Takes); 29] = [
     ("--allow-origin", Takes::Values),
     ("--subscribers", Takes::Value),
     ("--connections", Takes::Value),
+    ("--threads", Takes::Value),
     ("--head-bytes", Takes::Value),
     ("--body-bytes", Takes::Value),
     ("--line-bytes", Takes::Value),
@@ -248,6 +250,7 @@ impl Command {
             "--allow-origin" => config.allow_origins.extend(value.split_whitespace().map(String::from)),
             "--subscribers" => config.subscribers = count(value)?,
             "--connections" => config.connections = count(value)?,
+            "--threads" => config.threads = count(value)?,
             "--head-bytes" => config.head_bytes = size(value)?,
             "--body-bytes" => config.body_bytes = size(value)?,
             "--line-bytes" => config.line_bytes = size(value)?,

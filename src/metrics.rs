@@ -15,7 +15,7 @@ pub struct Counters {
     pub refused: AtomicU64,
     /// Events written to subscribers and by handlers; heartbeats are not counted.
     pub delivered: AtomicU64,
-    /// How often a lane woke a subscriber's thread: the design is about keeping this low.
+    /// How often a lane let a subscriber go: the design is about keeping this low.
     pub woken: AtomicU64,
     pub gaps: AtomicU64,
     /// Connections and streams that were rejected at once, mostly for want of room; in the metrics, `sent_away_total`.
@@ -29,6 +29,10 @@ pub struct Counters {
 /// What is measured anew whenever somebody asks.
 pub struct Gauges {
     pub subscribers: usize,
+    pub live: usize,
+    pub behind: usize,
+    pub queued: usize,
+    pub threads: usize,
     pub connections: usize,
     pub topics: usize,
     pub kept_events: usize,
@@ -41,6 +45,10 @@ pub fn render(gauges: &Gauges, counters: &Counters) -> String {
     let mut text = String::new();
     for (name, kind, value, help) in [
         ("subscribers", "gauge", gauges.subscribers as u64, "Streams that are open."),
+        ("live", "gauge", gauges.live as u64, "Subscribers that have everything, and no thread."),
+        ("behind", "gauge", gauges.behind as u64, "Subscribers that a thread replays to."),
+        ("queued", "gauge", gauges.queued as u64, "Subscribers that wait for a thread."),
+        ("threads", "gauge", gauges.threads as u64, "Threads for requests, handlers and those behind."),
         ("connections", "gauge", gauges.connections as u64, "Connections beside the streams."),
         ("topics", "gauge", gauges.topics as u64, "Topic names in use."),
         ("kept_events", "gauge", gauges.kept_events as u64, "Events kept for replaying."),
@@ -54,7 +62,12 @@ pub fn render(gauges: &Gauges, counters: &Counters) -> String {
             total(&counters.delivered),
             "Events written to subscribers, those of handlers too.",
         ),
-        ("woken_total", "counter", total(&counters.woken), "Times a live subscriber's thread was woken."),
+        (
+            "woken_total",
+            "counter",
+            total(&counters.woken),
+            "Times a live subscriber was given to a thread, or had closed.",
+        ),
         ("gaps_total", "counter", total(&counters.gaps), "Gaps that subscribers were told of."),
         ("sent_away_total", "counter", total(&counters.rejected), "Connections and streams without room."),
         ("evicted_total", "counter", total(&counters.evicted), "Connections closed to make room for others."),

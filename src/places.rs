@@ -6,16 +6,13 @@
 //! never make room, and they cannot take the places that are kept for other connections. While there are few streams, a
 //! burst of new connections may use the streams' places, too.
 
+use crate::config::Config;
 use crate::connection::{Connection, Reason};
-use crate::sync::enter;
+use crate::sync::{Condvar, Mutex, enter, wait};
 use std::collections::{BTreeMap, HashMap};
 use std::net::{SocketAddr, TcpStream};
-use std::sync::{Arc, Condvar, Mutex};
-use std::time::Instant;
-
-/// Whoever makes room loses its place at once, but its thread takes a moment to end. At most this many may be ending
-/// beside those that have a place: else a flood of newcomers would start threads faster than they end.
-const ENDING_THREADS: usize = 128;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 /// What a connection's thread finds in `cut` when it was closed for a newcomer.
 pub const MADE_ROOM: Reason = "it made room for another";
@@ -23,14 +20,18 @@ pub const MADE_ROOM: Reason = "it made room for another";
 /// What a connection is doing. `Table::queues` is indexed by it, and "at work" is everything from `Busy` on.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub enum Place {
+    /// It waits for a thread, and nothing of it has been read.
+    New,
     /// The head of its next request has not come whole.
     Idle,
     /// Its head has come: its body is read, or its answer written.
     Busy,
     /// The same, for a publisher that has shown its token.
     Trusted,
-    /// It is a stream, for the rest of its life.
+    /// It is a stream of topics, for the rest of its life.
     Stream,
+    /// It is a handler's stream, for the rest of its life.
+    Handler,
 }
 
 pub struct Places {
@@ -38,8 +39,9 @@ pub struct Places {
     other_limit: usize,
     /// Held shortly, and under no other lock.
     table: Mutex<Table>,
-    /// Notified when a connection's thread ends; stopping waits here.
+    /// Notified when a connection has ended; stopping waits here.
     somebody_left: Condvar,
+    stall_time: Duration,
 }
 
 #[derive(Default)]
@@ -50,13 +52,11 @@ struct Table {
     next_serial: u64,
     /// Rises with each move, so that the lowest arrival at a place is whoever came to it first.
     next_arrival: u64,
-    /// Threads that have not ended: those with a place, and those that have just made room.
-    threads: usize,
     /// Spreads the streams evenly over the lanes. Serial numbers would not: where every other connection is a short
     /// request, the streams would all have odd ones.
     streams_opened: usize,
     /// For each place, by their arrival at it: the first has been there longest.
-    queues: [BTreeMap<u64, Arc<Connection>>; 4],
+    queues: [BTreeMap<u64, Arc<Connection>>; 6],
     /// The place and the arrival of each connection, by its serial number. Whoever is missing here has made room.
     positions: HashMap<u64, (Place, u64)>,
 }
@@ -66,13 +66,20 @@ pub struct Counts {
     pub idle: usize,
     pub busy: usize,
     pub trusted: usize,
-    pub streams: usize,
+    pub topics: usize,
+    pub handlers: usize,
 }
 
 impl Places {
-    pub fn new(stream_limit: usize, other_limit: usize) -> Places {
-        let table = Table { trusted_limit: other_limit * 3 / 4, ..Table::default() };
-        Places { stream_limit, other_limit, table: Mutex::new(table), somebody_left: Condvar::new() }
+    pub fn new(config: &Config) -> Places {
+        let table = Table { trusted_limit: config.connections.min(config.threads / 2) * 3 / 4, ..Table::default() };
+        Places {
+            stream_limit: config.subscribers,
+            other_limit: config.connections,
+            table: Mutex::new(table),
+            somebody_left: Condvar::new(),
+            stall_time: config.stall_time,
+        }
     }
 
     /// All the places there are, of streams and others.
@@ -80,26 +87,27 @@ impl Places {
         self.stream_limit + self.other_limit
     }
 
-    /// Gives a newcomer a place, for which another may have to make room; `None` where there is none. Once it has a
-    /// place, its thread must call [`Places::leave`] at its end, or the place is lost for good.
+    /// Gives a newcomer a place, for which another may have to make room; `None` where there is none. Whoever
+    /// serves it must call [`Places::leave`] at its end, or the place is lost for good.
     pub fn admit(&self, socket: TcpStream, peer: SocketAddr) -> Option<Arc<Connection>> {
         let mut table = enter(&self.table);
-        // A place may be given away before the thread that had it has ended, but not too many such threads at once.
-        let has_thread = table.threads < self.limit() + ENDING_THREADS;
-        if !has_thread || table.positions.len() >= self.limit() && !table.make_room() {
+        if table.positions.len() >= self.limit() && !table.make_room() {
             return None;
         }
-        let c = Arc::new(Connection::new(table.next_serial, peer, socket));
+        let c = Arc::new(Connection::new(table.next_serial, peer, socket, self.stall_time));
         table.next_serial += 1;
-        table.threads += 1;
-        table.put(c.clone(), Place::Idle);
+        table.put(c.clone(), Place::New);
         Some(c)
     }
 
-    /// Closes one connection that is not a stream; false where there is none. Also called where descriptors or threads
-    /// run out.
+    /// Closes one connection that is not a stream; false where there is none. Also called where descriptors run out.
     pub fn make_room(&self) -> bool {
         enter(&self.table).make_room()
+    }
+
+    /// The same where threads run out: only who has a thread can give it up.
+    pub fn free_thread(&self) -> bool {
+        enter(&self.table).close_one(&[Place::Trusted])
     }
 
     /// False where the connection has made room: its socket is shut down, and its thread should end.
@@ -120,34 +128,38 @@ impl Places {
         }
     }
 
-    /// Finds a stream its place, and returns how many there have been so far; `None` where there is no room. From then
-    /// on it makes room for nobody.
-    pub fn move_to_streams(&self, c: &Connection) -> Option<usize> {
+    /// Finds a stream of topics or of a handler its place, and returns how many there have been so far; `None` where
+    /// there is no room. From then on it makes room for nobody.
+    pub fn move_to_streams(&self, place: Place, c: &Connection) -> Option<usize> {
         let mut table = enter(&self.table);
-        if table.queue(Place::Stream).len() >= self.stream_limit || !table.move_to(Place::Stream, c) {
+        let streams = table.queue(Place::Stream).len() + table.queue(Place::Handler).len();
+        if streams >= self.stream_limit || !table.move_to(place, c) {
             return None;
         }
         table.streams_opened += 1;
         Some(table.streams_opened)
     }
 
-    /// Called once by each connection's thread, at its end: gives up its place, if it still has one.
+    /// Gives up the place of a connection that has ended, if it still has one.
     pub fn leave(&self, c: &Connection) {
         let mut table = enter(&self.table);
-        table.threads -= 1;
         table.take_out(c);
         self.somebody_left.notify_all();
     }
 
     /// How many are at each place now.
     pub fn counts(&self) -> Counts {
-        let [idle, busy, trusted, streams] = enter(&self.table).queues.each_ref().map(BTreeMap::len);
-        Counts { idle, busy, trusted, streams }
+        let [new, idle, busy, trusted, topics, handlers] = enter(&self.table).queues.each_ref().map(BTreeMap::len);
+        Counts { idle: new + idle, busy, trusted, topics, handlers }
     }
 
-    /// Everyone but the idle ones: those that stopping gives time to end in order.
+    /// Those that wait for something else than their next request: stopping ends that.
     pub fn at_work(&self) -> Vec<Arc<Connection>> {
-        enter(&self.table).queues[Place::Busy as usize..].iter().flat_map(BTreeMap::values).cloned().collect()
+        let table = enter(&self.table);
+        [Place::Busy, Place::Trusted, Place::Handler]
+            .iter()
+            .flat_map(|place| table.queues[*place as usize].values().cloned())
+            .collect()
     }
 
     /// Everyone who has a place.
@@ -155,20 +167,26 @@ impl Places {
         enter(&self.table).queues.iter().flat_map(BTreeMap::values).cloned().collect()
     }
 
-    /// Waits until nobody is at work, or until the deadline.
+    /// Waits until nobody is at work and no stream is open, or until the deadline.
     pub fn wait_for_work(&self, deadline: Instant) {
         self.wait_while(deadline, |table| table.queues[Place::Busy as usize..].iter().any(|queue| !queue.is_empty()));
     }
 
-    /// Waits until every connection's thread has ended, or until the deadline. Returns how many have not.
-    pub fn wait_for_threads(&self, deadline: Instant) -> usize {
-        self.wait_while(deadline, |table| table.threads > 0);
-        enter(&self.table).threads
+    /// Waits until nobody has a place, or until the deadline. Returns how many still have one.
+    pub fn wait_for_all(&self, deadline: Instant) -> usize {
+        self.wait_while(deadline, |table| !table.positions.is_empty());
+        enter(&self.table).positions.len()
     }
 
     fn wait_while(&self, deadline: Instant, condition: impl Fn(&Table) -> bool) {
-        let (left, table) = (deadline.saturating_duration_since(Instant::now()), enter(&self.table));
-        drop(self.somebody_left.wait_timeout_while(table, left, |table| condition(table)));
+        let mut table = enter(&self.table);
+        while condition(&table) {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                break;
+            }
+            table = wait(&self.somebody_left, table, left);
+        }
     }
 }
 
@@ -177,16 +195,22 @@ impl Table {
         &mut self.queues[place as usize]
     }
 
-    /// Closes the connection that has been idle longest. But where a crowd has just arrived, nobody has been idle for
-    /// long, and it is the one that has been busy longest. Publishers that have shown a token go last, as long
-    /// as their request is read and answered. Where those are
-    /// too many, it is whoever has been silent longest, token or not: a publisher that has vanished without a word goes
-    /// before those that live.
+    /// Whoever waits for a thread has said nothing yet, and has least to lose but for a publisher with a token.
     fn make_room(&mut self) -> bool {
+        self.close_one(&[Place::New, Place::Trusted])
+    }
+
+    /// Closes the connection that has been idle longest. But where a crowd has just arrived, nobody has been idle for
+    /// long, and it is the one that has been busy longest. Then come those of the `last` places. Publishers that have
+    /// shown a token are the last of all, as long as their request is read and answered. Where those are too many, it is
+    /// whoever has been silent longest, token or not: a publisher that has vanished without a word goes before those that
+    /// live.
+    fn close_one(&mut self, last: &[Place]) -> bool {
         let mut order = match self.somebody_idles() {
-            true => [Place::Idle, Place::Busy, Place::Trusted],
-            false => [Place::Busy, Place::Idle, Place::Trusted],
+            true => vec![Place::Idle, Place::Busy],
+            false => vec![Place::Busy, Place::Idle],
         };
+        order.extend(last);
         if self.queue(Place::Trusted).len() > self.trusted_limit {
             order.sort_by_key(|place| self.queue(*place).first_key_value().map_or(u64::MAX, |(arrival, _)| *arrival));
         }

@@ -11,16 +11,17 @@ use crate::connection::STOPPING;
 use crate::cursor::Start;
 use crate::door::Door;
 use crate::history::Totals;
-use crate::hub::{Core, Hub, check_topic};
-use crate::log::{Logger, OncePerSecond};
+use crate::hub::{Hub, check_topic};
+use crate::log::OncePerSecond;
 use crate::metrics::{self, Gauges};
-use crate::places::{Counts, Places};
+use crate::places::Counts;
+use crate::pool::Threads;
 use crate::publishing::Publishing;
 use crate::reader::Reader;
 use crate::request::Request;
 use crate::response::{Response, decline};
 use crate::stream::{Handled, Handler};
-use crate::subscription::{POLL_TIME, Wanted};
+use crate::subscription::{POLL_TIME, Streams, Wanted};
 use crate::sync::enter;
 use crate::target::CURSOR_PARAMETERS;
 use crate::text::{invalid, parse_duration, quoted, skip_space, skip_token};
@@ -68,27 +69,17 @@ impl Source {
 pub struct Routes {
     pub door: Door,
     publishing: Publishing,
-    core: Arc<Core>,
-    places: Arc<Places>,
+    streams: Arc<Streams>,
     /// The program's routes by their paths: few, so a list is searched. Locked shortly, and under no other lock.
     table: Mutex<Vec<(String, Route)>>,
-    log: Arc<Logger>,
     /// Publishers that are refused in a flood must not hide other warnings.
     refusals: OncePerSecond,
 }
 
 impl Routes {
-    pub fn new(hub: Hub, door: Door, places: Arc<Places>, log: Arc<Logger>) -> Routes {
-        let core = hub.core.clone();
-        Routes {
-            door,
-            publishing: Publishing { hub, places: places.clone() },
-            core,
-            places,
-            table: Mutex::default(),
-            log,
-            refusals: OncePerSecond::default(),
-        }
+    pub fn new(hub: Hub, door: Door, streams: Arc<Streams>) -> Routes {
+        let publishing = Publishing { hub, places: streams.places.clone() };
+        Routes { door, publishing, streams, table: Mutex::default(), refusals: OncePerSecond::default() }
     }
 
     /// Adds what is at a path, or replaces it.
@@ -136,7 +127,7 @@ impl Routes {
             ("GET" | "HEAD", Some(names)) => {
                 self.door.check_subscriber(request)?;
                 // A GET may have a body, which means nothing (RFC 9110 §9.3.1), but has to be out of the way.
-                request.read_body(reader, &self.core.config, false)?;
+                request.read_body(reader, &self.streams.core.config, false)?;
                 Ok(Reply::Stream(Source::Topics(wanted_topics(request, names)?)))
             }
             ("GET" | "HEAD", None) => self.get(reader, request, &path),
@@ -150,12 +141,11 @@ impl Routes {
     }
 
     /// Who may publish is decided before anything of the body is read.
-    #[inline(never)] // see conversation.rs: a small stack
     fn publish(&self, reader: &mut Reader, request: &mut Request, topic: &str) -> Result<Response, Response> {
         self.door.check_origin(request)?;
         self.door.check_publisher(request)?;
         if self.door.knows_publishers() {
-            self.places.trust(reader.c); // only where tokens exist: else everybody would be trusted
+            self.streams.places.trust(reader.c); // only where tokens exist: else everybody would be trusted
         }
         match request.method.as_str() {
             "POST" => self.publishing.post(reader, request, topic),
@@ -164,14 +154,13 @@ impl Routes {
     }
 
     /// A page, a handler's stream, `/metrics` or `/health`; `path` is known to be one of them.
-    #[inline(never)] // see conversation.rs: a small stack
     fn get(&self, reader: &mut Reader, request: &mut Request, path: &str) -> Result<Reply, Response> {
         // Cloned, so that the table is not locked while a body is read or a page is sent.
         let route = enter(&self.table).iter().find(|(known, _)| known == path).map(|(_, route)| route.clone());
         if path == "/metrics" || matches!(route, Some(Route::Stream(_))) {
             self.door.check_subscriber(request)?;
         }
-        request.read_body(reader, &self.core.config, false)?;
+        request.read_body(reader, &self.streams.core.config, false)?;
         Ok(match route {
             Some(Route::Stream(handler)) => {
                 let (query, last_event_id) = (std::mem::take(&mut request.query), request.last_event_id.take());
@@ -186,8 +175,8 @@ impl Routes {
             }
             // From here on it is `/health`. 503 tells a load balancer to send nobody else here; streams go on all the
             // same.
-            None if self.core.is_stopping() => Reply::Response(self.publishing.unavailable(STOPPING)),
-            None if self.core.is_journal_failing() => {
+            None if self.streams.core.is_stopping() => Reply::Response(self.publishing.unavailable(STOPPING)),
+            None if self.streams.core.is_journal_failing() => {
                 Reply::Response(self.publishing.unavailable("the journal cannot be written, so nothing is published"))
             }
             None => Reply::Response(Response::text(200, "ok")),
@@ -196,9 +185,9 @@ impl Routes {
 
     /// Counts and logs a publisher that was refused: its operator should learn of it here, too.
     fn note_refusal(&self, reader: &Reader, refusal: &Response) {
-        self.core.counters.refused.fetch_add(1, Relaxed);
+        self.streams.core.counters.refused.fetch_add(1, Relaxed);
         let line = format_args!("{} could not publish: {} {}", reader.c.peer, refusal.status, refusal.reason());
-        self.log.warn_within(&self.refusals, line);
+        self.streams.log.warn_within(&self.refusals, line);
     }
 
     /// The methods that a path takes, for `Allow`; none where there is nothing.
@@ -212,16 +201,22 @@ impl Routes {
 
     /// The gauges are taken one after another, each under its own lock.
     fn metrics(&self) -> String {
-        let Counts { idle, busy, trusted, streams } = self.places.counts();
-        let Totals { topics, events, bytes } = self.core.history().totals();
+        let Counts { idle, busy, trusted, topics: subscribers, handlers } = self.streams.places.counts();
+        let Threads { threads, behind, queued } = self.streams.pool.threads();
+        let Totals { topics, events, bytes } = self.streams.core.history().totals();
         let gauges = Gauges {
-            subscribers: streams,
+            subscribers: subscribers + handlers,
+            // Whoever changes hands between two of these counts is counted as live.
+            live: subscribers.saturating_sub(behind + queued),
+            behind,
+            queued,
+            threads,
             connections: idle + busy + trusted,
             topics,
             kept_events: events,
             kept_bytes: bytes,
         };
-        metrics::render(&gauges, &self.core.counters)
+        metrics::render(&gauges, &self.streams.core.counters)
     }
 }
 

@@ -1,26 +1,32 @@
 //! The server around it all: bind, accept, start and stop.
 //!
 //! `std` listens with a backlog of 128, and a crowd that comes back at once must not overflow it: clients would wait
-//! seconds for their next try. So the threads that accept only accept, find a place, and hand the socket to a thread of
-//! its own. Stopping is over within a second, whatever peers and disks do: first streams are ended in order, then
-//! sockets are cut, then lanes and the journal end, each with its share of the time.
+//! seconds for their next try. So one thread does nothing but accept; it takes no lock, and starts nobody. Another finds
+//! each newcomer a place and puts it into the line for a thread. Stopping is over within a second, whatever peers and disks
+//! do: first streams are ended in order, then sockets are cut, then lanes and the journal end, each with its share of the
+//! time.
 
+use crate::clerk;
 use crate::config::{Config, Log};
 use crate::connection::STOPPING;
 use crate::conversation::{self, Shared};
+use crate::desk::Desk;
 use crate::door::Door;
 use crate::engine::Engine;
 use crate::feed::Feed;
 use crate::hub::{Core, Hub, STOP_WAIT};
-use crate::lane::{self, ToLane};
+use crate::lane::Lane;
 use crate::log::{Logger, OncePerSecond};
 use crate::metrics::Counters;
 use crate::places::Places;
+use crate::pool::Pool;
 use crate::routes::{Route, Routes};
 use crate::stream::Stream;
-use crate::sync::start_thread;
+use crate::subscription::Streams;
+use crate::sync::{enter, start_thread};
 use crate::system::{self, AddressSpace};
 use crate::text::invalid;
+use crossbeam_channel::{Receiver, Sender, bounded};
 use std::io::{self, ErrorKind};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
 use std::sync::Arc;
@@ -28,8 +34,8 @@ use std::sync::atomic::Ordering::Relaxed;
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-/// Threads that accept: while one finds a place and starts a thread, the other accepts.
-const ACCEPTORS: usize = 2;
+/// Connections that were accepted and have no place yet. Beyond them the listener's backlog fills.
+const NEWCOMERS: usize = 1_024;
 /// Without memory or descriptors accepting fails at once, again and again: this keeps it from spinning meanwhile.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(20);
 /// When stopping, streams have this long to take their end; then sockets are cut, and threads have until the second
@@ -57,9 +63,10 @@ pub struct Handle {
     /// must work without a descriptor left.
     doorbell: TcpStream,
     address_space: Arc<AddressSpace>,
-    /// None before [`Server::spawn`], and once they are joined.
+    /// The threads that accept and admit. None before [`Server::spawn`], and once they are joined.
     acceptors: Vec<JoinHandle<()>>,
-    lanes: Vec<JoinHandle<()>>,
+    /// The lanes and the clerk, likewise.
+    helpers: Vec<JoinHandle<()>>,
 }
 
 impl Server {
@@ -88,7 +95,7 @@ impl Server {
             return invalid("journal: an engine keeps the events instead: leave one of the two out");
         }
         let server = Server::bind_to(address, config, Some(engine))?;
-        let feed = Feed { core: Arc::downgrade(&server.handle.shared.core) };
+        let feed = Feed { core: Arc::downgrade(&server.handle.shared.streams.core) };
         Ok((server, feed))
     }
 
@@ -102,26 +109,31 @@ impl Server {
         let log = Arc::new(Logger::start(config.log)?);
         let lane_count = if config.lanes == 0 { default_lanes() } else { config.lanes };
         let config = system::fit(config, lane_count, &log)?;
-        let (mut lanes, mut threads, counters) = (Vec::new(), Vec::new(), Arc::new(Counters::default()));
+        let (mut lanes, mut helpers, counters) = (Vec::new(), Vec::new(), Arc::new(Counters::default()));
+        let desk = Arc::new(Desk::default());
         for n in 0..lane_count {
-            let (lane, thread) = lane::start(format!("lane {n}"), config.heartbeat, counters.clone())?;
+            let (lane, thread) = Lane::start(format!("lane {n}"), config.heartbeat, desk.clone(), counters.clone())?;
             lanes.push(lane);
-            threads.push(thread);
+            helpers.push(thread);
         }
         let core = Arc::new(Core::new(config, lanes, counters, &log, engine)?);
-        let places = Arc::new(Places::new(core.config.subscribers, core.config.connections));
+        let places = Arc::new(Places::new(&core.config));
+        let pool = Pool::start(core.config.threads, desk.clone())?;
+        let streams = Arc::new(Streams { core: core.clone(), places: places.clone(), pool, desk, log: log.clone() });
+        let address_space = Arc::new(AddressSpace::read());
+        helpers.push(clerk::start(streams.clone(), address_space.clone())?);
         // Only a server on loopback knows all of its names; the door needs its port to tell them from other servers'.
         let door = Door::new(&core.config, Some(address.port()).filter(|_| address.ip().is_loopback()));
-        let routes = Routes::new(Hub { core: core.clone() }, door, places.clone(), log.clone());
+        let routes = Routes::new(Hub { core }, door, streams.clone());
         let handle = Handle {
-            shared: Arc::new(Shared { core, places, routes, log, evicted: OncePerSecond::default() }),
+            shared: Arc::new(Shared { streams, routes, evicted: OncePerSecond::default() }),
             listener: Arc::new(listener),
             doorbell,
-            address_space: Arc::new(AddressSpace::read()),
+            address_space,
             acceptors: Vec::new(),
-            lanes: threads,
+            helpers,
         };
-        handle.shared.core.start_journal_thread()?;
+        handle.shared.streams.core.start_journal_thread()?;
         Ok(Server { handle })
     }
 
@@ -185,13 +197,13 @@ impl Server {
     /// # Errors
     /// No thread can be started.
     pub fn spawn(mut self) -> io::Result<Handle> {
-        for n in 0..ACCEPTORS {
-            let handle = &mut self.handle;
-            let (shared, space, listener) =
-                (handle.shared.clone(), handle.address_space.clone(), handle.listener.clone());
-            let accept_all = Box::new(move || accept_all(&shared, &space, &listener));
-            handle.acceptors.push(start_thread(format!("accept {n}"), accept_all)?);
-        }
+        let handle = &mut self.handle;
+        let (newcomers, accepted) = bounded(NEWCOMERS);
+        let (shared, listener) = (handle.shared.clone(), handle.listener.clone());
+        let accept = Box::new(move || accept_all(&shared, &listener, &newcomers));
+        let (shared, space) = (handle.shared.clone(), handle.address_space.clone());
+        let admit = Box::new(move || admit_all(&shared, &space, &accepted));
+        handle.acceptors = vec![start_thread("accept".into(), accept)?, start_thread("admit".into(), admit)?];
         Ok(self.handle)
     }
 }
@@ -199,7 +211,7 @@ impl Server {
 impl Handle {
     /// The hub, to publish with.
     pub fn hub(&self) -> Hub {
-        Hub { core: self.shared.core.clone() }
+        Hub { core: self.shared.streams.core.clone() }
     }
 
     /// The address that is bound.
@@ -228,7 +240,7 @@ impl Handle {
     /// Stops in this order: accepting, connections, lanes, journal, log; each is still needed by those before it. 0
     /// where it has stopped already.
     fn stop_once(&mut self) -> usize {
-        let (core, log) = (&self.shared.core, &self.shared.log);
+        let Streams { core, pool, desk, log, .. } = &*self.shared.streams;
         if !core.stop() {
             return 0;
         }
@@ -240,12 +252,13 @@ impl Handle {
             let _ = acceptor.join();
         }
         let deadline = Instant::now() + STOP_TIME; // for connections and journal together
-        let left = end_connections(&self.shared.places, log, deadline);
-        for lane in &core.lanes {
-            let _ = lane.send(ToLane::Stop);
-        }
-        for lane in self.lanes.drain(..) {
-            let _ = lane.join();
+        let left = end_connections(&self.shared.streams, deadline);
+        pool.close();
+        pool.wait_for_threads(deadline);
+        desk.close();
+        core.lanes.iter().for_each(Lane::stop);
+        for helper in self.helpers.drain(..) {
+            let _ = helper.join();
         }
         core.close_journal(deadline);
         log.finish();
@@ -274,17 +287,18 @@ fn default_lanes() -> usize {
     thread::available_parallelism().map_or(1, |cores| cores.get()).div_ceil(2)
 }
 
-/// What an acceptor does, until stopping wakes it. One connection's failure never ends it.
-fn accept_all(shared: &Arc<Shared>, space: &AddressSpace, listener: &TcpListener) {
-    while !shared.core.is_stopping() {
+/// Accepts, until stopping wakes it. One connection's failure never ends it.
+fn accept_all(shared: &Shared, listener: &TcpListener, newcomers: &Sender<(TcpStream, SocketAddr)>) {
+    let Streams { core, places, log, .. } = &*shared.streams;
+    while !core.is_stopping() {
         match listener.accept() {
-            Ok((socket, peer)) => admit(shared, space, socket, peer),
-            Err(_) if shared.core.is_stopping() => return,
+            Ok(newcomer) => drop(newcomers.send(newcomer)),
+            Err(_) if core.is_stopping() => return,
             Err(error) => {
-                shared.log.warn(format_args!("accepting failed: {error}"));
+                log.warn(format_args!("accepting failed: {error}"));
                 // These two are about one connection. Everything else is about this process, and room may help it.
                 if ![ErrorKind::ConnectionAborted, ErrorKind::Interrupted].contains(&error.kind()) {
-                    shared.places.make_room();
+                    places.make_room();
                     thread::sleep(ACCEPT_PAUSE);
                 }
             }
@@ -292,41 +306,45 @@ fn accept_all(shared: &Arc<Shared>, space: &AddressSpace, listener: &TcpListener
     }
 }
 
-/// Gives a connection its place and its thread, or closes it where there is no room. Must not wait for the peer: it is
-/// the acceptor's thread.
+/// Admits whoever was accepted, until nobody accepts any more.
+fn admit_all(shared: &Arc<Shared>, space: &AddressSpace, accepted: &Receiver<(TcpStream, SocketAddr)>) {
+    accepted.iter().for_each(|(socket, peer)| admit(shared, space, socket, peer));
+}
+
+/// Gives a connection its place and puts it into the line for a thread, or closes it where there is no room. Never waits
+/// for the peer.
 fn admit(shared: &Arc<Shared>, space: &AddressSpace, socket: TcpStream, peer: SocketAddr) {
+    let Streams { core, places, log, .. } = &*shared.streams;
     let has_space = space.has_room();
     if !has_space {
-        shared.places.make_room(); // for the next: an ending thread's space is not free at once
+        places.make_room(); // for the next: an ending connection's space is not free at once
     }
-    let has_way = has_space && !shared.core.is_stopping();
-    let Some(c) = has_way.then(|| shared.places.admit(socket, peer)).flatten() else {
-        shared.core.counters.rejected.fetch_add(1, Relaxed);
+    let has_way = has_space && !core.is_stopping();
+    let Some(c) = has_way.then(|| places.admit(socket, peer)).flatten() else {
+        core.counters.rejected.fetch_add(1, Relaxed);
         let why = if has_space { "are taken" } else { "have no address space (ulimit -v)" };
-        return shared.log.warn(format_args!("no room for {peer}: all {} places {why}", shared.places.limit()));
+        return log.warn(format_args!("no room for {peer}: all {} places {why}", places.limit()));
     };
-    if let Err(error) = conversation::start(shared.clone(), c) {
-        shared.log.warn(format_args!("no thread for {peer}: {error}"));
-        shared.places.make_room();
-    }
+    conversation::start(shared.clone(), c);
 }
 
 /// Ends every connection: streams with their reconnection time, publishers with their response. Idle ones are cut last,
 /// so that they can still ask for `/health`. Returns how many did not end in time.
-fn end_connections(places: &Places, log: &Logger, deadline: Instant) -> usize {
-    let started = Instant::now();
+fn end_connections(streams: &Streams, deadline: Instant) -> usize {
+    let (places, started) = (&streams.places, Instant::now());
+    streams.core.end_streams();
     for c in places.at_work() {
-        c.take_back();
+        enter(&c.state).ending = Some(STOPPING);
         let _ = c.socket.shutdown(Shutdown::Read); // wakes who waits for a body or a handler's timer
     }
     places.wait_for_work(started + STOP_GRACE);
     for c in places.everyone() {
         c.cut(STOPPING); // wakes who waits for a request, or a slow peer
     }
-    let left = places.wait_for_threads(deadline);
+    let left = places.wait_for_all(deadline);
     if left > 0 {
         let peers: Vec<String> = places.everyone().iter().take(NAMED_PEERS).map(|c| c.peer.to_string()).collect();
-        log.line(Log::Info, format_args!("{left} connections did not end: {}", peers.join(" ")));
+        streams.log.line(Log::Info, format_args!("{left} connections did not end: {}", peers.join(" ")));
     }
     left
 }

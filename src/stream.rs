@@ -1,12 +1,13 @@
-//! A handler's stream, on its connection's own thread.
+//! A handler's stream: a program writes whatever it likes to a page, for as long as the page is there.
 //!
-//! A program writes whatever it likes to a page, for as long as the page is there. The socket stays the thread's
-//! throughout (the phase is never live), so no lane writes in between. Nobody sweeps it either: that a page has closed
-//! is noticed when the handler writes, or while it sleeps on the socket. So every call says whether the stream is still
-//! open, and a handler that returns its errors ends in time.
+//! The handler has a thread, but is elsewhere most of the time: it waits for something of its own. So its stream is live
+//! like a subscriber's, and its lane looks whether the page has closed and writes heartbeats. Both write under the
+//! state's lock; the thread takes the socket for itself only where a write must wait, or to sleep on it, so that a closed
+//! page ends a sleep at once. Every call says whether the stream is still open, and a handler that returns its errors
+//! ends in time.
 
 use crate::clock::spread;
-use crate::connection::{Connection, Phase, Reason, STOPPING};
+use crate::connection::{Connection, LINGER, Outgoing, Phase, Reason, STOPPING, State, Unfinished};
 use crate::event::Event;
 use crate::hub::Core;
 use crate::sync::enter;
@@ -17,19 +18,22 @@ use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
+use std::thread;
 use std::time::{Duration, Instant};
+
+/// How long a sleep that cannot sit on the socket goes on between two looks at it.
+const STEP: Duration = Duration::from_millis(50);
 
 /// What writes a stream. Its error ends the stream, and is the reason in the log.
 pub type Handler = dyn Fn(&mut Stream) -> io::Result<()> + Send + Sync;
 
 /// A handler's stream, on its connection's own thread: see [`Server::stream`](crate::Server::stream).
 pub struct Stream<'a> {
-    c: &'a Connection,
+    c: &'a Arc<Connection>,
     core: &'a Core,
     query: Query,
     last_event_id: Option<String>,
-    /// Bytes that the peer has sent after its request.
-    stray: usize,
+    lane: usize,
 }
 
 /// A handler, and what it may ask of its request.
@@ -42,19 +46,21 @@ pub struct Handled {
 impl Handled {
     /// Writes the head, runs the handler, and returns why the stream ended. No lock may be held: a handler takes its
     /// time.
-    pub fn serve(self, core: &Core, c: &Connection, head: String) -> Cow<'static, str> {
-        if let Err(reason) = c.write_whole(head.as_bytes(), Instant::now() + LONGEST) {
+    pub fn serve(self, core: &Core, c: &Arc<Connection>, lane: usize, head: &str) -> Cow<'static, str> {
+        let began = c.write_whole(head.as_bytes(), Instant::now() + core.config.body_time);
+        if let Err(reason) = began.and_then(|()| c.set_nonblocking(true)) {
             return reason.into();
         }
-        drop(head); // while the handler runs, its memory is of no use
         let Handled { handler, query, last_event_id } = self;
-        let result = handler(&mut Stream { c, core, query, last_event_id, stray: 0 });
+        core.lanes[lane].join(c, &Arc::default());
+        enter(&c.state).phase = Phase::Live;
+        let result = handler(&mut Stream { c, core, query, last_event_id, lane });
         // An end is written only after a whole frame; a stream that is closed may be in the middle of one.
-        if core.is_stopping() && enter(&c.state).phase == Phase::Behind {
-            return c.end(STOPPING, spread(core.config.retry, 50, 150), None).into();
-        }
-        if enter(&c.state).phase == Phase::Behind {
-            c.end_silently();
+        if c.finish(Instant::now() + LINGER, &|| true).is_ok() && enter(&c.state).phase == Phase::Behind {
+            match core.is_stopping() {
+                true => return c.end(STOPPING, spread(core.config.retry, 50, 150), None).into(),
+                false => c.end_silently(),
+            }
         }
         match result {
             Ok(()) => "the handler returned".into(),
@@ -95,12 +101,35 @@ impl Stream<'_> {
             if left.is_zero() {
                 return Ok(());
             }
-            self.c.socket.set_read_timeout(Some(left))?;
-            if let Some(reason) = self.c.look(&mut self.stray) {
-                self.check_open()?; // stopping ends the reading side, too
-                self.close(reason);
-            }
+            self.rest(left);
         }
+    }
+
+    /// Waits for a while, on the socket where that tells of the page's end.
+    fn rest(&self, time: Duration) {
+        let heartbeat = self.core.config.heartbeat;
+        let mut state = enter(&self.c.state);
+        let silent = state.wrote.elapsed();
+        if state.unfinished.is_some() || state.has_said_all {
+            drop(state);
+            thread::sleep(time.min(STEP)); // to read would return at once, or heartbeats be late
+            state = enter(&self.c.state);
+            let looked = self.c.look(&mut state).map(drop);
+            return close_if_err(&mut state, looked);
+        } else if silent >= heartbeat {
+            let beaten = self.c.beat(&mut state, Instant::now());
+            return close_if_err(&mut state, beaten);
+        }
+        state.phase = Phase::Behind;
+        drop(state);
+        let timeout = time.min(heartbeat - silent).max(Duration::from_millis(1)); // 0 would be none
+        let sat = self.c.socket.set_read_timeout(Some(timeout)).map_err(|_| "the socket failed");
+        let got = sat.and(self.c.set_nonblocking(false)).and_then(|()| self.c.read_stray());
+        let got = self.c.set_nonblocking(true).and(got);
+        let mut state = enter(&self.c.state);
+        state.phase = Phase::Live;
+        let noted = got.and_then(|got| self.c.note_stray(&mut state, got)).map(drop);
+        close_if_err(&mut state, noted);
     }
 
     /// What the request's query says of `name`, percent-decoded.
@@ -118,26 +147,37 @@ impl Stream<'_> {
         self.c.peer
     }
 
-    /// Writes one frame, waiting for the peer.
+    /// Writes one frame: at once where it fits, else it waits for the peer.
     fn write(&mut self, frame: &[u8], events: u64) -> io::Result<()> {
         self.check_open()?;
-        let framing = enter(&self.c.state).framing;
-        match self.c.write_whole(&framing.wrap(frame), Instant::now() + LONGEST) {
-            Ok(()) => {
-                enter(&self.c.state).sent += events;
-                self.core.counters.delivered.fetch_add(events, Relaxed);
-                Ok(())
+        let mut state = enter(&self.c.state);
+        let bytes = state.framing.wrap(frame);
+        let written = match &mut state.unfinished {
+            // The rest of a heartbeat goes first.
+            Some(Unfinished { what: Outgoing::Other(before), .. }) => {
+                before.extend_from_slice(&bytes);
+                Ok(false)
             }
-            Err(reason) => {
-                self.close(reason); // perhaps after half an event: nothing may follow
-                Err(io::Error::other(reason))
+            _ => self.c.write_or_leave(&mut state, bytes),
+        };
+        match written {
+            Ok(true) => state.wrote = Instant::now(),
+            Ok(false) => {
+                state.phase = Phase::Behind;
+                drop(state);
+                let finished = self.c.finish(Instant::now() + LONGEST, &|| true).map(drop);
+                state = enter(&self.c.state);
+                state.phase = Phase::Live;
+                close_if_err(&mut state, finished);
             }
+            Err(reason) => close_if_err(&mut state, Err(reason)),
         }
-    }
-
-    /// From here on every call fails with this reason.
-    fn close(&self, reason: Reason) {
-        enter(&self.c.state).phase = Phase::Closed(reason);
+        if let Phase::Closed(reason) = state.phase {
+            return Err(io::Error::other(reason));
+        }
+        state.sent += events;
+        self.core.counters.delivered.fetch_add(events, Relaxed);
+        Ok(())
     }
 
     fn check_open(&self) -> io::Result<()> {
@@ -146,5 +186,24 @@ impl Stream<'_> {
             _ if self.core.is_stopping() => Err(io::Error::other(STOPPING)),
             _ => Ok(()),
         }
+    }
+}
+
+/// Perhaps after half an event: nothing may follow, and every call fails with this reason.
+fn close_if_err(state: &mut State, done: Result<(), Reason>) {
+    if let Err(reason) = done {
+        state.phase = Phase::Closed(reason);
+    }
+}
+
+impl Drop for Stream<'_> {
+    /// Takes the socket from the lane, also where the handler has panicked.
+    fn drop(&mut self) {
+        let mut state = enter(&self.c.state);
+        if state.phase == Phase::Live {
+            state.phase = Phase::Behind;
+        }
+        drop(state);
+        self.core.lanes[self.lane].leave(self.c.serial, &Arc::default());
     }
 }

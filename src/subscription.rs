@@ -1,36 +1,56 @@
-//! A stream of topics, while it must be waited for.
+//! A stream of topics: how it is opened, served while it is behind, and ended.
 //!
-//! Connecting, resuming and being slow are the same thing, *being behind*: the connection's thread replays everything
-//! after the cursor with writes that wait. Once nothing newer is kept, the subscriber turns live, its socket is the
-//! lane's, and the thread sleeps until the lane gives the socket back. Between the two owners an event could be lost,
-//! or written twice:
+//! Connecting, resuming and being slow are the same thing, *being behind*: a thread replays everything after the cursor
+//! with writes that may wait. Once nothing newer is kept, the subscriber turns live, its socket is the lane's, and the
+//! thread is free; where a write of the lane does not fit, the subscriber is queued for a thread again. Between two
+//! owners an event could be lost, or written twice:
 //!
 //! # Why nothing is lost and nothing comes twice
 //! 1. The topics count their subscriber before anything else (`History::subscribe`), so from then on publishing hands
 //!    its lane every event.
-//! 2. `ToLane::Join` stands in the lane's queue before the subscriber turns live (`Subscription::serve`). The queue is
-//!    first in, first out: a lane that takes an event which was queued after that knows the subscriber.
-//! 3. "Nothing newer is kept" and "live" happen in one hold of the history's lock (`Subscription::follow`).
+//! 2. The lane is told of the subscriber before it turns live (`Lane::join` in [`Served::turn_live`]), and looks whom it
+//!    was told of between taking an event from its queue and writing it (`Worker::write_run`). So a lane that takes an
+//!    event which was queued after that knows the subscriber.
+//! 3. "Nothing newer is kept" and "live" happen in one hold of the history's lock ([`Served::turn_live`]).
 //! 4. Publishing keeps an event before it queues it (`Core::hand_out`). So an event is either kept before 3, and was
 //!    replayed; or it is kept after 3, and queued after that, for a lane to which the subscriber is live.
-//! 5. A lane skips what is not newer than the cursor (`Lane::write_run`, `Connection::deliver`): what was replayed and
+//! 5. A lane skips what is not newer than the cursor (`Worker::write_run`, `Connection::deliver`): what was replayed and
 //!    still stands in the queue does not come twice.
 //!
 //! The way back: whoever falls behind does so under the state's lock, with the cursor at the last whole event and the
-//! next one unfinished (`State::fall_behind`). What the lane passes over from then on is kept, or a gap tells of it.
+//! next one unfinished (`Connection::deliver`). What the lane passes over from then on is kept, or a gap tells of it.
+//!
+//! # Whose it is
+//! Each change of the phase happens under the state's lock, and what the subscriber follows goes with it:
+//!
+//! | from | to | by | then |
+//! |---|---|---|---|
+//! | behind | live | its thread | lies in the state, and the thread is free |
+//! | live | queued | its lane, or the clerk when its time is over | lies in the state, in the pool's line |
+//! | live | closed | its lane | lies in the state, until the clerk notes the end |
+//! | behind | queued | its thread, for which others wait | lies in the state, in the pool's line |
+//! | queued | behind | a thread of the pool | the thread has it |
+//! | behind | closed | its thread | gone |
+//!
+//! So only one at a time has it, and whoever takes it last notes the end, once.
 
 use crate::clock::spread;
-use crate::connection::{Connection, Phase, Reason, STOPPING, State};
+use crate::config::Log;
+use crate::connection::{Connection, Outgoing, Phase, Reason, STOPPING, Unfinished, Written};
 use crate::cursor::{Next, Start};
-use crate::encoded::Encoded;
-use crate::event::Id;
+use crate::desk::Desk;
 use crate::feed::reach;
+use crate::history::History;
 use crate::hub::Core;
-use crate::lane::ToLane;
-use crate::sync::enter;
-use crossbeam_channel::Sender;
+use crate::log::Logger;
+use crate::places::Places;
+use crate::pool::{Kind, Pool, Seat};
+use crate::subscriber::{Opened, Subscriber};
+use crate::sync::{MutexGuard, enter};
+use crate::text::quoted;
+use std::net::Shutdown;
+use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
-use std::sync::{Arc, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 /// How long `?poll` waits for its first event: less than the 30 s after which some proxies cut a silent answer.
@@ -38,10 +58,16 @@ pub const POLL_TIME: Duration = Duration::from_secs(25);
 /// How soon a client comes back after a poll. What is published meanwhile is kept, so this only bounds the requests.
 const POLL_RETRY: Duration = Duration::from_millis(100);
 /// The log writes this end only at its debug level, since polls end all the time.
-pub const POLL_IS_OVER: Reason = "the poll is over";
-/// Why a stream was not opened: the client is told to come back.
-pub const NO_NAMES: Reason = "all topic names are in use";
-pub const NOT_REACHED: Reason = "events that another server has sent have not come here yet";
+const POLL_IS_OVER: Reason = "the poll is over";
+const LIFETIME_IS_OVER: Reason = "the lifetime is over";
+/// While others wait, a subscriber gives its thread back after so long.
+const TURN: Duration = Duration::from_millis(250);
+/// Why a stream is rejected. The client is told in a comment; in the log both need the debug level, or a flood would
+/// fill it.
+pub const NO_ROOM: Reason = "no room for another stream";
+pub const NO_THREAD: Reason = "no thread for another stream of a handler";
+const NO_NAMES: Reason = "all topic names are in use";
+const NOT_REACHED: Reason = "events that another server has sent have not come here yet";
 
 /// What a request for a stream of topics has asked for.
 pub struct Wanted {
@@ -52,160 +78,269 @@ pub struct Wanted {
     pub poll: Option<Duration>,
 }
 
-/// A subscriber, for as long as its topics count it. Dropping it takes it off its lane and off its topics.
-pub struct Subscription<'a> {
-    core: &'a Core,
-    c: &'a Arc<Connection>,
-    lane: &'a Sender<ToLane>,
-    /// Shared with the lane; each is the topic's own string.
-    names: Arc<[Arc<str>]>,
-    /// The cursor it starts after, and the gap it must hear first.
-    start: (Id, Option<Encoded>),
-    /// What each topic had forgotten when the subscriber was last told of a gap.
-    told: Vec<Id>,
-    /// Until when a poll waits for its first event.
-    poll_until: Option<Instant>,
-    /// When the lifetime is over.
-    deadline: Instant,
+/// What serving streams takes. Shared by all threads.
+pub struct Streams {
+    pub core: Arc<Core>,
+    pub places: Arc<Places>,
+    pub pool: Arc<Pool>,
+    pub desk: Arc<Desk>,
+    pub log: Arc<Logger>,
 }
 
-impl<'a> Subscription<'a> {
-    /// Counts the subscriber and finds its start, in one hold of the history's lock: what is forgotten in between would
-    /// be a gap that nobody tells. With an engine, it may first have to show what the client has seen elsewhere.
+/// A subscriber on a thread. Dropping it, also by a panic, notes its end.
+struct Served<'a> {
+    streams: &'a Arc<Streams>,
+    c: &'a Arc<Connection>,
+    /// None once it was given away.
+    subscriber: Option<Box<Subscriber>>,
+    reason: Reason,
+}
+
+/// What comes after a step.
+enum Step {
+    Again,
+    /// It was given to its lane.
+    Live,
+    /// Others need the thread.
+    Queue,
+    End(Reason),
+}
+
+impl Streams {
+    /// Counts a subscriber and finds its start, in one hold of the history's lock: what is forgotten in between would be a
+    /// gap that nobody tells. The response's head and a first block are left unfinished: the block has no data, so browsers
+    /// dispatch no event for it; but one that is cut off before its first event resumes from the block's id.
+    ///
+    /// # Errors
+    /// All topic names are in use; or with an engine, it has not shown yet what the client has seen elsewhere.
     pub fn open(
-        core: &'a Core,
-        c: &'a Arc<Connection>,
-        lane: &'a Sender<ToLane>,
+        &self,
+        c: &Arc<Connection>,
+        lane: usize,
         wanted: Wanted,
-    ) -> Result<Subscription<'a>, Reason> {
-        if !reach(core, &wanted.start) {
-            return Err(NOT_REACHED);
+        head: &str,
+        opened: Opened,
+    ) -> Result<Box<Subscriber>, (Reason, Opened)> {
+        let config = &self.core.config;
+        if !reach(&self.core, &wanted.start) {
+            return Err((NOT_REACHED, opened));
         }
-        let mut history = core.history();
-        let names = history.subscribe(&wanted.names).map_err(|_| NO_NAMES)?;
-        let (start, told) = (history.start(&names, wanted.start), history.told(&names));
+        let mut history = self.core.history();
+        let Ok(names) = history.subscribe(&wanted.names) else { return Err((NO_NAMES, opened)) };
+        let ((cursor, gap), told) = (history.start(&names, wanted.start), history.told(&names));
         drop(history);
-        let deadline = Instant::now() + spread(core.config.lifetime, 80, 100);
-        let poll_until = wanted.poll.map(|time| Instant::now() + time);
-        Ok(Subscription { core, c, lane, names, start, told, poll_until, deadline })
-    }
-
-    /// Serves the stream to its end, and returns why it ended.
-    pub fn serve(mut self, head: String) -> Reason {
-        if let Err(reason) = self.begin(head) {
-            return reason;
-        }
-        let _ = self.lane.send(ToLane::Join(self.c.clone(), self.names.clone()));
-        self.follow()
-    }
-
-    /// Writes the head and a block without data, which browsers dispatch no event for; but one that is cut off before
-    /// its first event resumes from the block's id.
-    fn begin(&mut self, head: String) -> Result<(), Reason> {
-        let is_poll = self.poll_until.is_some();
-        let (cursor, gap) = (self.start.0, self.start.1.take());
-        let retry = if is_poll { POLL_RETRY } else { self.core.config.retry };
+        let retry = if wanted.poll.is_some() { POLL_RETRY } else { config.retry };
         // Where a gap follows, the id comes with it: a client that is cut off before the gap must hear of it again.
         let id = if gap.is_none() { format!("id: {cursor}\n") } else { String::new() };
         let first = format!("retry: {}\n{id}\n", retry.as_millis());
-        let mut state = enter(&self.c.state);
-        (state.cursor, state.sent, state.is_poll) = (cursor, gap.is_some().into(), is_poll);
-        let framing = state.framing;
-        drop(state);
-        let mut bytes = [head.into_bytes(), framing.wrap(first.as_bytes())].concat();
+        let mut state = enter(&c.state);
+        let mut bytes = [head.as_bytes(), &state.framing.wrap(first.as_bytes())].concat();
         if let Some(gap) = &gap {
-            bytes.extend_from_slice(gap.bytes(framing));
+            bytes.extend_from_slice(gap.bytes(state.framing));
             self.core.counters.gaps.fetch_add(1, Relaxed);
             self.core.counters.delivered.fetch_add(1, Relaxed);
         }
-        self.c.write_waiting(&bytes, self.deadline)
+        (state.cursor, state.sent, state.is_poll) = (cursor, gap.is_some().into(), wanted.poll.is_some());
+        state.unfinished = Some(Unfinished { what: Outgoing::Other(bytes), offset: 0 });
+        drop(state);
+        let now = Instant::now();
+        let deadline = now + spread(config.lifetime, 80, 100);
+        let due = wanted.poll.map_or(deadline, |time| deadline.min(now + time));
+        self.desk.note_due(due, c.clone());
+        Ok(Box::new(Subscriber { names, told, lane, has_joined: false, due, deadline, opened }))
     }
 
-    /// Replays, turns live, sleeps until the lane gives the socket back, and begins again, until the stream ends.
-    fn follow(&mut self) -> Reason {
-        let (core, c) = (self.core, self.c);
-        loop {
-            // First of all: an event or heartbeat that the lane has begun must end before anything else is written.
-            match c.finish(self.deadline) {
-                Ok(finished) => core.counters.delivered.fetch_add(finished, Relaxed),
-                Err(reason) => return reason,
-            };
-            if core.is_stopping() {
-                return self.end(STOPPING, spread(core.config.retry, 50, 150));
-            } else if Instant::now() >= self.deadline {
-                return self.end("the lifetime is over", core.config.retry);
+    /// Serves a subscriber that was just opened, on the thread of its request, where there is one for it.
+    pub fn start(self: &Arc<Streams>, seat: &mut Seat, c: &Arc<Connection>, subscriber: Box<Subscriber>) {
+        let mut served = Served::new(self, c, subscriber);
+        match c.set_nonblocking(true) {
+            Err(reason) => served.reason = reason,
+            Ok(()) if seat.change_to(Kind::Behind) => served.serve(),
+            Ok(()) => served.queue(),
+        }
+    }
+
+    /// What the clerk does with whom a lane let go.
+    pub fn take_over(self: &Arc<Streams>, c: &Arc<Connection>) {
+        let mut state = enter(&c.state);
+        match state.phase {
+            Phase::Queued => {
+                drop(state);
+                self.hand(c);
             }
-            // The state's lock is given up before the history's is taken: whoever takes both takes the history's first.
-            let State { cursor, sent, framing, .. } = *enter(&c.state);
-            let history = core.history();
-            match history.next(&self.names, cursor, &self.told, framing) {
-                Next::Nothing if self.poll_until.is_some_and(|until| sent > 0 || Instant::now() >= until) => {
-                    drop(history);
-                    return self.end(POLL_IS_OVER, POLL_RETRY);
+            Phase::Closed(reason) => {
+                let subscriber = state.subscriber.take();
+                drop(state);
+                if let Some(subscriber) = subscriber {
+                    self.note_end(c, &subscriber, reason);
                 }
-                Next::Nothing => {
-                    let mut state = enter(&c.state);
-                    state.phase = Phase::Live; // under the history's lock still: see 3 above
-                    drop(history);
-                    if let Some(reason) = self.sleep(state) {
-                        return reason;
-                    }
-                }
-                Next::Gap(gap) => {
-                    self.told = history.told(&self.names);
-                    drop(history);
-                    core.counters.gaps.fetch_add(1, Relaxed);
-                    enter(&c.state).fall_behind(gap, 0);
-                }
-                Next::Events(run) => {
-                    drop(history);
-                    let mut state = enter(&c.state);
-                    core.counters.delivered.fetch_add(c.deliver(&mut state, &run, Instant::now()), Relaxed);
-                    if let Phase::Closed(reason) = state.phase {
-                        return reason;
-                    }
-                }
+            }
+            _ => {}
+        }
+    }
+
+    /// Ends a subscriber as soon as a frame has ended, from any thread. Where no reason is given, its time is over.
+    pub fn end_soon(self: &Arc<Streams>, c: &Arc<Connection>, why: Option<Reason>) {
+        let mut state = enter(&c.state);
+        let its_time = if state.is_poll { POLL_IS_OVER } else { LIFETIME_IS_OVER };
+        state.ending.get_or_insert(why.unwrap_or(its_time));
+        if state.phase == Phase::Live && state.subscriber.is_some() {
+            state.phase = Phase::Queued;
+            drop(state);
+            self.hand(c);
+        }
+    }
+
+    /// Puts a queued subscriber into the line for a thread.
+    fn hand(self: &Arc<Streams>, c: &Arc<Connection>) {
+        let (streams, c) = (self.clone(), c.clone());
+        let serve = move |_: &mut Seat| {
+            let mut state = enter(&c.state);
+            let Some(subscriber) = state.subscriber.take() else { return };
+            state.phase = Phase::Behind;
+            drop(state);
+            Served::new(&streams, &c, subscriber).serve();
+        };
+        self.pool.hand(Kind::Behind, Box::new(serve));
+    }
+
+    /// Notes the end of a subscriber. Only for whoever has taken it out of the state.
+    fn note_end(&self, c: &Connection, subscriber: &Subscriber, reason: Reason) {
+        enter(&c.state).phase = Phase::Closed(reason);
+        self.desk.forget_due(subscriber.due, c.serial);
+        if subscriber.has_joined {
+            self.core.lanes[subscriber.lane].leave(c.serial, &subscriber.names);
+        }
+        self.core.history().unsubscribe(&subscriber.names);
+        let _ = c.socket.shutdown(Shutdown::Write); // its lane may keep the socket open for a moment
+        self.log_end(c, &subscriber.opened, reason);
+        self.places.leave(c);
+    }
+
+    /// One line for each stream, in fields that a script can read.
+    pub fn log_end(&self, c: &Connection, opened: &Opened, reason: &str) {
+        let (open, sent) = (opened.at.elapsed(), enter(&c.state).sent);
+        let (seconds, tenths) = (open.as_secs(), open.subsec_millis() / 100);
+        let (peer, path, reason) = (c.peer, quoted(&opened.path), c.cut.get().copied().unwrap_or(reason));
+        let line =
+            format_args!("closed peer={peer} path={path} reason={reason:?} seconds={seconds}.{tenths} events={sent}");
+        let repeats = [POLL_IS_OVER, NO_ROOM, NO_THREAD, NO_NAMES, NOT_REACHED].contains(&reason); // as fast as a flood
+        self.log.line(if repeats { Log::Debug } else { Log::Info }, line);
+    }
+}
+
+impl<'a> Served<'a> {
+    fn new(streams: &'a Arc<Streams>, c: &'a Arc<Connection>, subscriber: Box<Subscriber>) -> Served<'a> {
+        Served { streams, c, subscriber: Some(subscriber), reason: "this server panicked: a fault" }
+    }
+
+    /// Serves it until it is live, has ended, or others need the thread.
+    fn serve(mut self) {
+        let (pool, until) = (&self.streams.pool, Instant::now() + TURN);
+        let may_wait = || pool.is_nobody_waiting() || Instant::now() < until;
+        loop {
+            match self.step(&may_wait) {
+                Step::Again => {}
+                Step::Live => return,
+                Step::Queue => return self.queue(),
+                Step::End(reason) => return self.reason = reason,
             }
         }
+    }
+
+    /// Finishes what was begun, and takes the next step: a run of events, a gap, or to turn live.
+    fn step(&mut self, may_wait: &dyn Fn() -> bool) -> Step {
+        let (core, c) = (&*self.streams.core, self.c);
+        let Some(subscriber) = &mut self.subscriber else { return Step::Live };
+        // First of all: an event or heartbeat that the lane has begun must end before anything else is written.
+        match c.finish(subscriber.deadline, may_wait) {
+            Ok((Written::Whole, finished)) => core.counters.delivered.fetch_add(finished, Relaxed),
+            Ok((Written::Part, _)) => return Step::Queue,
+            Err(reason) => return Step::End(reason),
+        };
+        // The state's lock is given up before the history's is taken: whoever takes both takes the history's first.
+        let state = enter(&c.state);
+        let (cursor, framing, ending) = (state.cursor, state.framing, state.ending);
+        let is_polled = state.is_poll && (state.sent > 0 || ending.is_some());
+        drop(state);
+        if core.is_stopping() {
+            return self.end(STOPPING, spread(core.config.retry, 50, 150));
+        } else if let Some(why) = ending.filter(|why| *why != POLL_IS_OVER) {
+            return self.end(why, core.config.retry);
+        } else if !may_wait() {
+            return Step::Queue;
+        }
+        let history = core.history();
+        match history.next(&subscriber.names, cursor, &subscriber.told, framing) {
+            Next::Nothing if is_polled => {
+                drop(history);
+                self.end(POLL_IS_OVER, POLL_RETRY)
+            }
+            Next::Nothing => self.turn_live(history),
+            Next::Gap(gap) => {
+                subscriber.told = history.told(&subscriber.names);
+                drop(history);
+                core.counters.gaps.fetch_add(1, Relaxed);
+                enter(&c.state).unfinished = Some(Unfinished { what: Outgoing::Event(gap), offset: 0 });
+                Step::Again
+            }
+            Next::Events(run) => {
+                drop(history);
+                match c.deliver(&mut enter(&c.state), &run, Instant::now()) {
+                    Ok(whole) => core.counters.delivered.fetch_add(whole, Relaxed),
+                    Err(reason) => return Step::End(reason),
+                };
+                Step::Again
+            }
+        }
+    }
+
+    /// Gives the socket to the lane, in the hold of the history's lock that has shown that nothing newer is kept: 2 and 3
+    /// of the proof. Not where it is to end: who ends live streams may have passed by just before.
+    fn turn_live(&mut self, history: MutexGuard<'_, History>) -> Step {
+        let Some(subscriber) = &mut self.subscriber else { return Step::Live };
+        if !subscriber.has_joined {
+            self.streams.core.lanes[subscriber.lane].join(self.c, &subscriber.names);
+            subscriber.has_joined = true;
+        }
+        let mut state = enter(&self.c.state);
+        if state.ending.is_some() || self.streams.core.is_stopping() {
+            return Step::Again;
+        }
+        state.subscriber = self.subscriber.take();
+        state.phase = Phase::Live;
+        drop((state, history));
+        Step::Live
+    }
+
+    /// Gives the thread back, and waits for another one.
+    fn queue(mut self) {
+        let mut state = enter(&self.c.state);
+        state.subscriber = self.subscriber.take();
+        state.phase = Phase::Queued;
+        drop(state);
+        self.streams.hand(self.c);
     }
 
     /// Ends the stream; its last frame must be whole. If its topics keep nothing newer, the client is given the newest
     /// id of all topics to resume from: with its own last id, the page of a quiet topic would hear a gap for what other
     /// topics have forgotten since. Both are looked at in one hold of the history's lock, so nothing lies between the two
     /// ids: whatever stands in a lane's queue is kept already.
-    fn end(&self, why: Reason, retry: Duration) -> Reason {
+    fn end(&self, why: Reason, retry: Duration) -> Step {
+        let Some(subscriber) = &self.subscriber else { return Step::Live };
         let cursor = enter(&self.c.state).cursor;
-        let history = self.core.history();
+        let history = self.streams.core.history();
         let newest = history.newest();
-        let is_ahead = newest > cursor && !history.has_news(&self.names, cursor, &self.told);
+        let is_ahead = newest > cursor && !history.has_news(&subscriber.names, cursor, &subscriber.told);
         drop(history);
-        self.c.end(why, retry, is_ahead.then_some(newest))
-    }
-
-    /// Sleeps while the subscriber is live, with the state's lock given up. Returns why the connection closed, if it
-    /// did; else the socket is the thread's again.
-    fn sleep(&self, mut state: MutexGuard<'_, State>) -> Option<Reason> {
-        while state.phase == Phase::Live {
-            let until = self.poll_until.unwrap_or(self.deadline).min(self.deadline);
-            let left = until.saturating_duration_since(Instant::now());
-            if left.is_zero() || self.core.is_stopping() {
-                state.phase = Phase::Behind;
-                break;
-            }
-            state = self.c.wake.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
-        }
-        match state.phase {
-            Phase::Closed(reason) => Some(reason),
-            _ => None,
-        }
+        Step::End(self.c.end(why, retry, is_ahead.then_some(newest)))
     }
 }
 
-impl Drop for Subscription<'_> {
+impl Drop for Served<'_> {
     fn drop(&mut self) {
-        // Waits while the lane's queue is full; the lane never waits for us. Until it has taken this, it finds the
-        // subscriber not live.
-        let _ = self.lane.send(ToLane::Leave(self.c.serial, self.names.clone()));
-        self.core.history().unsubscribe(&self.names);
+        if let Some(subscriber) = self.subscriber.take() {
+            self.streams.note_end(self.c, &subscriber, self.reason);
+        }
     }
 }

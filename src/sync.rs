@@ -4,8 +4,10 @@
 //! every update in this house leaves its data whole at each step that may panic; whoever adds one must keep it so.
 
 use std::io;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::PoisonError;
+pub use std::sync::{Condvar, Mutex, MutexGuard};
 use std::thread::{self, JoinHandle};
+use std::time::Duration;
 
 /// Address space of a thread's stack; only pages that were touched take memory. Programs' handlers run on it too, and
 /// are told so ([`Server::stream`](crate::Server::stream)).
@@ -23,4 +25,9 @@ pub fn start_thread(name: String, work: Box<dyn FnOnce() + Send>) -> io::Result<
 /// Enters a lock, also one that a panic has poisoned: see above. The order of the locks is in `lib.rs`.
 pub fn enter<T>(lock: &Mutex<T>) -> MutexGuard<'_, T> {
     lock.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Waits on a condition for some time, with the lock given up meanwhile. May return early: look at the condition again.
+pub fn wait<'a, T>(condition: &Condvar, guard: MutexGuard<'a, T>, time: Duration) -> MutexGuard<'a, T> {
+    condition.wait_timeout(guard, time).unwrap_or_else(PoisonError::into_inner).0
 }

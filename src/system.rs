@@ -4,7 +4,7 @@
 //! caught. So the limits on connections are lowered to what there is room for before it comes to that. All of this is
 //! read from Linux's `/proc` and `/sys`; other systems have neither, and there no limit is lowered.
 
-use crate::config::{Config, Log};
+use crate::config::{Config, FEWEST_THREADS, Log};
 use crate::log::Logger;
 use crate::sync::STACK_BYTES;
 use std::fs;
@@ -27,26 +27,38 @@ const _: () = assert!(SPARE_SPACE_KB * 1024 >= 16 * STACK_BYTES, "several thread
 /// # Errors
 /// [`ErrorKind::QuotaExceeded`]: there is no room for two connections, one to publish and one to read.
 pub fn fit(mut config: Config, lanes: usize, log: &Logger) -> io::Result<Config> {
-    let limits = [
-        (files_left(), "open files (ulimit -n)"),
-        (mappings_left() / mappings_for_each(&config), "memory mappings (vm.max_map_count)"),
-        (tasks_left().saturating_sub(lanes + SPARE_TASKS), "tasks in its control group (pids.max)"),
-    ];
-    let (room, what) = limits.into_iter().min().unwrap_or((usize::MAX, ""));
+    let files = (files_left(), "open files (ulimit -n)");
+    let room = files.0;
     if room < 2 {
-        let reason = format!("no room for two connections: the limit is on {what}");
-        return Err(io::Error::new(ErrorKind::QuotaExceeded, reason));
+        return Err(no_room("two connections", files.1));
     }
     if config.subscribers.saturating_add(config.connections) > room {
         // An eighth for publishing and health, which must work while all streams are taken.
         config.connections = config.connections.min(room / 8 + 1);
         config.subscribers = config.subscribers.min(room - config.connections);
         let (subscribers, connections) = (config.subscribers, config.connections);
+        let what = files.1;
         let line =
             format_args!("room for {subscribers} streams and {connections} connections only: the limit is on {what}");
         log.line(Log::Info, line);
     }
+    let threads = [
+        (mappings_left() / mappings_for_each(&config), "memory mappings (vm.max_map_count)"),
+        (tasks_left().saturating_sub(lanes + SPARE_TASKS), "tasks in its control group (pids.max)"),
+    ];
+    let (room, what) = threads.into_iter().min().unwrap_or((usize::MAX, ""));
+    if room < FEWEST_THREADS {
+        return Err(no_room(&format!("{FEWEST_THREADS} threads"), what));
+    }
+    if config.threads > room {
+        config.threads = room;
+        log.line(Log::Info, format_args!("room for {room} threads only: the limit is on {what}"));
+    }
     Ok(config)
+}
+
+fn no_room(missing: &str, what: &str) -> io::Error {
+    io::Error::new(ErrorKind::QuotaExceeded, format!("no room for {missing}: the limit is on {what}"))
 }
 
 /// The limit on this process's address space, which is read once: only what is in use changes.

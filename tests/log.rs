@@ -9,7 +9,10 @@ use std::thread;
 /// A server whose stderr nobody reads.
 fn with_blocked_stderr() -> (Child, SocketAddr) {
     let mut command = Command::new(BROOKLET);
-    command.args(["--listen", "127.0.0.1:0", "--log", "debug"]).stdout(Stdio::piped()).stderr(Stdio::piped());
+    command
+        .args(["--listen", "127.0.0.1:0", "--log", "debug", "--subscribers", "100"]) // fits: no line says otherwise
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped());
     let mut child = start(&mut command);
     let addr = address(child.stdout.take().unwrap()).unwrap_or_else(|first| panic!("no address in {first:?}"));
     (child, addr)

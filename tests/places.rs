@@ -195,8 +195,8 @@ fn those_inside_get_everything(process: &Process, attempts: usize, places: std::
         assert_eq!(post(addr, "/events/a", &format!("{n} to all")).status, 200);
     }
     crowd.read_until(10);
-    // Each stream is one thread and one descriptor, and nothing is left of those that were rejected.
-    process.wait_until_at_most((before.0 + inside, before.1 + inside));
+    // Each stream is one descriptor and no thread, and nothing is left of those that were rejected.
+    process.wait_until_at_most((before.0, before.1 + inside));
     drop(crowd);
     process.wait_until_at_most(before);
     assert_eq!(press_in(addr, 1).members.len(), 1, "there is room again");
@@ -211,7 +211,7 @@ fn of_12_000_who_come_10_000_are_inside_and_the_others_are_told_when_to_come_bac
             left_out("15,000 descriptors (ulimit -n)");
             return;
         }
-        let process = Process::start(&["--log", "off", "--connections", "500"]);
+        let process = Process::start(&["--log", "off", "--subscribers", "10000", "--connections", "500"]);
         those_inside_get_everything(&process, 12_000, 10_000..=10_000);
         process.finish();
     });

@@ -1,0 +1,288 @@
+//! Threads for those who must be waited for, and who goes first.
+//!
+//! A job is one connection's turn: its requests, or what a subscriber is behind. Threads that have become free take the
+//! next job, and another is started only where the first in a line has waited a while without one: so a crowd that comes
+//! back at once is served by a few threads, and a crowd that holds its threads gets more, up to the limit. Each kind of
+//! job has a share of the threads that the others cannot take, so that none locks another out.
+//!
+//! Waiting for threads is bounded by what waits: a connection stands in one line at most once, and there are places for
+//! so many connections only (`places.rs`).
+
+use crate::config::FEWEST_THREADS;
+use crate::desk::Desk;
+use crate::sync::{Condvar, Mutex, enter, start_thread, wait};
+use std::collections::VecDeque;
+use std::io::{self, ErrorKind};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+use std::time::{Duration, Instant};
+
+/// Threads that stay when there is nothing to do, so that the next request finds one.
+const STAYING: usize = 4;
+/// How long the others stay.
+const IDLE_TIME: Duration = Duration::from_secs(1);
+/// How long the first in a line waits before another thread is started: to end what others have begun takes less.
+const START_AFTER: Duration = Duration::from_millis(2);
+/// How long a request waits for its turn before another connection makes room for it.
+const ROOM_AFTER: Duration = Duration::from_millis(20);
+/// A line that does not move gets this part of its length in new threads at a time.
+const STARTED_PART: usize = 16;
+const _: () = assert!(STAYING <= FEWEST_THREADS);
+
+/// One turn of a connection.
+pub type Job = Box<dyn FnOnce(&mut Seat) + Send>;
+
+/// What a job is about. `Lines::running` is indexed by it.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    /// Requests are read and answered: up to half of the threads.
+    Request,
+    /// A subscriber is behind: up to three quarters, together with handlers.
+    Behind,
+    /// A program's handler, which returns when it likes: up to a quarter.
+    Handler,
+}
+
+pub struct Pool {
+    limit: usize,
+    desk: Arc<Desk>,
+    lines: Mutex<Lines>,
+    /// Idle threads sleep here.
+    work: Condvar,
+    /// Notified when a thread has ended.
+    ended: Condvar,
+    /// How many subscribers wait for a thread.
+    behind: AtomicUsize,
+}
+
+#[derive(Default)]
+struct Lines {
+    requests: VecDeque<Waiting>,
+    behind: VecDeque<Waiting>,
+    /// How many jobs of each kind run.
+    running: [usize; 3],
+    threads: usize,
+    /// Of them, how many have nothing to do.
+    idle: usize,
+    /// Jobs that were taken so far, and at the last look: where they are equal, the lines do not move.
+    taken: usize,
+    seen: usize,
+    /// The clerk looks at the lines again by itself.
+    is_watched: bool,
+    is_closed: bool,
+}
+
+struct Waiting {
+    since: Instant,
+    job: Job,
+    /// Another connection has made room for it.
+    has_room: bool,
+}
+
+/// A job's thread, as the job sees it.
+pub struct Seat<'a> {
+    pool: &'a Pool,
+    kind: Kind,
+}
+
+/// How many threads there are, and how many connections have or want one.
+pub struct Threads {
+    pub threads: usize,
+    pub behind: usize,
+    pub queued: usize,
+}
+
+/// What came of a look at the lines.
+pub struct Look {
+    /// When to look again; with no lines, when somebody rings.
+    pub again_at: Option<Instant>,
+    /// How many requests have waited so long that others should make room for them.
+    pub in_want: usize,
+    /// Whether all threads could be started that were wanted.
+    pub started: io::Result<()>,
+}
+
+impl Pool {
+    /// A pool of at most `limit` threads, of which the first few start now.
+    ///
+    /// # Errors
+    /// No thread can be started.
+    pub fn start(limit: usize, desk: Arc<Desk>) -> io::Result<Arc<Pool>> {
+        let (lines, work, ended, behind) = Default::default();
+        let pool = Arc::new(Pool { limit, desk, lines, work, ended, behind });
+        for _ in 0..STAYING.min(limit) {
+            pool.start_worker()?;
+        }
+        Ok(pool)
+    }
+
+    /// Puts a job into its line. Never waits.
+    pub fn hand(&self, kind: Kind, job: Job) {
+        let mut lines = enter(&self.lines);
+        let waiting = Waiting { since: Instant::now(), job, has_room: false };
+        match kind {
+            Kind::Behind => lines.behind.push_back(waiting),
+            _ => lines.requests.push_back(waiting),
+        }
+        self.behind.store(lines.behind.len(), Relaxed);
+        let waiting = lines.requests.len() + lines.behind.len();
+        let must_ring = (waiting > lines.idle || !lines.has_share(kind, self.limit)) && !lines.is_watched;
+        lines.is_watched |= must_ring;
+        drop(lines);
+        self.work.notify_one();
+        if must_ring {
+            self.desk.ring();
+        }
+    }
+
+    /// Whether a job of a subscriber that is behind may go on, for all that others wait.
+    pub fn is_nobody_waiting(&self) -> bool {
+        self.behind.load(Relaxed) == 0
+    }
+
+    pub fn threads(&self) -> Threads {
+        let lines = enter(&self.lines);
+        Threads { threads: lines.threads, behind: lines.running[Kind::Behind as usize], queued: lines.behind.len() }
+    }
+
+    /// The clerk's look: starts threads where the first in a line has waited too long, as long as `may_start` lets it.
+    pub fn look(self: &Arc<Pool>, may_start: impl Fn() -> bool) -> Look {
+        let mut lines = enter(&self.lines);
+        let now = Instant::now();
+        let is_stuck = lines.taken == lines.seen;
+        lines.seen = lines.taken;
+        let most = self.limit - lines.threads;
+        let is_overdue = |waiting: &Waiting, time| now.duration_since(waiting.since) >= time;
+        let mut wanted = 0;
+        for (kind, line) in [(Kind::Request, &lines.requests), (Kind::Behind, &lines.behind)] {
+            if line.front().is_some_and(|first| is_overdue(first, START_AFTER)) && lines.has_share(kind, self.limit) {
+                wanted += if is_stuck { line.len().div_ceil(STARTED_PART) } else { 1 };
+            }
+        }
+        let mut in_want = 0;
+        if most == 0 || !lines.has_share(Kind::Request, self.limit) {
+            let overdue = lines.requests.iter().take_while(|waiting| is_overdue(waiting, ROOM_AFTER));
+            in_want = overdue.filter(|waiting| !waiting.has_room).count();
+        }
+        lines.is_watched = lines.requests.len() + lines.behind.len() > 0;
+        let again_at = lines.is_watched.then(|| now + START_AFTER);
+        drop(lines);
+        let started = (0..wanted.min(most)).try_for_each(|_| match may_start() {
+            true => self.start_worker(),
+            false => Err(io::Error::new(ErrorKind::OutOfMemory, "no address space is left (ulimit -v)")),
+        });
+        Look { again_at, in_want, started }
+    }
+
+    /// So many others have made room for requests that wait.
+    pub fn note_room(&self, count: usize) {
+        let mut lines = enter(&self.lines);
+        let in_want = lines.requests.iter_mut().filter(|waiting| !waiting.has_room);
+        in_want.take(count).for_each(|waiting| waiting.has_room = true);
+    }
+
+    /// From now on threads end once the lines are empty.
+    pub fn close(&self) {
+        enter(&self.lines).is_closed = true;
+        self.work.notify_all();
+    }
+
+    /// Waits until every thread has ended, or until the deadline. Returns how many have not.
+    pub fn wait_for_threads(&self, deadline: Instant) -> usize {
+        let mut lines = enter(&self.lines);
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if lines.threads == 0 || left.is_zero() {
+                return lines.threads;
+            }
+            lines = wait(&self.ended, lines, left);
+        }
+    }
+
+    fn start_worker(self: &Arc<Pool>) -> io::Result<()> {
+        let mut lines = enter(&self.lines);
+        lines.threads += 1;
+        let name = format!("serve {}", lines.threads);
+        drop(lines);
+        let pool = self.clone();
+        start_thread(name, Box::new(move || pool.work())).map(drop).inspect_err(|_| enter(&self.lines).threads -= 1)
+    }
+
+    /// The life of a thread: one job after another.
+    fn work(&self) {
+        while let Some((kind, job)) = self.next() {
+            let mut seat = Seat { pool: self, kind };
+            // A job's panic must take neither its thread nor the lines along. What it served is ended as it unwinds.
+            let _ = catch_unwind(AssertUnwindSafe(|| job(&mut seat)));
+            enter(&self.lines).running[seat.kind as usize] -= 1;
+        }
+    }
+
+    /// Waits for the next job. None where the thread is to end, which it is counted out for.
+    fn next(&self) -> Option<(Kind, Job)> {
+        let mut lines = enter(&self.lines);
+        let idle_until = Instant::now() + IDLE_TIME;
+        lines.idle += 1;
+        loop {
+            if let Some((kind, job)) = lines.take(self.limit) {
+                lines.idle -= 1;
+                self.behind.store(lines.behind.len(), Relaxed);
+                return Some((kind, job));
+            }
+            let left = idle_until.saturating_duration_since(Instant::now());
+            let is_over = lines.is_closed && lines.requests.is_empty() && lines.behind.is_empty();
+            if is_over || left.is_zero() && lines.idle > STAYING {
+                lines.idle -= 1;
+                lines.threads -= 1;
+                self.ended.notify_all();
+                return None;
+            }
+            lines = wait(&self.work, lines, if left.is_zero() { IDLE_TIME } else { left });
+        }
+    }
+}
+
+impl Lines {
+    /// Takes the first job whose kind has a share left. Requests first: they are short, or evicted.
+    fn take(&mut self, limit: usize) -> Option<(Kind, Job)> {
+        for kind in [Kind::Request, Kind::Behind] {
+            if !self.has_share(kind, limit) {
+                continue;
+            }
+            let line = if kind == Kind::Request { &mut self.requests } else { &mut self.behind };
+            if let Some(waiting) = line.pop_front() {
+                self.running[kind as usize] += 1;
+                self.taken += 1;
+                return Some((kind, waiting.job));
+            }
+        }
+        None
+    }
+
+    /// Whether another job of this kind may run. So at least a quarter of the threads is there for requests, and another
+    /// for subscribers that are behind, whatever the others do.
+    fn has_share(&self, kind: Kind, limit: usize) -> bool {
+        let [requests, behind, handlers] = self.running;
+        match kind {
+            Kind::Request => requests < limit / 2,
+            Kind::Behind => behind + handlers < limit - limit / 4,
+            Kind::Handler => handlers < limit / 4,
+        }
+    }
+}
+
+impl Seat<'_> {
+    /// Has the job go on as one of another kind. False where that kind has no share left; then it must end soon.
+    pub fn change_to(&mut self, kind: Kind) -> bool {
+        let mut lines = enter(&self.pool.lines);
+        let has_share = lines.has_share(kind, self.pool.limit);
+        if has_share {
+            lines.running[self.kind as usize] -= 1;
+            lines.running[kind as usize] += 1;
+            self.kind = kind;
+            self.pool.work.notify_one(); // for whoever waited for this share
+        }
+        has_share
+    }
+}
