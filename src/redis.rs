@@ -22,7 +22,7 @@
 use crate::redis_link::{Link, NEWEST, NONSENSE, REPLY_TIME, Session, id, lock, taken};
 use crate::redis_reader::{follow, load};
 use brooklet::{Engine, Entry, Feed, Id};
-use crossbeam_channel::{Receiver, Sender, bounded};
+use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded};
 use redis::{Cmd, Value};
 use std::io;
 use std::sync::Arc;
@@ -45,6 +45,9 @@ const PATIENCE: Duration = Duration::from_millis(450);
 const _: () = assert!(REPLY_TIME.as_millis() < PATIENCE.as_millis() && PATIENCE.as_millis() < 500);
 /// What is sent to Redis in one go: publishers that come at the same time share the way.
 const BATCH_BYTES: usize = 1024 * 1024;
+/// After so much silence the publisher looks whether its connection is still there: what closes idle ones on the way
+/// would else be noticed by an event of which nobody knows whether it was published.
+const IDLE_TIME: Duration = Duration::from_secs(10);
 /// Publishers that wait their turn; the server's `--connections` bounds them, too.
 const QUEUED_JOBS: usize = 1024;
 /// The engine of the command. Its threads end with the server that it feeds, or the process.
@@ -131,7 +134,16 @@ struct Publisher {
 
 impl Publisher {
     fn work(&mut self, queue: &Receiver<Job>) {
-        while let Ok(first) = queue.recv() {
+        loop {
+            let first = match queue.recv_timeout(IDLE_TIME) {
+                Ok(job) => job,
+                Err(RecvTimeoutError::Timeout) => {
+                    let lost = |session: &mut Session| session.one(&redis::cmd("PING"), REPLY_TIME).is_err();
+                    self.session.take_if(lost);
+                    continue;
+                }
+                Err(RecvTimeoutError::Disconnected) => return,
+            };
             let (mut size, mut jobs) = (first.bytes.len(), vec![first]);
             while size < BATCH_BYTES
                 && let Ok(job) = queue.try_recv()

@@ -104,3 +104,69 @@ pub fn run(size: &Size) {
     }
     println!("{} events, {count} subscribers of three servers, {delivered} deliveries: {took:.1?}", size.events);
 }
+
+/// What a server costs: how many events publishers bring in, how long one takes, and the processor time of a delivery.
+struct Cost {
+    publishers: usize,
+    rate: f64,
+    median_us: u128,
+    late_us: u128,
+    cpu_us: f64,
+}
+
+/// Prints what it costs to go through Redis, beside the same server alone, in the same run.
+pub fn compare_cost() {
+    let redis = Redis::start();
+    println!("publishers | events/s | median µs | p99 µs | µs CPU a delivery (500 subscribers)");
+    for publishers in [1, 4, 16] {
+        for (name, flags) in [("alone", vec![]), ("Redis", vec!["--redis".into(), redis.url()])] {
+            let flags: Vec<&str> = flags.iter().map(String::as_str).chain(["--log", "off"]).collect();
+            let cost = cost(&Process::start(&flags), publishers);
+            let Cost { rate, median_us, late_us, cpu_us, .. } = cost;
+            println!("{name}: {:10} | {rate:8.0} | {median_us:9} | {late_us:6} | {cpu_us:.2}", cost.publishers);
+        }
+    }
+}
+
+fn cost(server: &Process, publishers: usize) -> Cost {
+    let (events, subscribers) = (20_000 / publishers, 500);
+    let addr = server.addr;
+    // Publishing alone, each event as soon as the one before is answered.
+    let began = Instant::now();
+    let mut times: Vec<u128> = thread::scope(|scope| {
+        let publish = || {
+            let mut wire = Wire::connect(addr);
+            let mut time = |_| {
+                let began = Instant::now();
+                assert_eq!(wire.post("/events/quiet", &"x".repeat(100)).status, 200);
+                began.elapsed().as_micros()
+            };
+            (0..events).map(&mut time).collect::<Vec<_>>()
+        };
+        let threads: Vec<_> = (0..publishers).map(|_| scope.spawn(publish)).collect();
+        threads.into_iter().flat_map(|thread| thread.join().unwrap()).collect()
+    });
+    let rate = times.len() as f64 / began.elapsed().as_secs_f64();
+    times.sort_unstable();
+    // Then a steady stream of events, one at a time, to a crowd.
+    let mut members: Vec<Member> = (0..subscribers).map(|_| subscribe(addr, vec![0])).collect();
+    let (before, steady) = (cpu_us(server), 500);
+    let mut wire = Wire::connect(addr);
+    for n in 0..steady {
+        assert_eq!(wire.post("/events/t0", &n.to_string()).status, 200);
+        let expected = n + 1;
+        wait_longer_for("an event everywhere", || {
+            members.iter_mut().for_each(Member::read);
+            members.iter().all(|member| member.had.len() == expected).then_some(())
+        });
+    }
+    let cpu_us = (cpu_us(server) - before) as f64 / (steady * subscribers) as f64;
+    Cost { publishers, rate, median_us: times[times.len() / 2], late_us: times[times.len() * 99 / 100], cpu_us }
+}
+
+/// What a process has had of the processor, which the kernel counts in hundredths of a second.
+fn cpu_us(server: &Process) -> u64 {
+    let text = std::fs::read_to_string(format!("/proc/{}/stat", server.child.id())).unwrap();
+    let fields: Vec<&str> = text.rsplit(')').next().unwrap().split_whitespace().collect();
+    (fields[11].parse::<u64>().unwrap() + fields[12].parse::<u64>().unwrap()) * 10_000
+}

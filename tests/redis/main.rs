@@ -87,6 +87,15 @@ fn every_subscriber_of_one_topic_has_all_of_twenty_thousand_events() {
 }
 
 #[test]
+#[ignore = "figures for the README: make redis-load"]
+fn what_it_costs_to_go_through_redis() {
+    if !has("redis-server") {
+        return;
+    }
+    load::compare_cost();
+}
+
+#[test]
 fn servers_are_killed_and_their_subscribers_go_on_elsewhere() {
     if !has("redis-server") {
         return;
