@@ -9,6 +9,7 @@ mod world;
 use brooklet::Id;
 use common::*;
 use std::collections::BTreeMap;
+use std::io::{Read, Write};
 use std::process::Command;
 use std::sync::atomic::Ordering::SeqCst;
 use std::thread;
@@ -540,4 +541,86 @@ fn the_way_to_redis_may_be_encrypted() {
     let (mut stream, _) = Wire::subscribe(server.addr, "/events/a", "");
     publish(server.addr, "/events/a", "unseen on the way");
     assert_eq!(stream.event().unwrap().data(), "unseen on the way");
+}
+
+#[test]
+fn a_user_of_redis_needs_no_more_rights_than_the_readme_says() {
+    if !has("redis-server") {
+        return;
+    }
+    let redis = Redis::start();
+    let readme = include_str!("../../README.md");
+    let rights = readme.split('`').find(|words| words.starts_with("+info ")).expect("the rights in the README");
+    let rights: Vec<&str> = rights.split(' ').collect();
+    let user = ["acl", "setuser", "brook", "on", ">let", "~brooklet", "~{brooklet}:*"];
+    redis.cli(&[&user[..], &rights].concat());
+    let server = server(&format!("redis://brook:let@127.0.0.1:{}", redis.port), &[]);
+    let (mut stream, _) = Wire::subscribe(server.addr, "/events/a", "");
+    let first = publish(server.addr, "/events/a?key=k", "once");
+    assert_eq!(publish(server.addr, "/events/a?key=k", "twice"), first);
+    assert_eq!(stream.event().unwrap().data(), "once");
+    redis.cli(&["flushall"]);
+    assert!(stream.event().unwrap().is_gap());
+    // An id of the future has the newest one asked for.
+    let (mut stream, _) = Wire::subscribe(server.addr, "/events/a", "Last-Event-ID: 9999999999999-0\r\n");
+    assert!(stream.event().unwrap().is_gap());
+}
+
+#[test]
+fn the_readmes_page_of_commands_makes_three_servers_and_a_load_balancer() {
+    if !has("redis-server") || !(std::path::Path::new("/usr/sbin/nginx").exists() || left_out("nginx")) {
+        return;
+    }
+    let readme = include_str!("../../README.md");
+    let block = readme.split("```sh many-servers\n").nth(1).expect("the block").split("```").next().unwrap();
+    let free: Vec<_> = (0..5).map(|_| std::net::TcpListener::bind("127.0.0.1:0").unwrap()).collect();
+    let ports: Vec<u16> = free.iter().map(|listener| listener.local_addr().unwrap().port()).collect();
+    drop(free);
+    let mut script = block.replace("target/release/brooklet", BROOKLET);
+    for (name, port) in ["6379", "3001", "3002", "3003", "8080"].iter().zip(&ports) {
+        script = script.replace(name, &port.to_string());
+    }
+    let dir = Scratch::new();
+    let mut command = Command::new("setsid");
+    command.args(["sh", "-c", &format!("{script}\nwait")]).current_dir(&dir.0);
+    let group = Group(start(command.stdout(std::process::Stdio::null()).stderr(std::process::Stdio::null())));
+    let addr: std::net::SocketAddr = format!("127.0.0.1:{}", ports[4]).parse().unwrap();
+    let ask = |path: &str| {
+        let mut socket = std::net::TcpStream::connect(addr).ok()?;
+        socket.set_read_timeout(Some(PATIENCE)).unwrap();
+        socket.write_all(format!("GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n").as_bytes()).ok()?;
+        Some(socket)
+    };
+    // Until the last of them is there: nginx passes by who is not.
+    for port in &ports[1..4] {
+        wait_for("a server", || std::net::TcpStream::connect(("127.0.0.1", *port)).ok());
+    }
+    let mut streams: Vec<_> = (0..6).map(|_| wait_for("nginx", || ask("/events/news"))).collect();
+    let read_until = |socket: &mut std::net::TcpStream, end: &str| {
+        let mut read = Vec::new();
+        let mut chunk = [0; 4096];
+        while !String::from_utf8_lossy(&read).contains(end) {
+            match socket.read(&mut chunk).unwrap() {
+                0 => panic!("it ended after {:?}", String::from_utf8_lossy(&read)),
+                got => read.extend_from_slice(&chunk[..got]),
+            }
+        }
+    };
+    streams.iter_mut().for_each(|stream| read_until(stream, "retry: 3000"));
+    let each: Vec<u64> = ports[1..4].iter().map(|port| metric(([127, 0, 0, 1], *port).into(), "subscribers")).collect();
+    assert_eq!(each, [2, 2, 2], "spread evenly");
+    let (status, _) = wait_for("publishing", || try_post(addr, "/events/news", "hello"));
+    assert_eq!(status, 200);
+    streams.iter_mut().for_each(|stream| read_until(stream, "data: hello"));
+    drop(group);
+}
+
+/// A shell and all that it has started, which end with it.
+struct Group(std::process::Child);
+
+impl Drop for Group {
+    fn drop(&mut self) {
+        shell(&format!("kill -TERM -{}", self.0.id()));
+        let _ = self.0.wait();
+    }
 }
