@@ -93,7 +93,7 @@ impl Door {
         let (mut lines, methods, fields) = match (self.is_allowed(origin), is_open_to_all) {
             (true, _) => (
                 format!("Access-Control-Allow-Origin: {origin}\r\nAccess-Control-Allow-Credentials: true\r\n"),
-                "GET, HEAD, POST, PUT",
+                "GET, HEAD, POST, PUT, DELETE",
                 "Authorization, Cache-Control, Content-Type, Last-Event-ID",
             ),
             (_, true) => ("Access-Control-Allow-Origin: *\r\n".into(), "GET, HEAD", "Cache-Control, Last-Event-ID"),

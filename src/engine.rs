@@ -56,6 +56,15 @@ pub trait Engine: Send + Sync {
     fn newest(&self) -> io::Result<Id>;
 }
 
+/// Asks an engine, and looks whether it has kept its word.
+pub fn publish(engine: &dyn Engine, entries: &[Entry]) -> io::Result<Vec<Id>> {
+    let ids = if entries.is_empty() { Vec::new() } else { engine.publish(entries)? };
+    match ids.len() == entries.len() {
+        true => Ok(ids),
+        false => Err(io::Error::other(format!("the engine gave {} ids to {} entries", ids.len(), entries.len()))),
+    }
+}
+
 /// What an engine puts in order: an event of a topic, or that everything up to here is to be forgotten of a topic.
 #[derive(Clone, Debug)]
 pub struct Entry {

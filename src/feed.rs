@@ -13,8 +13,9 @@ use crate::cursor::Start;
 use crate::encoded::Encoded;
 use crate::engine::Entry;
 use crate::event::{Event, Id};
-use crate::hub::{Core, check_topic, stopped};
+use crate::hub::{Core, stopped};
 use crate::lane::Lane;
+use crate::names::check_topic;
 use crate::sync::{enter, wait};
 use crate::text::invalid;
 use crate::unwritten::Order;
@@ -45,16 +46,20 @@ impl Feed {
         let core = self.core()?;
         let mut order = enter(&core.turns.order); // as publishing does: ids, history and queues have one order
         advance(&core, &mut order, id)?;
+        let is_forget = entry.is_forget();
         let checked = check_topic(&entry.topic).and_then(|()| entry.event.as_ref().map_or(Ok(()), Event::check));
         match entry.event.filter(|_| checked.is_ok()) {
             // It is kept nowhere, so a client of this topic that comes later has to hear of a gap; nobody follows it now.
-            Some(_) if core.history().check_room(&entry.topic).is_err() => core.history().pass_over(id),
+            Some(_) if core.history().check_room(&[&entry.topic]).is_err() => core.history().pass_over(id),
             Some(event) => {
                 let frame = event.encode_with_id(id);
                 core.hand_out(&entry.topic, Encoded::new(id, b"", frame.as_bytes()), event.key.map(Arc::from));
             }
             // Its id counts all the same: a client that has it from another server resumes after it.
             None => core.history().reach(id),
+        }
+        if is_forget && checked.is_ok() {
+            core.hand_out_forgetting(&entry.topic, id);
         }
         checked
     }

@@ -16,6 +16,7 @@ use crate::encoded::Encoded;
 use crate::event::Id;
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::io::{self, ErrorKind};
+use std::mem::replace;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -51,11 +52,20 @@ pub struct History {
 pub struct Topic {
     name: Arc<str>,
     events: VecDeque<KeptEvent>,
+    /// What `events` cost.
+    bytes: usize,
     /// The event of each key that is kept; forgotten with it.
     keys: HashMap<Arc<str>, Id>,
     /// The newest that it has forgotten.
     pub newest_forgotten: Point,
     subscribers: usize,
+}
+
+/// What a topic has forgotten all at once. To free it takes a while, so it is dropped once no lock is held.
+#[derive(Default)]
+pub struct Gone {
+    _events: VecDeque<KeptEvent>,
+    _keys: HashMap<Arc<str>, Id>,
 }
 
 struct KeptEvent {
@@ -77,6 +87,17 @@ pub struct Walk {
     /// The next event of each topic.
     heads: BTreeMap<Id, Arc<str>>,
     until: Id,
+}
+
+/// What one topic has in the table.
+pub struct TopicOverview {
+    pub name: Arc<str>,
+    pub subscribers: usize,
+    pub events: usize,
+    /// With what is kept beside the events' bytes.
+    pub bytes: usize,
+    /// The id of the newest event that is kept.
+    pub newest: Option<Id>,
 }
 
 /// How much is kept.
@@ -125,18 +146,36 @@ impl History {
         (self.bytes - EVENT_OVERHEAD * self.events) as u64
     }
 
+    /// What is in the table, in no order.
+    pub fn overview(&self) -> Vec<TopicOverview> {
+        let overview = |topic: &Topic| TopicOverview {
+            name: topic.name.clone(),
+            subscribers: topic.subscribers,
+            events: topic.events.len(),
+            bytes: topic.bytes,
+            newest: topic.events.back().map(|kept| kept.event.id),
+        };
+        self.topics.values().map(overview).collect()
+    }
+
+    /// The newest event that a topic keeps.
+    pub fn newest_of(&self, name: &str) -> Option<Id> {
+        self.topics.get(name)?.events.back().map(|kept| kept.event.id)
+    }
+
     /// The id of the kept event that was published to this topic with this key.
     pub fn id_of_key(&self, name: &str, key: &str) -> Option<Id> {
         self.topics.get(name)?.keys.get(key).copied()
     }
 
-    /// Whether an event may be published to this topic, or all names are in use.
-    pub fn check_room(&self, name: &str) -> io::Result<()> {
-        self.check_room_within(self.topic_limit, name)
+    /// Whether an event may be published to all of these topics, or too many names are in use.
+    pub fn check_room(&self, names: &[&str]) -> io::Result<()> {
+        self.check_room_within(self.topic_limit, names)
     }
 
-    fn check_room_within(&self, limit: usize, name: &str) -> io::Result<()> {
-        if self.topics.len() >= limit && !self.topics.contains_key(name) {
+    fn check_room_within(&self, limit: usize, names: &[&str]) -> io::Result<()> {
+        let new = names.iter().filter(|name| !self.topics.contains_key(**name)).count();
+        if new > 0 && self.topics.len() + new > limit {
             let reason = format!("all {limit} topic names are in use: use one of them, or try again later");
             return Err(io::Error::new(ErrorKind::QuotaExceeded, reason));
         }
@@ -186,6 +225,7 @@ impl History {
         let (point, is_first, cost) = (kept.point(), topic.events.is_empty(), kept.cost());
         topic.keys.extend(kept.key.clone().map(|key| (key, point.id)));
         topic.events.push_back(kept);
+        topic.bytes += cost;
         let (name, count, is_followed) = (topic.name.clone(), topic.events.len(), topic.subscribers > 0);
         self.events += 1;
         self.bytes += cost;
@@ -201,6 +241,29 @@ impl History {
             self.forget_oldest_of(&name);
         }
         is_followed.then_some(name)
+    }
+
+    /// Forgets what a topic keeps up to `id`. Whoever resumes from before the newest of that hears a gap, and nobody
+    /// else: what was not kept any more was forgotten before.
+    pub fn forget(&mut self, name: &str, id: Id) -> Gone {
+        let Some(topic) = self.topics.get_mut(name) else { return Gone::default() };
+        let count = topic.events.partition_point(|kept| kept.event.id <= id);
+        let rest = topic.events.split_off(count);
+        let gone = replace(&mut topic.events, rest);
+        let (Some(first), Some(last)) = (gone.front(), gone.back()) else { return Gone::default() };
+        topic.newest_forgotten = topic.newest_forgotten.max(last.point());
+        let key_of = |kept: &KeptEvent| Some((kept.key.clone()?, kept.event.id));
+        let keys = replace(&mut topic.keys, topic.events.iter().filter_map(key_of).collect());
+        let bytes: usize = gone.iter().map(KeptEvent::cost).sum();
+        topic.bytes -= bytes;
+        self.bytes -= bytes;
+        self.events -= gone.len();
+        self.oldest.remove(&first.point());
+        match topic.events.front() {
+            Some(next) => drop(self.oldest.insert(next.point(), topic.name.clone())),
+            None => self.remove_if_unused(name),
+        }
+        Gone { _events: gone, _keys: keys }
     }
 
     /// Forgets what is too old. Whoever looks at the history calls this first (`Core::history`).
@@ -220,7 +283,7 @@ impl History {
         let limit = self.topic_limit - self.topic_limit / 4;
         let mut taken: Vec<Arc<str>> = Vec::with_capacity(names.len());
         for name in names {
-            if let Err(full) = self.check_room_within(limit, name) {
+            if let Err(full) = self.check_room_within(limit, &[name]) {
                 self.unsubscribe(&taken);
                 return Err(full);
             }
@@ -240,8 +303,10 @@ impl History {
         }
     }
 
-    /// Notes what an earlier process has forgotten: of one topic, or of all that are not in the table.
+    /// Notes what an earlier process has forgotten: of one topic, or of all that are not in the table. What was restored
+    /// of that topic, up to this id, was deleted.
     pub fn restore_newest_forgotten(&mut self, name: Option<&str>, id: Id) {
+        name.into_iter().for_each(|name| drop(self.forget(name, id)));
         let point = Point { id, moment_ms: self.clock.before_start(id.ms) };
         match name {
             None => self.newest_forgotten = self.newest_forgotten.max(point),
@@ -325,10 +390,11 @@ impl History {
     fn forget_oldest_of(&mut self, name: &Arc<str>) {
         let Some(topic) = self.topics.get_mut(name) else { return };
         let Some(kept) = topic.events.pop_front() else { return };
-        let point = kept.point();
+        let (point, cost) = (kept.point(), kept.cost());
         self.oldest.remove(&point);
         self.events -= 1;
-        self.bytes -= kept.cost();
+        self.bytes -= cost;
+        topic.bytes -= cost;
         topic.newest_forgotten = topic.newest_forgotten.max(point);
         if let Some(key) = kept.key.filter(|key| topic.keys.get(key) == Some(&point.id)) {
             topic.keys.remove(&key);

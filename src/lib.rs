@@ -42,14 +42,14 @@
 //! the end of this file. A `Connection` is called `c`.
 //!
 //! # Where a change goes
-//! *A parameter of a stream* is read in `routes` (`wanted_topics`) and kept in `subscription` (`Wanted`). Where the stream
+//! *A parameter of a stream* is named and read in `routes` (`STREAM_PARAMETERS`, `wanted_topics`), and kept in `subscription` (`Wanted`). Where the stream
 //! starts is decided in `cursor`; when it ends, in `subscription` (`Served::step`). Live or behind, the events of its topics are
 //! written by `Connection::deliver`, or by `Connection::finish` where one fitted only in part.
 //!
-//! *Another kind of storage* replaces `journal`, which only `hub` and `unwritten` name; `kept` stands between its blocks and
+//! *Another kind of storage* replaces `journal`, which only `hub`, `tending`, `unwritten` and `kept` name; `kept` stands between its blocks and
 //! the history. One that numbers events itself replaces `Core::number`, too. `Core::hand_out` gives an event to the history
 //! and the lanes, and only demands that ids rise. That an id has a time of this server's clock in it, and a position just
-//! before it, is relied on in `cursor`; when the process starts, also in `hub` (`recover`) and `history` (`restore`).
+//! before it, is relied on in `cursor`; when the process starts, also in `kept` (`recover`) and `history` (`restore`).
 //!
 //! # Locks, outermost first
 //! | lock | held | guards |
@@ -81,10 +81,11 @@ mod server; // bind, accept, start and stop
 mod clerk; // what lanes and acceptors may not do, since they never wait
 mod conversation; // one connection's requests, one after another
 mod routes; // what each request gets
-mod publishing; // POST and PUT
+mod publishing; // POST, PUT, DELETE
 mod subscription; // a stream of topics: opened, replayed, ended
 mod stream; // a handler's stream
 mod feed; // what an engine shows to its server
+mod tending; // the journal's own thread
 mod hub; // publishing: number, write down, hand out
 mod unwritten; // what waits for the journal, and whose turn it is
 mod kept; // between the journal's blocks and the history
@@ -112,6 +113,7 @@ mod connection; // one socket, and whose it is
 mod subscriber; // what a subscriber follows, while nobody serves it
 mod encoded; // an event's bytes, shared by all who get it
 mod system; // what the system allows
+mod names; // what topics may be called
 mod log; // lines for stderr
 mod metrics; // what is counted
 mod event; // Event, Id, and their bytes

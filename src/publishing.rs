@@ -1,4 +1,5 @@
-//! Publishing over HTTP: `POST` publishes its body as one event, `PUT` every line of it as it arrives.
+//! Publishing over HTTP: `POST` publishes its body as one event, `PUT` every line of it as it arrives, and `DELETE` makes
+//! a topic forget what was published.
 //!
 //! What is wrong with the query is said before the body is read: nobody should send a day's log to learn of a typing
 //! error. A `PUT` cannot be undone, so an error in the middle of it says how many lines were published and which id the
@@ -6,8 +7,9 @@
 
 use crate::connection::STOPPING;
 use crate::event::{Event, Id};
-use crate::hub::{Hub, check_topic};
+use crate::hub::Hub;
 use crate::lines::Lines;
+use crate::names::{check_topic, topic_names};
 use crate::places::Places;
 use crate::reader::Reader;
 use crate::request::Request;
@@ -25,20 +27,40 @@ pub struct Publishing {
 }
 
 impl Publishing {
-    /// Publishes the body as one event; the answer is its id.
+    /// Publishes the body as one event to each of some topics, all or none; the answer is a line with the id for each.
     ///
     /// # Errors
     /// 400 for a bad query or body, 408, 413; 503 or 507 where the hub has refused it.
-    pub fn post(&self, reader: &mut Reader, request: &mut Request, topic: &str) -> Result<Response, Response> {
-        let mut event = self.describe(request, topic, &["event", "retry", "key"])?;
+    pub fn post(&self, reader: &mut Reader, request: &mut Request, topics: &str) -> Result<Response, Response> {
+        let names = topic_names(topics).map_err(|error| self.not_published(&error))?;
+        let mut event = self.describe(request, &["event", "retry", "key"])?;
         let body =
             request.read_body(reader, &self.hub.core.config, true).map_err(|refusal| self.explain(refusal, ""))?;
         // Event streams are UTF-8 and nothing else (the standard): a page would see replacement characters.
         event.data = String::from_utf8(body).map_err(|error| {
             Response::text(400, format!("the body is not UTF-8 from byte {} on", error.utf8_error().valid_up_to()))
         })?;
-        match self.hub.publish(topic, event) {
-            Ok(id) => Ok(Response::text(200, id)),
+        let published = match &names[..] {
+            [topic] => self.hub.publish(topic, event).map(|id| id.to_string()),
+            _ => {
+                self.hub.core.publish_each(&names.iter().map(String::as_str).collect::<Vec<_>>(), &event).map(lines_of)
+            }
+        };
+        published.map(|ids| Response::text(200, ids)).map_err(|error| self.not_published(&error))
+    }
+
+    /// Forgets what a topic keeps; the answer says up to which event.
+    ///
+    /// # Errors
+    /// 400 for a query or a name that cannot be read; 503 or 507 where the hub has refused it.
+    pub fn delete(&self, reader: &mut Reader, request: &mut Request, topic: &str) -> Result<Response, Response> {
+        check_topic(topic).map_err(|error| self.not_published(&error))?;
+        request.query.check(&[])?;
+        // As with GET, a body means nothing, but has to be out of the way (RFC 9110 §9.3.5).
+        request.read_body(reader, &self.hub.core.config, false)?;
+        match self.hub.core.forget(topic) {
+            Ok(Some(id)) => Ok(Response::text(200, format!("forgotten up to {id}"))),
+            Ok(None) => Ok(Response::text(200, "nothing was kept")),
             Err(error) => Err(self.not_published(&error)),
         }
     }
@@ -48,7 +70,8 @@ impl Publishing {
     /// # Errors
     /// As for [`Publishing::post`], with what was published before.
     pub fn put(&self, reader: &mut Reader, request: &mut Request, topic: &str) -> Result<Response, Response> {
-        let event = self.describe(request, topic, &["event", "retry"])?;
+        check_topic(topic).map_err(|error| self.not_published(&error))?;
+        let event = self.describe(request, &["event", "retry"])?;
         request.invite_body(reader)?;
         // Outside of the loop over the lines, since an error needs them, too.
         let (mut count, mut last) = (0, None);
@@ -90,16 +113,13 @@ impl Publishing {
 
     /// The event that a request's query describes, checked; its data comes with the body. An unknown parameter is
     /// refused, or `?evnet=x` would publish something else than was meant.
-    fn describe(&self, request: &Request, topic: &str, known: &[&str]) -> Result<Event, Response> {
-        if let Some((name, _)) = request.query.0.iter().find(|(name, _)| !known.contains(&name.as_str())) {
-            return decline(400, format!("the parameter {} is not known: {} are", quoted(name), known.join(", ")));
-        }
+    fn describe(&self, request: &Request, known: &[&str]) -> Result<Event, Response> {
+        request.query.check(known)?;
         let mut event = Event::new("");
         event.name = request.query.get("event").map(String::from);
         event.key = request.query.get("key").map(String::from);
         event.retry = request.query.get("retry").map(milliseconds).transpose()?;
-        let checked = check_topic(topic).and_then(|()| self.hub.core.check(&event));
-        checked.map_err(|error| self.not_published(&error)).map(|()| event)
+        event.check_for_topic(&self.hub.core.config).map_err(|error| self.not_published(&error)).map(|()| event)
     }
 
     /// The answer to an error of the hub: 400 where the request is wrong, 507 where the disk takes nothing, else 503.
@@ -125,6 +145,10 @@ impl Publishing {
     pub fn unavailable(&self, reason: impl fmt::Display) -> Response {
         Response::text(503, reason).field("Retry-After", self.hub.core.config.retry.as_millis().div_ceil(1000))
     }
+}
+
+fn lines_of(ids: Vec<Id>) -> String {
+    ids.iter().map(Id::to_string).collect::<Vec<_>>().join("\n")
 }
 
 /// Whole milliseconds; browsers ignore a `retry` that is anything else than digits.

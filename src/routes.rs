@@ -10,10 +10,11 @@
 use crate::connection::STOPPING;
 use crate::cursor::Start;
 use crate::door::Door;
-use crate::history::Totals;
-use crate::hub::{Hub, check_topic};
+use crate::history::{TopicOverview, Totals};
+use crate::hub::Hub;
 use crate::log::OncePerSecond;
 use crate::metrics::{self, Gauges};
+use crate::names::topic_names;
 use crate::places::Counts;
 use crate::pool::Threads;
 use crate::publishing::Publishing;
@@ -25,16 +26,19 @@ use crate::subscription::{POLL_TIME, Streams, Wanted};
 use crate::sync::enter;
 use crate::target::CURSOR_PARAMETERS;
 use crate::text::{invalid, parse_duration, quoted, skip_space, skip_token};
+use std::fmt::Write;
 use std::io;
 use std::sync::atomic::Ordering::Relaxed;
 use std::sync::{Arc, Mutex};
 
-/// Most topics of one stream: each step of a replay looks at all of them.
-pub const TOPICS_PER_STREAM: usize = 16;
 /// Where the topics are; programs' own paths may not begin with it.
 const EVENTS: &str = "/events/";
 const READ_METHODS: &str = "GET, HEAD, OPTIONS";
-const TOPIC_METHODS: &str = "GET, HEAD, POST, PUT, OPTIONS";
+const TOPIC_METHODS: &str = "GET, HEAD, POST, PUT, DELETE, OPTIONS";
+/// What a stream's query may say, beside the cursor.
+const STREAM_PARAMETERS: [&str; 2] = ["since", "poll"];
+/// Other paths of the server's own.
+const OWN_PATHS: [&str; 3] = ["/health", "/metrics", "/topics"];
 
 /// What a program has put at a path of its own.
 #[derive(Clone)]
@@ -90,7 +94,7 @@ impl Routes {
         if !path.starts_with('/') {
             return invalid(format!("{} cannot be routed: begin it with a slash", quoted(path)));
         }
-        if path.starts_with(EVENTS) || ["/health", "/metrics"].contains(&path) {
+        if path.starts_with(EVENTS) || OWN_PATHS.contains(&path) {
             return invalid(format!("{} cannot be routed: it is the server's own; choose another", quoted(path)));
         }
         if let Some(c) = path.chars().find(|c| c.is_control() || "?#".contains(*c)) {
@@ -120,8 +124,8 @@ impl Routes {
         match (request.method.as_str(), path.strip_prefix(EVENTS)) {
             // Before any token is looked at: browsers send none with a preflight. The door adds what it allows.
             ("OPTIONS", _) => Ok(Reply::Response(Response::text(204, "").field("Allow", allow))),
-            ("POST" | "PUT", Some(topic)) => {
-                let published = self.publish(reader, request, topic);
+            ("POST" | "PUT" | "DELETE", Some(topics)) => {
+                let published = self.publish(reader, request, topics);
                 published.inspect_err(|refusal| self.note_refusal(reader, refusal)).map(Reply::Response)
             }
             ("GET" | "HEAD", Some(names)) => {
@@ -140,24 +144,25 @@ impl Routes {
         }
     }
 
-    /// Who may publish is decided before anything of the body is read.
-    fn publish(&self, reader: &mut Reader, request: &mut Request, topic: &str) -> Result<Response, Response> {
+    /// Who may publish, and so delete, is decided before anything of the body is read.
+    fn publish(&self, reader: &mut Reader, request: &mut Request, topics: &str) -> Result<Response, Response> {
         self.door.check_origin(request)?;
         self.door.check_publisher(request)?;
         if self.door.knows_publishers() {
             self.streams.places.trust(reader.c); // only where tokens exist: else everybody would be trusted
         }
         match request.method.as_str() {
-            "POST" => self.publishing.post(reader, request, topic),
-            _ => self.publishing.put(reader, request, topic),
+            "POST" => self.publishing.post(reader, request, topics),
+            "PUT" => self.publishing.put(reader, request, topics),
+            _ => self.publishing.delete(reader, request, topics),
         }
     }
 
-    /// A page, a handler's stream, `/metrics` or `/health`; `path` is known to be one of them.
+    /// A page, a handler's stream or one of `OWN_PATHS`; `path` is known to be one of them.
     fn get(&self, reader: &mut Reader, request: &mut Request, path: &str) -> Result<Reply, Response> {
         // Cloned, so that the table is not locked while a body is read or a page is sent.
         let route = enter(&self.table).iter().find(|(known, _)| known == path).map(|(_, route)| route.clone());
-        if path == "/metrics" || matches!(route, Some(Route::Stream(_))) {
+        if ["/metrics", "/topics"].contains(&path) || matches!(route, Some(Route::Stream(_))) {
             self.door.check_subscriber(request)?;
         }
         request.read_body(reader, &self.streams.core.config, false)?;
@@ -172,6 +177,9 @@ impl Routes {
             }
             None if path == "/metrics" => {
                 Reply::Response(Response::new(200, "text/plain; version=0.0.4", self.metrics().into_bytes()))
+            }
+            None if path == "/topics" => {
+                Reply::Response(Response::new(200, "text/plain; charset=utf-8", self.topics()))
             }
             // From here on it is `/health`. 503 tells a load balancer to send nobody else here; streams go on all the
             // same.
@@ -194,9 +202,20 @@ impl Routes {
     fn methods_of(&self, path: &str) -> Option<&'static str> {
         match path {
             _ if path.starts_with(EVENTS) || path == "*" => Some(TOPIC_METHODS),
-            "/health" | "/metrics" => Some(READ_METHODS),
+            _ if OWN_PATHS.contains(&path) => Some(READ_METHODS),
             _ => enter(&self.table).iter().any(|(known, _)| known == path).then_some(READ_METHODS),
         }
+    }
+
+    /// A line for each topic that is in use, in columns for `cut` and `column -t`; where no event is kept, `-` stands for
+    /// the newest one's id.
+    fn topics(&self) -> Vec<u8> {
+        let mut lines = String::from("name\tsubscribers\tevents\tbytes\tnewest\n");
+        for TopicOverview { name, subscribers, events, bytes, newest } in self.streams.core.topics() {
+            let newest = newest.map_or("-".into(), |id| id.to_string());
+            let _ = writeln!(lines, "{name}\t{subscribers}\t{events}\t{bytes}\t{newest}");
+        }
+        lines.into_bytes()
     }
 
     /// The gauges are taken one after another, each under its own lock.
@@ -229,13 +248,13 @@ fn is_content_type(text: &str) -> bool {
         && parameters.is_some_and(|rest| rest.is_empty() || rest.starts_with(';'))
 }
 
-/// What a request for a stream of these topics wants. Parameters that are not known are passed over, where publishing
-/// refuses them.
+/// What a request for a stream of these topics wants.
 ///
 /// # Errors
-/// 400 for a topic, a time or a `since` that cannot be read. A cursor that cannot be read is no error: it gets a gap.
+/// 400 for a parameter that is not known, and for a topic, a time or a `since` that cannot be read. A cursor that cannot be read is no error: it gets a gap.
 pub fn wanted_topics(request: &Request, list: &str) -> Result<Wanted, Response> {
     let query = &request.query;
+    query.check(&[&STREAM_PARAMETERS[..], &CURSOR_PARAMETERS[..]].concat())?;
     let poll = match query.get("poll") {
         None => None,
         Some("") => Some(POLL_TIME),
@@ -253,24 +272,9 @@ pub fn wanted_topics(request: &Request, list: &str) -> Result<Wanted, Response> 
     };
     // `since` is in the page's URL for good; a browser that reconnects adds its cursor, which is newer and wins.
     // An empty cursor says that the client has seen no id yet.
-    let parameters = CURSOR_PARAMETERS.map(|name| query.get(name));
-    let cursors = [request.last_event_id.as_deref(), parameters[0], parameters[1]];
-    let cursor = cursors.into_iter().flatten().find(|text| !text.is_empty());
+    let parameters = CURSOR_PARAMETERS.iter().filter_map(|name| query.get(name));
+    let cursor = request.last_event_id.as_deref().into_iter().chain(parameters).find(|text| !text.is_empty());
     let start = cursor.map_or(since, |text| Start::After(text.parse().ok()));
-    Ok(Wanted { names: topic_names(list)?, start, poll })
-}
-
-/// The names of a list, each once: a topic that is named twice would send every event twice.
-fn topic_names(list: &str) -> Result<Vec<String>, Response> {
-    let mut names: Vec<String> = Vec::new();
-    for name in list.split(',') {
-        check_topic(name).map_err(|error| Response::text(400, error))?;
-        if names.iter().any(|known| known == name) {
-            continue;
-        } else if names.len() == TOPICS_PER_STREAM {
-            return decline(400, format!("a stream takes up to {TOPICS_PER_STREAM} topics, and these are more"));
-        }
-        names.push(name.into());
-    }
-    Ok(names)
+    let names = topic_names(list).map_err(|error| Response::text(400, error))?;
+    Ok(Wanted { names, start, poll })
 }

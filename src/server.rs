@@ -25,6 +25,7 @@ use crate::stream::Stream;
 use crate::subscription::Streams;
 use crate::sync::{enter, start_thread};
 use crate::system::{self, AddressSpace};
+use crate::tending;
 use crate::text::invalid;
 use crossbeam_channel::{Receiver, Sender, bounded};
 use std::io::{self, ErrorKind};
@@ -133,7 +134,7 @@ impl Server {
             acceptors: Vec::new(),
             helpers,
         };
-        handle.shared.streams.core.start_journal_thread()?;
+        tending::start(&handle.shared.streams.core)?;
         Ok(Server { handle })
     }
 

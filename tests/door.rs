@@ -47,6 +47,8 @@ fn each_token_opens_its_own_doors_and_no_other() {
         ("GET", "/events/a", ["read-1", "read-2"], ["write-1", "read-"]),
         ("HEAD", "/events/a", ["read-1", "read-2"], ["write-1", "READ-1"]),
         ("GET", "/mine", ["read-1", "read-2"], ["write-1", "wrong"]),
+        ("DELETE", "/events/a", ["write-1", "write-2"], ["read-1", "write-"]),
+        ("GET", "/topics", ["read-1", "read-2"], ["write-1", "read-1x"]),
         ("GET", "/metrics", ["read-1", "read-2"], ["write-1", "read-1x"]),
     ] {
         for good in good {
@@ -206,7 +208,7 @@ fn a_page_of_another_origin_cannot_publish_unless_it_is_allowed() {
         "*",
         "",
     ] {
-        for method in ["POST", "PUT"] {
+        for method in ["POST", "PUT", "DELETE"] {
             let answer = ask(addr, method, "/events/a", &format!("Origin: {origin}\r\n"));
             assert_eq!(answer.status, 403, "{method} {origin}");
         }
@@ -273,7 +275,7 @@ fn a_preflight_is_told_what_a_page_may_send() {
     };
     let answer = asks("https://app.example");
     assert_eq!((answer.status, answer.header("access-control-allow-credentials")), (204, Some("true")));
-    assert_eq!(answer.header("access-control-allow-methods"), Some("GET, HEAD, POST, PUT"));
+    assert_eq!(answer.header("access-control-allow-methods"), Some("GET, HEAD, POST, PUT, DELETE"));
     let fields = answer.header("access-control-allow-headers").unwrap();
     assert!(["Authorization", "Last-Event-ID", "Content-Type"].iter().all(|field| fields.contains(field)), "{fields}");
     let answer = asks("https://elsewhere.example");

@@ -111,6 +111,27 @@ fn a_key_holds_on_all_servers() {
 }
 
 #[test]
+fn an_event_of_several_topics_and_the_end_of_a_topic_have_their_place_in_the_order() {
+    let (_engine, servers) = two_servers(&Config::default());
+    let [north, south] = servers.each_ref().map(|server| server.addr().unwrap());
+    let (mut stream, start) = Wire::subscribe(south, "/events/a,b", "");
+    let ids = publish(north, "/events/a,b", "both");
+    let seen = [0, 1].map(|_| stream.event().unwrap());
+    assert_eq!(seen.each_ref().map(Seen::data), ["both", "both"]);
+    assert_eq!(ids, format!("{}\n{}", seen[0].id(), seen[1].id()));
+    publish(north, "/events/a?key=k", "old");
+    let answer = Wire::ask(south, "DELETE /events/a HTTP/1.1\r\nHost: localhost\r\n\r\n");
+    assert!(answer.body.starts_with("forgotten up to "), "{answer:?}");
+    publish(south, "/events/a?key=k", "new"); // the key is forgotten, too
+    assert_eq!([0, 1].map(|_| stream.event().unwrap().data.unwrap()), ["old", "new"]);
+    for addr in [north, south] {
+        let (mut stream, _) = Wire::subscribe(addr, "/events/a,b", &after(start));
+        assert!(stream.event().unwrap().is_gap());
+        assert_eq!([0, 1].map(|_| stream.event().unwrap().data.unwrap()), ["both", "new"]);
+    }
+}
+
+#[test]
 fn a_client_resumes_on_another_server() {
     let (_engine, servers) = two_servers(&Config::default());
     let [north, south] = servers.each_ref().map(|server| server.addr().unwrap());

@@ -31,3 +31,4 @@ mod server;
 mod stream;
 mod subscription;
 mod system;
+mod topics;

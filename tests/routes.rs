@@ -9,8 +9,8 @@ use std::time::Duration;
 fn options_names_the_methods() {
     let server = serve_default();
     for (target, allow) in [
-        ("/events/a", "GET, HEAD, POST, PUT, OPTIONS"),
-        ("*", "GET, HEAD, POST, PUT, OPTIONS"),
+        ("/events/a", "GET, HEAD, POST, PUT, DELETE, OPTIONS"),
+        ("*", "GET, HEAD, POST, PUT, DELETE, OPTIONS"),
         ("/health", "GET, HEAD, OPTIONS"),
     ] {
         let answer =
@@ -33,7 +33,7 @@ fn pages_and_handlers_live_beside_the_topics() {
             Ok(())
         })
         .unwrap();
-    for path in ["relative", "/events/a", "/health"] {
+    for path in ["relative", "/events/a", "/health", "/topics"] {
         assert!(server.page(path, "text/plain", "x").is_err(), "{path}");
     }
     // What goes into a head, or could never be asked for.

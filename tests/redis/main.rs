@@ -463,6 +463,45 @@ fn a_key_holds_on_all_servers_after_a_restart_and_for_as_long_as_events_are_kept
 }
 
 #[test]
+fn an_event_of_several_topics_has_neighbouring_entries_and_a_deleted_topic_is_gone_on_all_servers() {
+    if !has("redis-server") {
+        return;
+    }
+    let redis = Redis::start();
+    let servers = three(&redis.url(), &[]);
+    let (mut stream, start) = Wire::subscribe(servers[2].addr, "/events/a,b", "");
+    let ids = publish(servers[0].addr, "/events/a,b?key=k", "both");
+    assert_eq!(
+        publish(servers[1].addr, "/events/b,a?key=k", "again"),
+        ids.lines().rev().collect::<Vec<_>>().join("\n")
+    );
+    let seen = [0, 1].map(|_| stream.event().unwrap());
+    assert_eq!(ids, format!("{}\n{}", seen[0].id(), seen[1].id()));
+    let delete = |topic: &str| {
+        let request = format!("DELETE /events/{topic} HTTP/1.1\r\nHost: localhost\r\n\r\n");
+        Wire::ask(servers[1].addr, &request).body
+    };
+    let forgotten: Id = delete("a").trim().strip_prefix("forgotten up to ").unwrap().parse().unwrap();
+    assert!(forgotten > seen[1].id());
+    let again = publish(servers[0].addr, "/events/a,b?key=k", "third");
+    let (a, b) = again.split_once('\n').unwrap();
+    assert!(a.parse::<Id>().unwrap() > forgotten, "the topic's keys are forgotten");
+    assert_eq!(b, seen[1].id.as_deref().unwrap(), "those of others are not");
+    assert_eq!(stream.event().unwrap().data(), "third");
+    // Also on a server that reads all of it at its start.
+    let late = server(&redis.url(), &[]);
+    for addr in servers.iter().map(|server| server.addr).chain([late.addr]) {
+        let (mut stream, _) = Wire::subscribe(addr, "/events/a,b?since=earliest", "");
+        let first = stream.event().unwrap();
+        let first = if first.is_gap() { stream.event().unwrap() } else { first };
+        assert_eq!((first.data(), first.id()), ("both", seen[1].id()), "of b alone");
+        assert_eq!(stream.event().unwrap().data(), "third");
+    }
+    let (mut stream, _) = Wire::subscribe(servers[0].addr, "/events/a", &format!("Last-Event-ID: {start}\r\n"));
+    assert!(stream.event().unwrap().is_gap());
+}
+
+#[test]
 fn any_program_can_publish_by_xadd_and_nonsense_is_passed_over() {
     if !has("redis-server") {
         return;
