@@ -6,6 +6,9 @@
 //! the journal's own thread writes, which costs little beside a sync: a disk that is stuck never holds a publisher, who
 //! can be answered when the server stops. A lane takes neither the order lock nor that of the history, so a publisher
 //! that waits for room in its queue always gets it.
+//!
+//! With an engine, all of that is its own: it is asked without any lock, and what it has taken is handed out when it comes
+//! back (`feed.rs`).
 
 use crate::block::{encode_block, mark};
 use crate::clock::now_ms;
@@ -56,7 +59,8 @@ impl Hub {
     /// [`ErrorKind::StorageFull`] when the journal cannot be written (the message has the system's reason),
     /// [`ErrorKind::NotConnected`] once the server is stopping. Nothing is published then, with one exception: if the
     /// disk had not answered when the server stopped, the event may be published, and the message says so. With the
-    /// same [`key`](Event::key), publishing it again is safe.
+    /// same [`key`](Event::key), publishing it again is safe. Where an [`Engine`] numbers the events, its errors come here
+    /// as they are, and `Ok` means that it has the event.
     ///
     /// ```
     /// # fn main() -> std::io::Result<()> {

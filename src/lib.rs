@@ -34,6 +34,10 @@
 //! deliver an event, which would cost several times the write itself. Whose a subscriber is, and why no event is lost or
 //! repeated when it changes hands, is shown in `subscription.rs`.
 //!
+//! # Beyond one machine
+//! Servers that share their topics need one order over all events, so that a client resumes on any of them. An [`Engine`] gives
+//! it: it numbers what is published, and shows it to every server through a [`Feed`]. The command has one for Redis.
+//!
 //! # The house
 //! Each room has one idea, which its first paragraph says, and uses only rooms that stand below it in this list. One event's
 //! way goes down through them once: `routes` → `publishing` → `hub` → `journal` → `history` → `lane` → `connection`. A stream's
@@ -47,8 +51,8 @@
 //! written by `Connection::deliver`, or by `Connection::finish` where one fitted only in part.
 //!
 //! *Another kind of storage* replaces `journal`, which only `hub`, `tending`, `unwritten` and `kept` name; `kept` stands between its blocks and
-//! the history. One that numbers events itself replaces `Core::number`, too. `Core::hand_out` gives an event to the history
-//! and the lanes, and only demands that ids rise. That an id has a time of this server's clock in it, and a position just
+//! the history. One that numbers events itself is an [`Engine`]: `Core::publish_outside` asks it, and its [`Feed`] gives what
+//! comes back to `Core::hand_out`, which only demands that ids rise. That an id has a time of this server's clock in it, and a position just
 //! before it, is relied on in `cursor`; when the process starts, also in `kept` (`recover`) and `history` (`restore`).
 //!
 //! # Locks, outermost first

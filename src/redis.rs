@@ -19,8 +19,8 @@
 //!    was read belongs to a stream that has parted from the one that was read, so it needs another that is.
 //! 5. `NOMKSTREAM`: nobody publishes into a stream that was deleted, before there is a mark in it again.
 
-use crate::redis_link::{Link, NEWEST, NONSENSE, REPLY_TIME, Session, id, lock, taken};
-use crate::redis_reader::{follow, load};
+use crate::redis_link::{Link, NEWEST, NONSENSE, REPLY_TIME, START_TIME, Session, id, lock, taken};
+use crate::redis_reader::{TURN_TIME, follow, load};
 use brooklet::{Engine, Entry, Feed, Id};
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded};
 use redis::{Cmd, Value};
@@ -77,8 +77,10 @@ impl Redis {
     pub fn connect(url: &str, stream: &str, length: usize, keep_age: Duration) -> Result<Redis, String> {
         let link = Link::new(url, stream, length, keep_age)?;
         let (link, (jobs, queue)) = (Arc::new(link), bounded(QUEUED_JOBS));
-        let session =
-            link.join().map_err(|error| format!("the Redis at {} cannot be used: {error}", link.address()))?;
+        let mut session = link
+            .join(START_TIME)
+            .map_err(|error| format!("the Redis at {} cannot be used: {error}", link.address()))?;
+        session.wait = REPLY_TIME;
         let mut publisher = Publisher { link: link.clone(), session: Some(session) };
         spawn("redis publish", move || publisher.work(&queue)).map_err(|error| error.to_string())?;
         Ok(Redis { link, jobs })
@@ -90,8 +92,9 @@ impl Redis {
     /// Redis cannot be read.
     pub fn feed(&self, feed: Feed) -> Result<(), String> {
         let link = self.link.clone();
-        let mut session = link.join()?;
+        let mut session = link.join(START_TIME)?;
         let position = load(&link, &mut session, &feed)?;
+        session.wait = TURN_TIME;
         spawn("redis read", move || follow(&link, session, position, &feed)).map_err(|error| error.to_string())
     }
 
@@ -138,7 +141,7 @@ impl Publisher {
             let first = match queue.recv_timeout(IDLE_TIME) {
                 Ok(job) => job,
                 Err(RecvTimeoutError::Timeout) => {
-                    let lost = |session: &mut Session| session.one(&redis::cmd("PING"), REPLY_TIME).is_err();
+                    let lost = |session: &mut Session| session.one(&redis::cmd("PING")).is_err();
                     self.session.take_if(lost);
                     continue;
                 }
@@ -163,7 +166,7 @@ impl Publisher {
         }
         let outages = self.link.outages.load(SeqCst);
         let session = self.session.take().filter(|session| session.outages == outages);
-        let mut session = match session.map_or_else(|| self.link.join(), Ok) {
+        let mut session = match session.map_or_else(|| self.link.join(REPLY_TIME), Ok) {
             Ok(session) => session,
             Err(why) => {
                 let refuse = |job: Job| job.reply.send(Err(format!("Redis is away, so nothing was published: {why}")));
@@ -175,7 +178,7 @@ impl Publisher {
         let bytes: Vec<u8> = jobs.iter().flat_map(|job| job.bytes.iter().copied()).collect();
         let (count, seen) = (jobs.len(), *lock(&self.link.seen));
         let (mut jobs, mut gone, mut is_fit) = (jobs.into_iter(), Vec::new(), true);
-        let sent = session.send(&bytes, count, REPLY_TIME, |reply| {
+        let sent = session.send(&bytes, count, |reply| {
             let Some(job) = jobs.next() else { return };
             is_fit &= !matches!(reply, Value::ServerError(_) | Value::Nil);
             match reply {

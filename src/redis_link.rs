@@ -17,7 +17,9 @@ use std::time::{Duration, Instant};
 
 /// How long the threads here wait for one reply.
 pub const REPLY_TIME: Duration = Duration::from_millis(400);
-/// And for a new connection, which with TLS takes several ways there and back.
+/// How long a start waits for each reply: nobody waits for it yet, and a busy Redis is no reason to fail.
+pub const START_TIME: Duration = Duration::from_secs(5);
+/// How long a connection is waited for, which with TLS takes several ways there and back.
 const CONNECT_TIME: Duration = Duration::from_secs(1);
 /// Keys are kept this long at most, in milliseconds: Redis takes no time that overflows its clock.
 pub const LONGEST_MS: u128 = 10 * 365 * 24 * 3600 * 1000;
@@ -89,10 +91,12 @@ pub struct Link {
 
 /// A connection that has joined: there is a mark for this Redis process in the stream.
 pub struct Session {
-    pub connection: Connection,
+    connection: Connection,
+    /// How long each reply is waited for.
+    pub wait: Duration,
     /// Of [`Link::outages`], when it was made.
     pub outages: usize,
-    pub run: String,
+    run: String,
     pub epoch: String,
 }
 
@@ -121,19 +125,21 @@ impl Link {
         self.client.get_connection_info().addr().to_string()
     }
 
-    /// Connects and joins.
+    /// Connects and joins. Each reply is waited for so long, here and from then on.
     ///
     /// # Errors
     /// The reason in words.
-    pub fn join(&self) -> Result<Session, String> {
-        let connection = self.client.get_connection_with_timeout(CONNECT_TIME).map_err(|error| reason(&error))?;
-        connection.set_write_timeout(Some(REPLY_TIME)).map_err(|error| reason(&error))?;
+    pub fn join(&self, wait: Duration) -> Result<Session, String> {
+        let time = wait.max(CONNECT_TIME);
+        let connection = self.client.get_connection_with_timeout(time).map_err(|error| reason(&error))?;
+        connection.set_write_timeout(Some(wait)).map_err(|error| reason(&error))?;
         let outages = self.outages.load(SeqCst);
-        let mut session = Session { connection, outages, run: String::new(), epoch: String::new() };
+        let mut session = Session { connection, wait: time, outages, run: String::new(), epoch: String::new() };
         let mut commands = [redis::cmd("INFO"), redis::cmd("INFO")];
         commands[0].arg("server");
         commands[1].arg("replication");
-        let info = session.ask(&commands, CONNECT_TIME)?;
+        let info = session.ask(&commands)?;
+        session.wait = wait;
         let info: Vec<String> = info.into_iter().map(|part| text(taken(part)?)).collect::<Result<_, _>>()?;
         let field = |name: &str| {
             let line = info.iter().flat_map(|part| part.lines()).find_map(|line| line.strip_prefix(name));
@@ -157,7 +163,7 @@ impl Link {
         };
         let mut command = self.script(JOIN);
         command.arg(&session.run).arg(epoch).arg(broken).arg(above.to_string()).arg(self.length);
-        let settled = list(taken(session.one(&command, REPLY_TIME)?)?)?;
+        let settled = list(taken(session.one(&command)?)?)?;
         session.epoch = settled.into_iter().next().map_or_else(|| Err(NONSENSE.into()), text)?;
         Ok(())
     }
@@ -214,28 +220,22 @@ impl Session {
     ///
     /// # Errors
     /// The connection is of no use any more.
-    pub fn ask(&mut self, commands: &[Cmd], wait: Duration) -> Result<Vec<Value>, String> {
+    pub fn ask(&mut self, commands: &[Cmd]) -> Result<Vec<Value>, String> {
         let bytes: Vec<u8> = commands.iter().flat_map(Cmd::get_packed_command).collect();
         let mut replies = Vec::new();
-        self.send(&bytes, commands.len(), wait, |reply| replies.push(reply)).map(|()| replies)
+        self.send(&bytes, commands.len(), |reply| replies.push(reply)).map(|()| replies)
     }
 
-    pub fn one(&mut self, command: &Cmd, wait: Duration) -> Result<Value, String> {
-        self.ask(std::slice::from_ref(command), wait)?.pop().ok_or_else(|| NONSENSE.into())
+    pub fn one(&mut self, command: &Cmd) -> Result<Value, String> {
+        self.ask(std::slice::from_ref(command))?.pop().ok_or_else(|| NONSENSE.into())
     }
 
     /// Gives each reply to `take` as it comes, so that those before an error count. (The package's own pipelines wait for
     /// every single reply of a connection that is silent.)
-    pub fn send(
-        &mut self,
-        bytes: &[u8],
-        count: usize,
-        wait: Duration,
-        mut take: impl FnMut(Value),
-    ) -> Result<(), String> {
+    pub fn send(&mut self, bytes: &[u8], count: usize, mut take: impl FnMut(Value)) -> Result<(), String> {
         let lost = |error| reason(&error);
-        let deadline = Instant::now() + wait;
-        self.connection.set_read_timeout(Some(wait)).map_err(lost)?;
+        let deadline = Instant::now() + self.wait;
+        self.connection.set_read_timeout(Some(self.wait)).map_err(lost)?;
         self.connection.send_packed_command(bytes).map_err(lost)?;
         for _ in 0..count {
             if Instant::now() > deadline {

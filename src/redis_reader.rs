@@ -14,6 +14,8 @@ use std::time::{Duration, Instant, UNIX_EPOCH};
 /// How long the reader waits in Redis for the next event. Then it looks whether the stream is still the one it was, which
 /// is how soon a flush is noticed on which nothing follows.
 const BLOCK_TIME: Duration = Duration::from_millis(300);
+/// How long its reply may take then.
+pub const TURN_TIME: Duration = BLOCK_TIME.saturating_add(REPLY_TIME);
 /// Between two tries to reach a Redis that is away: doubled from the first to the second.
 const FIRST_PAUSE: Duration = Duration::from_millis(50);
 const LAST_PAUSE: Duration = Duration::from_secs(1);
@@ -44,7 +46,7 @@ pub fn load(link: &Link, session: &mut Session, feed: &Feed) -> Result<Position,
         match cursor {
             Some(id) if is_last => return Ok(Position { epoch: session.epoch.clone(), cursor: id }),
             Some(id) => from = format!("({id}"),
-            None => match taken(session.one(&link.script(NEWEST), REPLY_TIME)?)? {
+            None => match taken(session.one(&link.script(NEWEST))?)? {
                 Value::Nil => {
                     let broken = session.epoch.clone();
                     link.settle(session, &broken)?; // there must be an entry to begin after
@@ -64,7 +66,7 @@ pub fn load(link: &Link, session: &mut Session, feed: &Feed) -> Result<Position,
 pub fn follow(link: &Link, session: Session, mut at: Position, feed: &Feed) {
     let (mut session, mut away, mut pause) = (Some(session), None, FIRST_PAUSE);
     while !feed.is_over() {
-        let turn = session.take().map_or_else(|| link.join(), Ok).and_then(|mut joined| {
+        let turn = session.take().map_or_else(|| link.join(TURN_TIME), Ok).and_then(|mut joined| {
             let turn = take_turn(link, &mut joined, &mut at, feed);
             turn.map(|()| joined)
         });
@@ -96,7 +98,7 @@ fn take_turn(link: &Link, session: &mut Session, at: &mut Position, feed: &Feed)
     read.arg("COUNT").arg(READ_COUNT).arg("BLOCK").arg(BLOCK_TIME.as_millis() as u64);
     read.arg("STREAMS").arg(&link.stream).arg(&cursor);
     check.arg(&cursor);
-    let mut replies = session.ask(&[read, check], BLOCK_TIME + REPLY_TIME)?.into_iter();
+    let mut replies = session.ask(&[read, check])?.into_iter();
     let mut next = || replies.next().ok_or(NONSENSE.to_string()).and_then(taken);
     let (read, check) = (streams(next()?)?, list(next()?)?);
     let [epoch, mark, Value::Int(is_here)] = <[Value; 3]>::try_from(check).map_err(|_| NONSENSE)? else {
@@ -180,5 +182,5 @@ fn read_entry(fields: Vec<String>) -> io::Result<Option<Entry>> {
 fn range(link: &Link, session: &mut Session, from: &str) -> Result<Vec<Read>, String> {
     let mut command = redis::cmd("XRANGE");
     command.arg(&link.stream).arg(from).arg("+").arg("COUNT").arg(READ_COUNT);
-    entries(taken(session.one(&command, REPLY_TIME)?)?)
+    entries(taken(session.one(&command)?)?)
 }
