@@ -24,8 +24,11 @@ const STAYING: usize = 4;
 const IDLE_TIME: Duration = Duration::from_secs(1);
 /// How long the first in a line waits before another thread is started: to end what others have begun takes less.
 const START_AFTER: Duration = Duration::from_millis(2);
-/// How long a request waits for its turn before another connection makes room for it.
-const ROOM_AFTER: Duration = Duration::from_millis(20);
+/// The same where the line moves: then it is mostly the processor that all wait for, which more threads would not help.
+const SLOW_AFTER: Duration = Duration::from_millis(10);
+/// How long a request waits for its turn before another connection makes room for it, and how long that has had its
+/// own turn by then, when a crowd waits: heads need a moment to come.
+const ROOM_AFTER: Duration = Duration::from_millis(50);
 /// A line that does not move gets this part of its length in new threads at a time.
 const STARTED_PART: usize = 16;
 const _: () = assert!(STAYING <= FEWEST_THREADS);
@@ -157,7 +160,8 @@ impl Pool {
         let mut wanted = 0;
         for (kind, line) in [(Kind::Request, &lines.requests), (Kind::Behind, &lines.behind)] {
             if line.front().is_some_and(|first| is_overdue(first, START_AFTER)) && lines.has_share(kind, self.limit) {
-                wanted += if is_stuck { line.len().div_ceil(STARTED_PART) } else { 1 };
+                let is_slow = line.front().is_some_and(|first| is_overdue(first, SLOW_AFTER));
+                wanted += if is_stuck { line.len().div_ceil(STARTED_PART) } else { usize::from(is_slow) };
             }
         }
         let mut in_want = 0;
