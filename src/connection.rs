@@ -13,6 +13,8 @@ use crate::encoded::{Encoded, Framing, Run};
 use crate::event::Id;
 use crate::subscriber::Subscriber;
 use crate::sync::{Mutex, enter};
+use crossbeam_channel::Sender;
+use std::convert::Infallible;
 use std::io::{self, ErrorKind, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpStream};
 use std::sync::OnceLock;
@@ -78,6 +80,8 @@ pub struct State {
     pub stray: usize,
     /// The peer has ended its sending side: it is not read again.
     pub has_said_all: bool,
+    /// Of a handler's stream, while it is open. Dropping it tells the handler that waits for something else.
+    pub open: Option<Sender<Infallible>>,
 }
 
 /// Who owns the socket.
@@ -141,6 +145,7 @@ impl Connection {
             sent: 0,
             stray: 0,
             has_said_all: false,
+            open: None,
         };
         Connection { serial, peer, socket, stall_time, state: Mutex::new(state), cut: OnceLock::new() }
     }

@@ -9,11 +9,12 @@
 //! A feed does not keep its server alive: a program that drops the server's handle need not think of the engine.
 
 use crate::config::Log;
+use crate::connection::STOPPING;
 use crate::cursor::Start;
 use crate::encoded::Encoded;
 use crate::engine::Entry;
 use crate::event::{Event, Id};
-use crate::hub::{Core, stopped};
+use crate::hub::Core;
 use crate::lane::Lane;
 use crate::names::check_topic;
 use crate::sync::{enter, wait};
@@ -27,6 +28,8 @@ use std::time::{Duration, Instant};
 /// How long a client that is ahead of this server waits for the engine to show as much here. While engines keep up it is
 /// some milliseconds; after this time the client is told to come back.
 const REACH_TIME: Duration = Duration::from_millis(500);
+/// Said to a client that is ahead for longer.
+pub const NOT_REACHED: &str = "events that another server has sent have not come here yet";
 
 /// By this an engine shows its server what was published. Cheap to clone.
 #[derive(Clone)]
@@ -81,6 +84,7 @@ impl Feed {
         // After the history, and under the order lock, as events are. So whoever turned live before this is sent back by
         // its lane, which knows it by then; and whoever turns live after this has looked at the history after it, too.
         core.lanes.iter().for_each(Lane::look);
+        core.bells.ring_all();
         Ok(())
     }
 
@@ -97,15 +101,15 @@ impl Feed {
     }
 
     fn core(&self) -> io::Result<Arc<Core>> {
-        self.core.upgrade().filter(|core| !core.is_stopping()).ok_or_else(stopped)
+        let core = self.core.upgrade().ok_or_else(|| io::Error::new(io::ErrorKind::NotConnected, STOPPING))?;
+        core.check_running().map(|()| core)
     }
 }
 
 /// Takes an id for the newest. Must be done before anything is kept or handed out under it.
 fn advance(core: &Core, order: &mut Order, id: Id) -> io::Result<()> {
-    if core.is_stopping() {
-        return Err(stopped());
-    } else if id <= order.newest {
+    core.check_running()?;
+    if id <= order.newest {
         return invalid(format!("the id {id} is not above {}, which was shown before", order.newest));
     }
     order.newest = id;

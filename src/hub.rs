@@ -5,11 +5,10 @@
 //! journal idle writes it for all who wait, so that they share the cost and nobody is woken to write. With `--fsync`
 //! the journal's own thread writes, which costs little beside a sync: a disk that is stuck never holds a publisher, who
 //! can be answered when the server stops. A lane takes neither the order lock nor that of the history, so a publisher
-//! that waits for room in its queue always gets it.
-//!
-//! With an engine, all of that is its own: it is asked without any lock, and what it has taken is handed out when it comes
-//! back (`feed.rs`).
+//! that waits for room in its queue always gets it. An engine does all of that in its own way: it is asked without any
+//! lock, and what it has taken is handed out when it comes back (`feed.rs`).
 
+use crate::bell::Bells;
 use crate::block::{encode_block, mark};
 use crate::clock::now_ms;
 use crate::config::Config;
@@ -24,6 +23,7 @@ use crate::lane::Lane;
 use crate::log::Logger;
 use crate::metrics::Counters;
 use crate::names::check_topic;
+use crate::presence::PresenceHook;
 use crate::rewrite::Snapshot;
 use crate::sync::enter;
 use crate::unwritten::{Change, Numbered, Order, Turn, Turns};
@@ -88,6 +88,10 @@ pub struct Core {
     pub config: Config,
     pub lanes: Vec<Lane>,
     pub counters: Arc<Counters>,
+    /// Who in the program waits for a topic.
+    pub bells: Bells,
+    /// Who is told of subscribers that come and go.
+    pub presence: Arc<PresenceHook>,
     /// Set without any lock: stopping must not stand in line behind all who want to publish.
     stopped_at: OnceLock<Instant>,
     /// The outermost lock, and the events that wait for the journal.
@@ -113,12 +117,10 @@ impl Core {
         log: &Arc<Logger>,
         engine: Option<Arc<dyn Engine>>,
     ) -> io::Result<Core> {
-        // Ids begin above those of the journal; without one, whatever an earlier process had counts as forgotten. An engine
-        // says itself what is missing.
-        let base = match config.journal.is_none() && engine.is_none() {
-            true => Id { ms: now_ms(), seq: 0 },
-            false => Id::default(),
-        };
+        // Ids begin above those of the journal, and an engine says itself what is missing. With neither, whatever an earlier
+        // process had counts as forgotten.
+        let begins_anew = config.journal.is_none() && engine.is_none();
+        let base = if begins_anew { Id { ms: now_ms(), seq: 0 } } else { Id::default() };
         let history = Arc::new(Mutex::new(History::new(base, engine.is_some(), &config)));
         let journal = config.journal.as_deref().map(|path| open_journal(path, &history, &config, log)).transpose()?;
         counters.journal_bytes.store(journal.as_ref().map_or(0, Journal::length), Relaxed);
@@ -127,6 +129,8 @@ impl Core {
         Ok(Core {
             lanes,
             counters,
+            bells: Bells::default(),
+            presence: Arc::default(),
             stopped_at: OnceLock::new(),
             turns: Turns { order, ended: Condvar::new(), work: Condvar::new() },
             is_journal_failing: AtomicBool::new(false),
@@ -140,6 +144,12 @@ impl Core {
     /// Whether the server is stopping. It never starts again.
     pub fn is_stopping(&self) -> bool {
         self.stopped_at.get().is_some()
+    }
+
+    /// # Errors
+    /// [`ErrorKind::NotConnected`]: it is stopping.
+    pub fn check_running(&self) -> io::Result<()> {
+        if self.is_stopping() { Err(io::Error::new(ErrorKind::NotConnected, STOPPING)) } else { Ok(()) }
     }
 
     /// Whether the last try to write the journal failed, so that publishing would be refused: then `/health` is 503.
@@ -159,6 +169,7 @@ impl Core {
         drop(enter(&self.turns.order)); // or whoever has just looked, and is falling asleep, would miss it
         self.turns.ended.notify_all();
         self.turns.work.notify_one();
+        self.bells.close();
         is_first
     }
 
@@ -348,7 +359,8 @@ impl Core {
     }
 
     fn check_open(&self, event: &Event) -> io::Result<()> {
-        if self.is_stopping() { Err(stopped()) } else { event.check_for_topic(&self.config) }
+        self.check_running()?;
+        event.check_for_topic(&self.config)
     }
 
     fn check_disk(&self, order: &Order) -> io::Result<()> {
@@ -423,9 +435,9 @@ impl Core {
             check_topic(&entry.topic)?;
             self.check_open(entry.event.as_ref().unwrap_or(&Event::default()))?;
         }
-        let published = entries.iter().filter(|entry| !entry.is_forget()).map(Entry::topic);
-        self.history().check_room(&published.collect::<Vec<_>>())?;
-        self.engine.as_ref().map_or_else(|| Err(stopped()), |engine| engine::publish(&**engine, &entries))
+        let published: Vec<_> = entries.iter().filter(|entry| !entry.is_forget()).map(Entry::topic).collect();
+        self.history().check_room(&published)?;
+        self.engine.as_ref().map_or(Ok(Vec::new()), |engine| engine::publish(&**engine, &entries))
     }
 
     /// Called in the order of the changes, under the order lock.
@@ -452,10 +464,7 @@ impl Core {
         self.counters.published.fetch_add(1, Relaxed);
         if let Some(topic) = followed {
             self.lanes.iter().for_each(|lane| lane.send(&topic, &event));
+            self.bells.ring(&topic);
         }
     }
-}
-
-pub fn stopped() -> io::Error {
-    io::Error::new(ErrorKind::NotConnected, STOPPING)
 }

@@ -373,6 +373,7 @@ impl Worker {
     /// From here on the socket is not the lane's. Whoever is let go lies on the desk once: it was live until now.
     fn let_go(&self, c: &Arc<Connection>, state: &mut State, phase: Phase) {
         state.phase = phase;
+        state.open = None;
         if state.subscriber.is_some() {
             self.counters.woken.fetch_add(1, Relaxed);
             self.desk.let_go(c.clone());

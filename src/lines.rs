@@ -100,7 +100,7 @@ impl<'a, 'b> Lines<'a, 'b> {
     fn check_length(&self, end: usize) -> Result<(), Response> {
         let has_cr = self.text[..end].ends_with(b"\r");
         if end - self.start > self.line_limit.saturating_add(has_cr.into()) {
-            return refuse(413, format!("a line is longer than {} bytes (--line-bytes)", self.line_limit));
+            return refuse(413, format!("a line is longer than {} bytes (line_bytes)", self.line_limit));
         }
         Ok(())
     }
@@ -123,7 +123,7 @@ impl<'a, 'b> Lines<'a, 'b> {
     fn explain(&self, refusal: Response) -> Response {
         match refusal.status {
             408 if !self.has_begun => {
-                let reason = format!("no line came within {:?} (--put-idle-time)", self.idle_time);
+                let reason = format!("no line came within {:?} (put_idle_time)", self.idle_time);
                 Response { close: true, ..Response::text(408, reason) }
             }
             _ => refusal,

@@ -39,7 +39,7 @@ use crate::config::Log;
 use crate::connection::{Connection, Outgoing, Phase, Reason, STOPPING, Unfinished, Written};
 use crate::cursor::{Next, Start};
 use crate::desk::Desk;
-use crate::feed::reach;
+use crate::feed::{NOT_REACHED, reach};
 use crate::history::History;
 use crate::hub::Core;
 use crate::log::Logger;
@@ -67,7 +67,6 @@ const TURN: Duration = Duration::from_millis(250);
 pub const NO_ROOM: Reason = "no room for another stream";
 pub const NO_THREAD: Reason = "no thread for another stream of a handler";
 const NO_NAMES: Reason = "all topic names are in use";
-const NOT_REACHED: Reason = "events that another server has sent have not come here yet";
 
 /// What a request for a stream of topics has asked for.
 pub struct Wanted {
@@ -214,6 +213,7 @@ impl Streams {
         self.core.history().unsubscribe(&subscriber.names);
         let _ = c.socket.shutdown(Shutdown::Write); // its lane may keep the socket open for a moment
         self.log_end(c, &subscriber.opened, reason);
+        self.core.presence.note_end(&subscriber.names, c.peer, c.cut.get().copied().unwrap_or(reason));
         self.places.leave(c);
     }
 

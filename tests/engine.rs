@@ -3,7 +3,8 @@
 use self::memory::Memory;
 use crate::common::*;
 
-use brooklet::{Config, Engine, Entry, Event, Feed, Handle, Id, Server};
+use brooklet::crossbeam_channel::TryRecvError;
+use brooklet::{Config, Engine, Entry, Event, Feed, Handle, Id, News, Server, Since};
 use std::io::{self, ErrorKind};
 use std::sync::{Arc, LazyLock, Mutex};
 use std::thread;
@@ -232,6 +233,26 @@ fn an_id_that_the_engine_has_not_given_gets_a_gap_and_all_that_is_kept() {
         assert!(stream.event().unwrap().is_gap());
         assert_eq!(stream.event().unwrap().id(), id(10));
     }
+}
+
+#[test]
+fn a_follower_in_the_program_hears_of_it_too() {
+    let (engine, server, feed) = puppet();
+    let hub = server.hub();
+    show(&feed, 10, "a");
+    let mut follower = hub.subscribe(["a"], Since::After(id(10))).unwrap();
+    assert_eq!(follower.try_next(), Err(TryRecvError::Empty));
+    let waiting = thread::spawn(move || (follower.recv_timeout(PATIENCE), follower));
+    feed.missing_up_to(id(20)).unwrap();
+    let (news, mut follower) = waiting.join().unwrap();
+    assert_eq!(news, Ok(News::Gap { oldest: None }));
+    show(&feed, 30, "a");
+    assert!(matches!(follower.recv_timeout(PATIENCE), Ok(News::Event(event)) if event.id == id(30)));
+    *engine.newest.lock().unwrap() = Some(id(50));
+    let error = hub.subscribe(["a"], Since::After(id(40))).err().unwrap();
+    assert_eq!(error.kind(), ErrorKind::TimedOut, "{error}");
+    assert!(hub.publish_all("a", [Event::new("x"), Event::new("y")]).1.is_err());
+    assert_eq!(engine.asked.lock().unwrap().len(), 2, "in one go");
 }
 
 #[test]

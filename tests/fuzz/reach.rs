@@ -39,7 +39,7 @@ fn gone() -> &'static Connection {
         let socket = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
         let (peer, address) = listener.accept().unwrap();
         drop(peer);
-        Connection::new(0, address, socket)
+        Connection::new(0, address, socket, Duration::from_secs(1))
     })
 }
 
