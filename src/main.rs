@@ -304,8 +304,9 @@ impl Command {
             }
             let refused = |reason| Failure { code: 1, reason: format!("--redis: {reason}") };
             let RedisFlags { stream, length, .. } = self.redis;
-            let engine = redis::Redis::connect(&url, &stream, length, self.config.keep_age).map_err(refused)?;
-            let engine = std::sync::Arc::new(engine);
+            let link = redis_link::Link::new(&url, &stream, length, self.config.keep_age);
+            let link = link.map_err(|reason| Failure::usage(format_args!("--redis: {reason}")))?;
+            let engine = std::sync::Arc::new(redis::Redis::connect(link).map_err(refused)?);
             let bound = Server::bind_with_engine(listen, self.config, engine.clone());
             let (server, feed) = bound.map_err(|error| failure(error, listen, is_open))?;
             engine.feed(feed).map_err(refused)?;

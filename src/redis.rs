@@ -74,8 +74,7 @@ impl Redis {
     ///
     /// # Errors
     /// Redis cannot be used: why, without the password that the URL may hold.
-    pub fn connect(url: &str, stream: &str, length: usize, keep_age: Duration) -> Result<Redis, String> {
-        let link = Link::new(url, stream, length, keep_age)?;
+    pub fn connect(link: Link) -> Result<Redis, String> {
         let (link, (jobs, queue)) = (Arc::new(link), bounded(QUEUED_JOBS));
         let mut session = link
             .join(START_TIME)

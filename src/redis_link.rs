@@ -132,7 +132,6 @@ impl Link {
     pub fn join(&self, wait: Duration) -> Result<Session, String> {
         let time = wait.max(CONNECT_TIME);
         let connection = self.client.get_connection_with_timeout(time).map_err(|error| reason(&error))?;
-        connection.set_write_timeout(Some(wait)).map_err(|error| reason(&error))?;
         let outages = self.outages.load(SeqCst);
         let mut session = Session { connection, wait: time, outages, run: String::new(), epoch: String::new() };
         let mut commands = [redis::cmd("INFO"), redis::cmd("INFO")];
@@ -235,6 +234,7 @@ impl Session {
     pub fn send(&mut self, bytes: &[u8], count: usize, mut take: impl FnMut(Value)) -> Result<(), String> {
         let lost = |error| reason(&error);
         let deadline = Instant::now() + self.wait;
+        self.connection.set_write_timeout(Some(self.wait)).map_err(lost)?;
         self.connection.set_read_timeout(Some(self.wait)).map_err(lost)?;
         self.connection.send_packed_command(bytes).map_err(lost)?;
         for _ in 0..count {

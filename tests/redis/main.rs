@@ -43,7 +43,7 @@ fn a_start_that_cannot_be_says_why_and_shows_no_password() {
     other.cli(&["set", "brooklet", "of another program"]);
     let port = |redis: &Redis| redis.port.to_string();
     for (flags, code, said) in [
-        (vec!["--redis", "nonsense"], 1, "write redis://:PASSWORD@HOST:6379/0"),
+        (vec!["--redis", "nonsense"], 2, "write redis://:PASSWORD@HOST:6379/0"),
         (vec!["--redis", "redis://:secret@127.0.0.1:1"], 1, "cannot be used: Connection refused"),
         (vec!["--redis", &format!("redis://127.0.0.1:{}", port(&locked))], 1, "it wants a password"),
         (
