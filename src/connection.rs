@@ -287,12 +287,12 @@ impl Connection {
         drop(state); // the write may take a while
         let bytes = what.bytes(framing);
         let mut reached = offset + write_now(&self.socket, &bytes[offset..])?;
-        if reached < bytes.len() {
+        if reached == bytes.len() {
+            stalled = Duration::ZERO;
+        } else if may_wait() {
             self.set_nonblocking(false)?;
             reached += self.write_waiting(&bytes[reached..], deadline, &mut stalled, may_wait)?;
             self.set_nonblocking(true)?;
-        } else {
-            stalled = Duration::ZERO;
         }
         let is_whole = reached == bytes.len();
         let mut state = enter(&self.state);
