@@ -60,7 +60,7 @@ redis-load: need-cargo
 bench: need-cargo
 	ulimit -n $$(ulimit -Hn); cargo bench --bench bench
 
-# Fuzzes all that reads bytes from outside: five targets, a minute each (SECONDS_EACH=60), with a C++ compiler.
+# Fuzzes all that reads bytes from outside: six targets, a minute each (SECONDS_EACH=60), with a C++ compiler.
 fuzz: need-cargo
 	sh tests/fuzz/run.sh
 

@@ -42,6 +42,13 @@ pub struct Config {
     pub publish_tokens: Vec<Token>,
     /// Any of these lets its holder read streams and `/metrics` (none: no token is needed).
     pub subscribe_tokens: Vec<Token>,
+    /// A file of tokens with rights to some topics each, read again whenever it changes (none). One right a line: a token,
+    /// `publish`, `subscribe` or `both`, topics with commas between them (names, or beginnings that end in `*`), and
+    /// perhaps `until=` with a Unix time in seconds. With it, everybody needs a token. Handlers' streams, `/metrics` and
+    /// `/topics` need a right to `*`.
+    pub tokens: Option<PathBuf>,
+    /// Readers may show their token as `?access_token=`, too (no): URLs stand in logs and histories.
+    pub query_tokens: bool,
     /// Origins whose pages may read and publish, with the browser's cookies: `https://app.example`, `null` for pages
     /// from files; `*` lets all others read, without cookies (none).
     pub allow_origins: Vec<String>,
@@ -119,6 +126,8 @@ impl Default for Config {
             open: false,
             publish_tokens: Vec::new(),
             subscribe_tokens: Vec::new(),
+            tokens: None,
+            query_tokens: false,
             allow_origins: Vec::new(),
             subscribers: 100_000,
             connections: 1_000,

@@ -11,6 +11,7 @@
 
 use crate::encoded::{Encoded, Framing, Run};
 use crate::event::Id;
+use crate::rights::Pass;
 use crate::subscriber::Subscriber;
 use crate::sync::{Mutex, enter};
 use crossbeam_channel::Sender;
@@ -40,6 +41,7 @@ const HEARTBEAT: &[u8] = b":\n";
 /// Why something about a connection ended, for the log and for a handler. Never text from outside.
 pub type Reason = &'static str;
 pub const STOPPING: Reason = "the server is stopping";
+pub const WITHDRAWN: Reason = "the right of its token has ended";
 const CLOSED: Reason = "the peer closed the connection";
 
 /// Shared by whoever serves it, its lane and the table in `places.rs`; the socket closes when the last of them drops it.
@@ -68,6 +70,8 @@ pub struct State {
     pub unfinished: Option<Unfinished>,
     /// Why it is to end as soon as a frame has ended, if it is.
     pub ending: Option<Reason>,
+    /// What its right to a stream rests on, where that may be withdrawn.
+    pub pass: Option<Box<Pass>>,
     /// A poll is not written to by its lane: the first event queues it for a thread, which replays and ends.
     pub is_poll: bool,
     /// When anything was last written: from then on silence counts, for the heartbeat.
@@ -139,6 +143,7 @@ impl Connection {
             cursor: Id::default(),
             unfinished: None,
             ending: None,
+            pass: None,
             is_poll: false,
             wrote: Instant::now(),
             stalled: Duration::ZERO,

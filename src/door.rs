@@ -8,12 +8,16 @@
 
 use crate::authority::{is_authority, is_loopback, split_port};
 use crate::config::{Config, Token};
+use crate::connection::{State, WITHDRAWN};
 use crate::request::Request;
 use crate::response::{Response, decline, refuse};
+use crate::rights::{ALL, Act, Pass, Rights};
+use crate::sync::{Mutex, enter};
 use crate::text::quoted;
 use std::net::{SocketAddr, TcpStream};
+use std::sync::Arc;
 
-/// Set at the start; every check reads it without a lock.
+/// Set at the start, but for the rights of the tokens' file.
 pub struct Door {
     /// The port, if the server listens on loopback only. Elsewhere it cannot know its own names.
     loopback_port: Option<u16>,
@@ -21,37 +25,104 @@ pub struct Door {
     is_handed_in: bool,
     /// As `Config::allow_origins` has them, `*` included.
     origins: Vec<String>,
-    /// Without any, everybody may publish.
+    /// Without any, and without a tokens' file, everybody may publish.
     publish_tokens: Vec<Token>,
-    /// Without any, everybody may read.
+    /// Without any, and without a tokens' file, everybody may read.
     subscribe_tokens: Vec<Token>,
+    /// As the tokens' file has them now, if there is one. Locked shortly.
+    rights: Option<Mutex<Arc<Rights>>>,
 }
 
 impl Door {
     /// `address` is where it listens; None where the program accepts.
-    pub fn new(config: &Config, address: Option<SocketAddr>) -> Door {
+    pub fn new(config: &Config, rights: Option<Rights>, address: Option<SocketAddr>) -> Door {
         Door {
             loopback_port: address.filter(|address| address.ip().is_loopback()).map(|address| address.port()),
             is_handed_in: address.is_none(),
             origins: config.allow_origins.clone(),
             publish_tokens: config.publish_tokens.clone(),
             subscribe_tokens: config.subscribe_tokens.clone(),
+            rights: rights.map(|rights| Mutex::new(Arc::new(rights))),
         }
     }
 
-    /// Whether publishers must present a token.
-    pub fn knows_publishers(&self) -> bool {
-        !self.publish_tokens.is_empty()
+    /// From now on these are the rights of the tokens' file.
+    pub fn change_rights(&self, rights: Rights) {
+        if let Some(known) = &self.rights {
+            *enter(known) = Arc::new(rights);
+        }
     }
 
-    /// 401 without a token, 403 with a wrong one.
-    pub fn check_publisher(&self, request: &Request) -> Result<(), Response> {
-        check_token(&self.publish_tokens, "publishing", request)
+    /// Whether any right of the tokens' file has ended after `before`, up to `now`.
+    pub fn has_right_ended_between(&self, before: u64, now: u64) -> bool {
+        self.rights.as_ref().is_some_and(|rights| enter(rights).has_ended_between(before, now))
     }
 
-    /// The same for streams and `/metrics`. Both are final: a browser does not reconnect after them.
-    pub fn check_subscriber(&self, request: &Request) -> Result<(), Response> {
-        check_token(&self.subscribe_tokens, "reading", request)
+    /// Whether a token must be presented.
+    pub fn needs_token(&self, act: Act) -> bool {
+        self.rights.is_some() || !self.tokens_for(act).is_empty()
+    }
+
+    /// 401 where a token is needed and none is presented. What else is wrong is only for those who present one.
+    pub fn check_presented(&self, act: Act, request: &Request) -> Result<(), Response> {
+        if !self.needs_token(act) || !request.tokens.is_empty() {
+            return Ok(());
+        }
+        let reason =
+            format!("{} needs a token: Authorization: Bearer TOKEN, or the cookie brooklet_token", name_of(act));
+        Err(Response::text(401, reason).field("WWW-Authenticate", "Bearer realm=\"brooklet\""))
+    }
+
+    /// 403 where these tokens have no right to one of these topics. Whether there is such a topic or token makes no
+    /// difference. Like 401, it is final: a browser does not reconnect after it.
+    pub fn check_right(&self, act: Act, tokens: &[String], topics: &[String]) -> Result<(), Response> {
+        match self.allows(act, tokens, topics) {
+            true => Ok(()),
+            false => decline(403, format!("this token is not good for {}", name_of(act))),
+        }
+    }
+
+    /// Both, for what is no topic: handlers' streams, `/metrics` and `/topics` need a right to all topics.
+    pub fn check_reader(&self, request: &Request) -> Result<(), Response> {
+        self.check_presented(Act::Subscribe, request)?;
+        self.check_right(Act::Subscribe, &request.tokens, &[ALL.into()])
+    }
+
+    /// Notes what a stream's right will rest on, before it is checked (`tokens.rs`). Only a file's rights are withdrawn.
+    pub fn note_pass(&self, state: &mut State, tokens: &[String], topics: &[String]) {
+        if self.rights.is_some() {
+            state.pass = Some(Box::new(Pass { tokens: tokens.to_vec(), topics: topics.to_vec() }));
+        }
+    }
+
+    /// No stream came of it: the connection may ask for something else.
+    pub fn forget_pass(&self, state: &mut State) {
+        state.pass = None;
+        state.ending = state.ending.filter(|why| *why != WITHDRAWN);
+    }
+
+    /// Whether the right of a stream is gone.
+    pub fn is_withdrawn(&self, state: &State) -> bool {
+        let is_good = |pass: &Pass| self.allows(Act::Subscribe, &pass.tokens, &pass.topics);
+        state.pass.as_ref().is_some_and(|pass| !is_good(pass))
+    }
+
+    /// All known tokens are compared, also after one fits: the time says nothing about which.
+    fn allows(&self, act: Act, presented: &[String], topics: &[String]) -> bool {
+        let known = self.tokens_for(act);
+        let fitting = |presented: &String| known.iter().filter(|token| token.is(presented)).count();
+        if !self.needs_token(act) || presented.iter().map(fitting).sum::<usize>() > 0 {
+            return true;
+        }
+        let rights = self.rights.as_ref().map(|rights| enter(rights).clone());
+        rights.is_some_and(|rights| rights.allow(act, presented, topics))
+    }
+
+    fn tokens_for(&self, act: Act) -> &[Token] {
+        match act {
+            Act::Publish => &self.publish_tokens,
+            Act::Subscribe => &self.subscribe_tokens,
+        }
     }
 
     /// On loopback only names of loopback are this server's, and the hosts of allowed origins, which a proxy passes on.
@@ -128,15 +199,9 @@ impl Door {
     }
 }
 
-/// Checks that one of these tokens is presented. All are compared, also after one fits: the time says nothing about
-/// which.
-fn check_token(known: &[Token], what: &str, request: &Request) -> Result<(), Response> {
-    let fitting = |presented: &String| known.iter().filter(|token| token.is(presented)).count();
-    if known.is_empty() || request.tokens.iter().map(fitting).sum::<usize>() > 0 {
-        return Ok(());
-    } else if request.tokens.is_empty() {
-        let reason = format!("{what} needs a token: Authorization: Bearer TOKEN, or the cookie brooklet_token");
-        return Err(Response::text(401, reason).field("WWW-Authenticate", "Bearer realm=\"brooklet\""));
+fn name_of(act: Act) -> &'static str {
+    match act {
+        Act::Publish => "publishing",
+        Act::Subscribe => "reading",
     }
-    decline(403, format!("this token is not good for {what}"))
 }

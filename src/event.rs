@@ -15,8 +15,9 @@ use std::time::Duration;
 
 /// A name is a word for `addEventListener`, not a place for data: beside the data, this bounds an event's bytes.
 const EVENT_NAME_BYTES: usize = 256;
-/// A key is kept as long as its event.
-const KEY_BYTES: usize = 128;
+/// A key is kept as long as its event. The ids of relayed streams are keys, and those of some public ones are JSON of
+/// some hundred bytes.
+const KEY_BYTES: usize = 1024;
 
 /// One event, to be published to a topic or sent on a handler's stream.
 ///
@@ -59,7 +60,7 @@ impl Event {
         self
     }
 
-    /// Makes publishing repeatable: a second event of the same topic with this key (1 to 128 bytes without CR, LF or
+    /// Makes publishing repeatable: a second event of the same topic with this key (1 to 1,024 bytes without CR, LF or
     /// NUL) is not published, and gets the first one's id, for as long as the first is kept.
     pub fn key(mut self, key: impl Into<String>) -> Event {
         self.key = Some(key.into());

@@ -55,13 +55,14 @@
 //! # Where a change goes
 //! *A parameter of a stream* is named and read in `routes` (`STREAM_PARAMETERS`, `wanted_topics`), and kept in
 //! `subscription` (`Wanted`). Where the stream starts is decided in `cursor`; when it ends, in `subscription`
-//! (`Served::step`). Live or behind, the events of its topics are
-//! written by `Connection::deliver`, or by `Connection::finish` where one fitted only in part.
+//! (`Served::step`). Live or behind, the events of its topics are written by `Connection::deliver`, or by
+//! `Connection::finish` where one fitted only in part.
 //!
-//! *Another kind of storage* replaces `journal`, which only `hub`, `tending`, `unwritten` and `kept` name; `kept` stands between its blocks and
-//! the history. One that numbers events itself is an [`Engine`]: `Core::publish_outside` asks it, and its [`Feed`] gives what
-//! comes back to `Core::hand_out`, which only demands that ids rise. That an id has a time of this server's clock in it, and a position just
-//! before it, is relied on in `cursor`; when the process starts, also in `kept` (`recover`) and `history` (`restore`).
+//! *Another kind of storage* replaces `journal`, which only `hub`, `tending`, `unwritten` and `kept` name; `kept` stands
+//! between its blocks and the history. One that numbers events itself is an [`Engine`]: `Core::publish_outside` asks it, and
+//! its [`Feed`] gives what comes back to `Core::hand_out`, which only demands that ids rise. That an id has a time of this
+//! server's clock in it, and a position just before it, is relied on in `cursor`; when the process starts, also in `kept`
+//! (`recover`) and `history` (`restore`).
 //!
 //! # Locks, outermost first
 //! | lock | held | guards |
@@ -92,6 +93,7 @@
 
 mod program; // what a program adds to its server
 mod server; // bind, accept, start and stop
+mod tokens; // the tokens' file, and whose right is gone
 mod clerk; // what lanes and acceptors may not do, since they never wait
 mod conversation; // one connection's requests, one after another
 mod routes; // what each request gets
@@ -120,7 +122,9 @@ mod history; // kept events, and what was forgotten
 mod lane; // writing to whoever is live
 mod door; // who may do what: hosts, origins, tokens
 mod engine; // what gives several servers one order
-mod lines; // the lines of a PUT
+mod relay; // the events of a PUT, where it is an event stream
+mod lines; // its lines, where it is none
+mod parser; // an event stream, read as the standard says
 mod request; // a request's head, read strictly
 mod target; // its path and query
 mod body; // its body, of a length or in chunks
@@ -133,6 +137,7 @@ mod connection; // one socket, and whose it is
 mod subscriber; // what a subscriber follows, while nobody serves it
 mod encoded; // an event's bytes, shared by all who get it
 mod system; // what the system allows
+mod rights; // which token may do what
 mod names; // what topics may be called
 mod log; // its lines
 mod metrics; // what is counted
@@ -170,3 +175,7 @@ mod readme {} // its Rust must compile
 #[cfg(test)]
 #[path = "../tests/turn.rs"]
 mod turn;
+
+#[cfg(any(test, fuzzing))]
+#[path = "../tests/parser.rs"]
+mod parsing;

@@ -27,6 +27,8 @@ brooklet: a Server-Sent Events server; curl is enough to use it
   curl -N localhost:3000/events/news             the stream of a topic
   curl -d 'hello' localhost:3000/events/news     publish an event to the topic
   tail -F app.log | curl -T - http://localhost:3000/events/log     each line
+  curl localhost:3000/topics                     what topics there are
+  curl -X DELETE localhost:3000/events/news      forget what a topic keeps
 
 Flags and their defaults. Times: 500ms 15s 10m 24h. Sizes: 900 64KiB 1MiB.
 Each has an environment variable, such as BROOKLET_LISTEN=ADDR, BROOKLET_OPEN=1;
@@ -38,6 +40,9 @@ the flag wins. T and ORIGIN can be given several times.
   --publish-token T      none            publishers must show T, which is a
                                          token, or @FILE with one token a line
   --subscribe-token T    none            readers must show T
+  --tokens FILE          none            tokens with rights to some topics each,
+                                         read again whenever it changes
+  --query-tokens         off             readers may show T as ?access_token=T
   --allow-origin ORIGIN  none            web pages from there may read and
                                          publish; '*' lets all others read
   --subscribers N        100000          streams open at once
@@ -50,21 +55,16 @@ the flag wins. T and ORIGIN can be given several times.
   --body-time TIME       30s             for a POST's body, or a line of a PUT
   --put-idle-time TIME   12h             for the next line of a PUT
   --idle-time TIME       75s             for the next request on a connection
-  --heartbeat TIME       15s             send a comment after this much silence
-                                         on a stream (3.5s or more)
-  --lifetime TIME        10m             close a topic's stream after 80-100 %
-                                         of this; clients reconnect
-  --stall-time TIME      10s             close a stream whose reader accepts
-                                         nothing for this long
+  --heartbeat TIME       15s             longest silence on a stream (from 3.5s)
+  --lifetime TIME        10m             longest life of a topic's stream
+  --stall-time TIME      10s             for a slow reader to accept something
   --retry TIME           3s              clients wait this long to reconnect
   --keep-events N        1000            newest events kept of each topic
   --keep-bytes SIZE      64MiB           bytes kept of all topics together
   --keep-age TIME        24h             events are deleted after this time
   --topics N             10000           topics in use at once
-  --journal FILE         none            store events, which then survive
-                                         a crash or a restart
-  --fsync                off             sync each write: they also survive
-                                         a power cut
+  --journal FILE         none            store events: they survive a restart
+  --fsync                off             sync each write: and a power cut, too
   --lanes N              half the cores  threads that write to subscribers
   --log off|info|debug   info            what to log to stderr
   --help  --version
@@ -81,11 +81,13 @@ enum Takes {
 
 /// Every flag that the environment can give, too. A variable of another name that begins with `BROOKLET_` is not ours to
 /// refuse: Kubernetes sets some for a service that is called brooklet.
-const FLAGS: [(&str, Takes); 30] = [
+const FLAGS: [(&str, Takes); 32] = [
     ("--listen", Takes::Value),
     ("--open", Takes::Nothing),
     ("--publish-token", Takes::Values),
     ("--subscribe-token", Takes::Values),
+    ("--tokens", Takes::Value),
+    ("--query-tokens", Takes::Nothing),
     ("--allow-origin", Takes::Values),
     ("--subscribers", Takes::Value),
     ("--connections", Takes::Value),
@@ -246,6 +248,8 @@ impl Command {
             "--open" => config.open = switch(value)?,
             "--publish-token" => config.publish_tokens.extend(tokens(value)?),
             "--subscribe-token" => config.subscribe_tokens.extend(tokens(value)?),
+            "--tokens" => config.tokens = Some(value.into()),
+            "--query-tokens" => config.query_tokens = switch(value)?,
             // In the environment several may stand, with spaces between, which no origin holds.
             "--allow-origin" => config.allow_origins.extend(value.split_whitespace().map(String::from)),
             "--subscribers" => config.subscribers = count(value)?,
@@ -296,7 +300,8 @@ impl Command {
     /// Binds the server, alone or with others that share its topics.
     fn bind(self) -> Result<Server, Failure> {
         let listen = self.listen;
-        let is_open = self.config.open || !self.config.publish_tokens.is_empty() || listen.ip().is_loopback();
+        let needs_token = !self.config.publish_tokens.is_empty() || self.config.tokens.is_some();
+        let is_open = self.config.open || needs_token || listen.ip().is_loopback();
         #[cfg(feature = "redis")]
         if let Some(url) = self.redis.url {
             if self.config.journal.is_some() {

@@ -15,8 +15,8 @@ use std::sync::Arc;
 impl Server {
     /// Answers whatever is asked of `path` with what the handler says: see [`Request`] and [`Answer`]. A path that ends
     /// in a slash is also the route of everything below it, unless a longer one fits; [`Request::rest`] has what
-    /// follows. The server's own paths (`/events/…`, `/health`, `/metrics`) come first. A path that had a route gets
-    /// the new one.
+    /// follows. The server's own paths (`/events/…`, `/topics`, `/health`, `/metrics`) come first. A path that had a
+    /// route gets the new one.
     ///
     /// What is checked before the handler is called: the request is whole and well-formed, its body is at most
     /// [`body_bytes`](crate::Config::body_bytes) and came within [`body_time`](crate::Config::body_time) (413, 408); on

@@ -38,6 +38,8 @@ pub struct Request {
     pub last_event_id: Option<String>,
     /// The host that was asked, perhaps with a port. Only HTTP/1.0 need not say.
     pub host: Option<String>,
+    /// The body is an event stream.
+    pub is_event_stream: bool,
     /// The origin of the page that asks; without a browser there is none.
     pub origin: Option<String>,
     /// The tokens that it presents, not compared yet.
@@ -118,6 +120,7 @@ impl Request {
             return refuse(501, "CONNECT is for proxies, which this is not"); // what follows would not be HTTP
         }
         let target = Target::parse(method, target)?;
+        let is_event_stream = fields.is_event_stream();
         Ok(Request {
             method: method.into(),
             path: target.path,
@@ -129,6 +132,7 @@ impl Request {
             tokens: fields.tokens(),
             last_event_id: fields.last_event_id.filter(|id| !id.is_empty()),
             host: target.authority.or(fields.host), // RFC 9112 §3.2.2: the target's own wins
+            is_event_stream,
             origin: fields.origin,
             fields: String::from_utf8_lossy(lines).into_owned(),
         })
@@ -214,6 +218,7 @@ struct Fields {
     host: Option<String>,
     content_length: Option<String>,
     transfer_encoding: Option<String>,
+    content_type: Option<String>,
     expect: Option<String>,
     origin: Option<String>,
     authorization: Option<String>,
@@ -249,6 +254,7 @@ impl Fields {
             "host" => (&mut self.host, None),
             "content-length" => (&mut self.content_length, None),
             "transfer-encoding" => (&mut self.transfer_encoding, Some(", ")),
+            "content-type" => (&mut self.content_type, None),
             "expect" => (&mut self.expect, None),
             "origin" => (&mut self.origin, None),
             "authorization" => (&mut self.authorization, None),
@@ -258,6 +264,12 @@ impl Fields {
             "last-event-id" => (&mut self.last_event_id, Some(", ")),
             _ => return None,
         })
+    }
+
+    /// Whether the type is `text/event-stream`, with parameters or without.
+    fn is_event_stream(&self) -> bool {
+        let essence = self.content_type.as_deref().and_then(|value| value.split(';').next()).unwrap_or_default();
+        essence.trim_end_matches([' ', '\t']).eq_ignore_ascii_case("text/event-stream")
     }
 
     /// Whether `close` is among the options of `Connection` (RFC 9110 §7.6.1).

@@ -16,13 +16,14 @@ use crate::history::{TopicOverview, Totals};
 use crate::hub::Hub;
 use crate::log::OncePerSecond;
 use crate::metrics::{self, Gauges};
-use crate::names::topic_names;
+use crate::names::{check_topic, topic_names};
 use crate::places::Counts;
 use crate::pool::Threads;
 use crate::publishing::Publishing;
 use crate::reader::Reader;
 use crate::request::Request;
 use crate::response::{Response, decline};
+use crate::rights::{ALL, Act};
 use crate::subscription::{POLL_TIME, Streams, Wanted};
 use crate::sync::enter;
 use crate::target::CURSOR_PARAMETERS;
@@ -40,6 +41,8 @@ const TOPIC_METHODS: &str = "GET, HEAD, POST, PUT, DELETE, OPTIONS";
 const PROGRAM_METHODS: &str = "GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS";
 /// What a stream's query may say, beside the cursor.
 const STREAM_PARAMETERS: [&str; 2] = ["since", "poll"];
+/// Where a query may hold a token (RFC 6750 §2.3).
+const QUERY_TOKEN: &str = "access_token";
 /// Other paths of the server's own.
 const OWN_PATHS: [&str; 3] = ["/health", "/metrics", "/topics"];
 
@@ -74,7 +77,7 @@ pub enum Reply {
 
 /// Shared by all connections.
 pub struct Routes {
-    pub door: Door,
+    pub door: Arc<Door>,
     publishing: Publishing,
     streams: Arc<Streams>,
     /// The program's routes by their paths: few, so a list is searched. Locked shortly, and under no other lock.
@@ -84,7 +87,7 @@ pub struct Routes {
 }
 
 impl Routes {
-    pub fn new(hub: Hub, door: Door, streams: Arc<Streams>) -> Routes {
+    pub fn new(hub: Hub, door: Arc<Door>, streams: Arc<Streams>) -> Routes {
         let publishing = Publishing { hub, places: streams.places.clone() };
         Routes { door, publishing, streams, table: Mutex::default(), refusals: OncePerSecond::default() }
     }
@@ -143,11 +146,14 @@ impl Routes {
                 let published = self.publish(reader, request, topics);
                 published.inspect_err(|refusal| self.note_refusal(reader, refusal)).map(Reply::Response)
             }
-            ("GET" | "HEAD", Some(names)) => {
-                self.door.check_subscriber(request)?;
+            ("GET" | "HEAD", Some(list)) => {
+                self.take_query_token(request);
+                self.door.check_presented(Act::Subscribe, request)?;
+                let wanted = wanted_topics(request, list)?;
+                self.check_stream(reader, request, &wanted.names)?;
                 // A GET may have a body, which means nothing (RFC 9110 §9.3.1), but has to be out of the way.
                 request.read_body(reader, &self.streams.core.config, false)?;
-                Ok(Reply::Topics(wanted_topics(request, names)?))
+                Ok(Reply::Topics(wanted))
             }
             ("GET" | "HEAD", None) => self.get(reader, request, &path),
             // A known method that is not for this path is 405, an unknown one 501 (RFC 9110 §9.1).
@@ -162,14 +168,23 @@ impl Routes {
     /// Who may publish, and so delete, is decided before anything of the body is read.
     fn publish(&self, reader: &mut Reader, request: &mut Request, topics: &str) -> Result<Response, Response> {
         self.door.check_origin(request)?;
-        self.door.check_publisher(request)?;
-        if self.door.knows_publishers() {
+        self.door.check_presented(Act::Publish, request)?;
+        let names = match request.method.as_str() {
+            "POST" => topic_names(topics),
+            _ => check_topic(topics).map(|()| vec![topics.into()]),
+        };
+        let names = names.map_err(|error| Response::text(400, error))?;
+        // Asked again before anything is published: a body may take a while, a `PUT` days.
+        let tokens = std::mem::take(&mut request.tokens);
+        let check = || self.door.check_right(Act::Publish, &tokens, &names);
+        check()?;
+        if self.door.needs_token(Act::Publish) {
             self.streams.places.trust(reader.c); // only where tokens exist: else everybody would be trusted
         }
         match request.method.as_str() {
-            "POST" => self.publishing.post(reader, request, topics),
-            "PUT" => self.publishing.put(reader, request, topics),
-            _ => self.publishing.delete(reader, request, topics),
+            "POST" => self.publishing.post(reader, request, &names, &check),
+            "PUT" => self.publishing.put(reader, request, &names[0], &check),
+            _ => self.publishing.delete(reader, request, &names[0], &check),
         }
     }
 
@@ -183,8 +198,10 @@ impl Routes {
         if !["GET", "HEAD"].contains(&request.method.as_str()) {
             self.door.check_origin(request)?;
         }
+        self.take_query_token(request);
         if route.kind == Kind::Stream {
-            self.door.check_subscriber(request)?;
+            self.door.check_presented(Act::Subscribe, request)?;
+            self.check_stream(reader, request, &[ALL.into()])?;
         }
         // A GET may have a body, which means nothing (RFC 9110 §9.3.1), but has to be out of the way.
         let body = request.read_body(reader, &self.streams.core.config, route.kind == Kind::Own)?;
@@ -204,7 +221,8 @@ impl Routes {
     /// One of `OWN_PATHS`.
     fn get(&self, reader: &mut Reader, request: &mut Request, path: &str) -> Result<Reply, Response> {
         if ["/metrics", "/topics"].contains(&path) {
-            self.door.check_subscriber(request)?;
+            self.take_query_token(request);
+            self.door.check_reader(request)?;
         }
         request.read_body(reader, &self.streams.core.config, false)?;
         Ok(Reply::Response(if path == "/metrics" {
@@ -233,6 +251,23 @@ impl Routes {
                 response
             }
             _ => Response::text(500, "the program failed to answer; its log, if it has one, says why"),
+        }
+    }
+
+    /// Whether a stream may be opened.
+    fn check_stream(&self, reader: &Reader, request: &Request, topics: &[String]) -> Result<(), Response> {
+        self.door.note_pass(&mut enter(&reader.c.state), &request.tokens, topics);
+        let checked = self.door.check_right(Act::Subscribe, &request.tokens, topics);
+        checked.inspect_err(|_| self.door.forget_pass(&mut enter(&reader.c.state)))
+    }
+
+    /// Takes `access_token` out of the query, where tokens may stand there: nobody else needs to see it.
+    fn take_query_token(&self, request: &mut Request) {
+        if self.streams.core.config.query_tokens {
+            let (tokens, others) =
+                std::mem::take(&mut request.query.0).into_iter().partition(|(name, _)| name == QUERY_TOKEN);
+            request.query.0 = others;
+            request.tokens.extend(tokens.into_iter().map(|(_, token): (String, String)| token).take(1));
         }
     }
 

@@ -26,6 +26,7 @@ use crate::sync::{Mutex, enter, start_thread};
 use crate::system::{self, AddressSpace};
 use crate::tending;
 use crate::text::invalid;
+use crate::tokens::TokensFile;
 use crossbeam_channel::{Receiver, Sender, bounded};
 use std::io::{self, ErrorKind};
 use std::mem;
@@ -82,6 +83,8 @@ pub struct Handle {
     acceptors: Mutex<Vec<JoinHandle<()>>>,
     /// The lanes and the clerk, likewise.
     helpers: Mutex<Vec<JoinHandle<()>>>,
+    /// The thread that watches the tokens' file ends when this is dropped. It is not waited for: the disk may be stuck.
+    watching: Mutex<Option<Sender<()>>>,
     /// How many connections had not ended when it had stopped.
     stopped: OnceLock<usize>,
 }
@@ -163,6 +166,7 @@ impl Server {
     }
 
     fn start(listening: Option<Listening>, config: Config, engine: Option<Arc<dyn Engine>>) -> io::Result<Server> {
+        let (tokens, rights) = config.tokens.as_deref().map(TokensFile::open).transpose()?.unzip();
         // The log's thread and the listener first: what is left of the system's limits is for connections.
         let log = Arc::new(Logger::start(&config)?);
         let lane_count = if config.lanes == 0 { default_lanes() } else { config.lanes };
@@ -181,7 +185,9 @@ impl Server {
         let address_space = Arc::new(AddressSpace::read());
         helpers.push(clerk::start(streams.clone(), address_space.clone())?);
         // Only a server on loopback knows all of its names; the door needs its port to tell them from other servers'.
-        let door = Door::new(&core.config, listening.as_ref().map(|listening| listening.address));
+        let door = Arc::new(Door::new(&core.config, rights, listening.as_ref().map(|listening| listening.address)));
+        let (watching, stopping) = bounded(0);
+        tokens.map(|file| file.watch(door.clone(), streams.clone(), stopping)).transpose()?;
         let routes = Routes::new(Hub { core }, door, streams.clone());
         let handle = Handle {
             shared: Arc::new(Shared { streams, routes, evicted: OncePerSecond::default() }),
@@ -189,6 +195,7 @@ impl Server {
             address_space,
             acceptors: Mutex::default(),
             helpers: Mutex::new(helpers),
+            watching: Mutex::new(Some(watching)),
             stopped: OnceLock::new(),
         };
         tending::start(&handle.shared.streams.core)?;
@@ -289,6 +296,7 @@ impl Handle {
             // Not every system lets a listening socket be shut down; a connection wakes whoever accepts, too.
             acceptors.iter().for_each(|_| drop(TcpStream::connect(address)));
         }
+        *enter(&self.watching) = None;
         for acceptor in acceptors {
             let _ = acceptor.join();
         }
@@ -316,7 +324,8 @@ impl Drop for Handle {
 
 /// Whoever can reach the port could publish: beyond loopback that must be wanted. A token or [`Config::open`] says so.
 fn check_reach(config: &Config, address: SocketAddr) -> io::Result<()> {
-    if config.open || !config.publish_tokens.is_empty() || address.ip().is_loopback() {
+    let needs_token = !config.publish_tokens.is_empty() || config.tokens.is_some();
+    if config.open || needs_token || address.ip().is_loopback() {
         return Ok(());
     }
     let reason =

@@ -183,7 +183,10 @@ impl Streams {
     pub fn end_soon(self: &Arc<Streams>, c: &Arc<Connection>, why: Option<Reason>) {
         let mut state = enter(&c.state);
         let its_time = if state.is_poll { POLL_IS_OVER } else { LIFETIME_IS_OVER };
-        state.ending.get_or_insert(why.unwrap_or(its_time));
+        match why {
+            Some(why) => state.ending = Some(why),
+            None => drop(state.ending.get_or_insert(its_time)),
+        }
         if state.phase == Phase::Live && state.subscriber.is_some() {
             state.phase = Phase::Queued;
             drop(state);

@@ -27,6 +27,7 @@ mod places;
 mod pool;
 mod power;
 mod program;
+mod relay;
 mod request;
 mod response;
 mod routes;

@@ -68,7 +68,7 @@ fn each_bad_request_gets_the_answer_of_the_table_and_the_next_connection_works()
         (400, "holds CR, LF or NUL", to("POST", "/events/a?key=%00a")),
         (400, "the event name gap", to("POST", "/events/a?event=gap")),
         (400, "a key of 0 bytes", to("POST", "/events/a?key=")),
-        (400, "a key of 129 bytes", to("POST", &format!("/events/a?key={}", "k".repeat(129)))),
+        (400, "a key of 1025 bytes", to("POST", &format!("/events/a?key={}", "k".repeat(1025)))),
         (400, "no number of milliseconds", to("POST", "/events/a?retry=5s")),
         (400, "no number of milliseconds", to("POST", "/events/a?retry=%2B5")),
         (400, "no number of milliseconds", to("POST", "/events/a?retry=99999999999")),

@@ -134,6 +134,11 @@ pub fn cursor(text: &str) {
     }
 }
 
+/// An event stream, read in pieces and at once.
+pub fn events(bytes: &[u8]) {
+    crate::parsing::check(bytes);
+}
+
 fn is_mark(block: &[u8]) -> bool {
     Block::parse(block).expect("what was written").is_mark
 }
