@@ -64,7 +64,8 @@ pub fn load(link: &Link, session: &mut Session, feed: &Feed) -> Result<Position,
 
 /// The reader, for as long as there is a server to feed.
 pub fn follow(link: &Link, session: Session, mut at: Position, feed: &Feed) {
-    let (mut session, mut away, mut pause) = (Some(session), None, FIRST_PAUSE);
+    let (mut session, mut pause) = (Some(session), FIRST_PAUSE);
+    let mut away: Option<(Instant, String)> = None; // since when, and why at last
     while !feed.is_over() {
         let turn = session.take().map_or_else(|| link.join(TURN_TIME), Ok).and_then(|mut joined| {
             let turn = take_turn(link, &mut joined, &mut at, feed);
@@ -73,17 +74,18 @@ pub fn follow(link: &Link, session: Session, mut at: Position, feed: &Feed) {
         match turn {
             Ok(joined) => {
                 session = Some(joined);
-                if let Some(since) = away.take().map(|since: Instant| since.elapsed()) {
-                    feed.log(format_args!("Redis is back, after {:.1} s", since.as_secs_f64()));
+                if let Some((since, _)) = away.take() {
+                    feed.log(format_args!("Redis is back, after {:.1} s", since.elapsed().as_secs_f64()));
                 }
                 pause = FIRST_PAUSE;
             }
             Err(why) => {
                 link.outages.fetch_add(1, SeqCst);
-                if away.is_none() && !feed.is_over() {
-                    away = Some(Instant::now());
+                let (since, last) = away.take().unwrap_or_else(|| (Instant::now(), String::new()));
+                if why != last && !feed.is_over() {
                     feed.log(format_args!("Redis is away: {why}; streams stay open, publishers are refused"));
                 }
+                away = Some((since, why));
                 thread::sleep(pause);
                 pause = LAST_PAUSE.min(2 * pause);
             }
