@@ -383,6 +383,34 @@ fn ids_do_not_go_back_where_a_replica_with_a_slow_clock_takes_over() {
 }
 
 #[test]
+fn a_server_that_is_cut_off_catches_up_without_a_gap_and_tells_nobody_anything_twice() {
+    if !has("redis-server") {
+        return;
+    }
+    let redis = Redis::start();
+    let relay = Relay::to(redis.port);
+    let (near, cut) = (server(&redis.url(), &[]), server(&relay.url(), &[]));
+    let (mut stream, _) = Wire::subscribe(cut.addr, "/events/a", "");
+    publish(near.addr, "/events/a", "before");
+    assert_eq!(stream.event().unwrap().data(), "before");
+    relay.turn_to(1); // where nobody listens
+    cut.wait_for_log("Redis is away");
+    let seen = publish(near.addr, "/events/a", "seen elsewhere");
+    // Whoever has had that from the other server is ahead of this one.
+    let ahead = format!("Last-Event-ID: {seen}\r\n");
+    let mut early = Wire::stream(cut.addr, "/events/a", &ahead);
+    let end = early.block().unwrap();
+    assert!(end.retry.is_some() && end.comments == ["events that another server has sent have not come here yet"]);
+    relay.turn_to(redis.port);
+    cut.wait_for_log("Redis is back");
+    let (mut resumed, cursor) = Wire::subscribe(cut.addr, "/events/a", &ahead);
+    assert_eq!(cursor.to_string(), seen);
+    publish(cut.addr, "/events/a", "after");
+    assert_eq!(resumed.event().unwrap().data(), "after");
+    assert_eq!([0, 1].map(|_| stream.event().unwrap().data.unwrap()), ["seen elsewhere", "after"]);
+}
+
+#[test]
 fn a_primary_that_becomes_a_replica_takes_nothing_until_it_is_a_primary_again() {
     if !has("redis-server") {
         return;
