@@ -18,7 +18,7 @@ const SLEEP_TIME: Duration = Duration::from_secs(60);
 /// How long it waits before it asks for a thread again where the system has none to give.
 const NO_THREAD_PAUSE: Duration = Duration::from_millis(20);
 
-/// Starts the clerk. It ends once its desk is closed and empty.
+/// Starts the clerk. It ends once its desk is closed.
 ///
 /// # Errors
 /// No thread can be started.

@@ -49,8 +49,8 @@ pub struct Config {
     pub tokens: Option<PathBuf>,
     /// Readers may show their token as `?access_token=`, too (no): URLs stand in logs and histories.
     pub query_tokens: bool,
-    /// Origins whose pages may read and publish, with the browser's cookies: `https://app.example`, `null` for pages
-    /// from files; `*` lets all others read, without cookies (none).
+    /// Origins whose pages may read and publish, with the browser's cookies: `https://app.example`,
+    /// `https://*.app.example` for all names below it (but not for itself), `null` for pages from files; `*` lets all others read, without cookies (none).
     pub allow_origins: Vec<String>,
     /// Streams at once (100,000). Each takes a descriptor and some 2 kB; lowered at the start where the system gives fewer
     /// descriptors.
@@ -219,10 +219,12 @@ fn check_origin(origin: &str) -> io::Result<()> {
     let small = origin.to_ascii_lowercase();
     let (scheme, rest) = small.split_once("://").unwrap_or_default();
     let authority = rest.split('/').next().unwrap_or_default();
+    // Names below one: its own name must have a dot, or it would be everything below com.
+    let below = authority.strip_prefix("*.").filter(|name| name.contains('.') || split_port(name).0 == "localhost");
     let is_scheme = !scheme.is_empty() && scheme.bytes().all(|b| b.is_ascii_alphanumeric() || b"+-.".contains(&b));
-    if !is_scheme || !is_authority(authority) {
+    if !is_scheme || !is_authority(below.unwrap_or(authority)) {
         return invalid(format!(
-            "allow_origins: {} is no origin: write https://app.example, null or *",
+            "allow_origins: {} is no origin: write https://app.example, https://*.app.example, null or *",
             quoted(origin)
         ));
     }

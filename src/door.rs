@@ -6,7 +6,7 @@
 //! origin may publish only where that is allowed, and a server on loopback answers only to names that it knows. What
 //! does not come from a browser has no origin: against that, only tokens help.
 
-use crate::authority::{is_authority, is_loopback, split_port};
+use crate::authority::{covers, covers_host, is_authority, is_loopback, split_port};
 use crate::config::{Config, Token};
 use crate::connection::{State, WITHDRAWN};
 use crate::request::Request;
@@ -131,7 +131,7 @@ impl Door {
         let Some(host) = request.host.as_deref().map(|host| split_port(host).0) else { return Ok(()) };
         // Without its port: a proxy may pass the request on from another one.
         let names_it = |origin: &String| {
-            origin.split_once("://").is_some_and(|(_, authority)| split_port(authority).0.eq_ignore_ascii_case(host))
+            origin.split_once("://").is_some_and(|(_, authority)| covers_host(split_port(authority).0, host))
         };
         let is_on_loopback = self.loopback_port.is_some()
             || self.is_handed_in && socket.local_addr().is_ok_and(|address| address.ip().is_loopback());
@@ -152,7 +152,7 @@ impl Door {
     pub fn check_origin(&self, request: &Request) -> Result<(), Response> {
         let Some(origin) = request.origin.as_deref() else { return Ok(()) };
         let host = request.host.as_deref().unwrap_or_default();
-        let is_of_host = |origin: &str| origin.split_once("://").is_some_and(|(_, own)| own.eq_ignore_ascii_case(host));
+        let is_of_host = |origin: &str| origin.split_once("://").is_some_and(|(_, own)| covers(own, host));
         // Where the public origin is named with its scheme, only that one counts: a page that came over plain HTTP
         // could have been changed on its way by anybody.
         let is_own = is_of_host(origin) && !self.origins.iter().any(|known| is_of_host(known));
@@ -171,11 +171,12 @@ impl Door {
     pub fn cors(&self, request: &Request) -> String {
         let origin = request.origin.as_deref().unwrap_or_default();
         let is_open_to_all = self.origins.iter().any(|known| known == "*");
+        let asked = request.asked_fields();
         let (mut lines, methods, fields) = match (self.is_allowed(origin), is_open_to_all) {
             (true, _) => (
                 format!("Access-Control-Allow-Origin: {origin}\r\nAccess-Control-Allow-Credentials: true\r\n"),
                 "GET, HEAD, POST, PUT, PATCH, DELETE",
-                "Authorization, Cache-Control, Content-Type, Last-Event-ID",
+                if asked.is_empty() { "Authorization, Cache-Control, Content-Type, Last-Event-ID" } else { &asked },
             ),
             (_, true) => ("Access-Control-Allow-Origin: *\r\n".into(), "GET, HEAD", "Cache-Control, Last-Event-ID"),
             _ => return if self.origins.is_empty() { String::new() } else { "Vary: Origin\r\n".into() },
@@ -184,6 +185,10 @@ impl Door {
             // A preflight asks for these; ten minutes, so that a change of the settings is soon seen.
             lines += &format!("Access-Control-Allow-Methods: {methods}\r\nAccess-Control-Allow-Headers: {fields}\r\n");
             lines += "Access-Control-Max-Age: 600\r\n";
+            if request.asks_private_network {
+                // From a page of the internet to a server of the user's own network: https://wicg.github.io/private-network-access/
+                lines += "Access-Control-Allow-Private-Network: true\r\n";
+            }
         }
         lines + "Vary: Origin\r\n"
     }
@@ -195,7 +200,17 @@ impl Door {
         let (host, port) = split_port(authority);
         let is_ours =
             is_loopback(host) && self.loopback_port.is_some_and(|own| port.unwrap_or("80").parse() == Ok(own));
-        is_ours && is_authority(host) || self.origins.iter().any(|known| known == origin && known != "*")
+        is_ours && is_authority(host) || self.origins.iter().any(|known| known != "*" && is_of(known, origin))
+    }
+}
+
+/// Whether an origin is the allowed one, or one of those that `https://*.example.com` stands for.
+fn is_of(known: &str, origin: &str) -> bool {
+    match (known.split_once("://"), origin.split_once("://")) {
+        (Some((scheme, authority)), Some((own_scheme, own))) if authority.starts_with('*') => {
+            scheme == own_scheme && covers(authority, own)
+        }
+        _ => known == origin,
     }
 }
 

@@ -19,7 +19,7 @@ use crate::event::{Event, Id, ids_from};
 use crate::history::{History, TopicOverview};
 use crate::journal::Journal;
 use crate::kept::{Kept, open_journal};
-use crate::lane::Lane;
+use crate::lane::{Ending, Lane};
 use crate::log::Logger;
 use crate::metrics::Counters;
 use crate::names::check_topic;
@@ -175,10 +175,10 @@ impl Core {
 
     /// Has the lanes end all live streams, once the server stops. Under the order lock, so that each lane has everything
     /// before it that was published, and nothing after.
-    pub fn end_streams(&self) {
+    pub fn end_streams(&self, deadline: Instant) {
         let _order = enter(&self.turns.order);
-        let newest = self.history().newest();
-        self.lanes.iter().for_each(|lane| lane.end_streams(newest, self.config.retry));
+        let ending = Ending { newest: self.history().newest(), retry: self.config.retry, deadline };
+        self.lanes.iter().for_each(|lane| lane.end_streams(ending));
     }
 
     /// The history, without what is too old. Whoever holds it may take a connection's state, but not the order lock.

@@ -62,12 +62,22 @@ enum ToLane {
     Weight,
     /// Somebody leaves, whose socket should be closed soon.
     Change,
-    /// Every live stream ends, after the events before this: the newest of them, and the reconnection time.
-    EndStreams(Id, Duration),
+    /// Every live stream ends, after the events before this.
+    EndStreams(Ending),
     /// Everyone looks at the history again, after the events before this: it has forgotten something without an event.
     Look,
     /// The lane ends, whatever stands after this.
     Stop,
+}
+
+/// How live streams end when the server stops.
+#[derive(Clone, Copy)]
+pub struct Ending {
+    /// The newest event that was published.
+    pub newest: Id,
+    pub retry: Duration,
+    /// Whoever was not reached by then is cut.
+    pub deadline: Instant,
 }
 
 enum Change {
@@ -126,10 +136,9 @@ impl Lane {
         let _ = self.queue.try_send(ToLane::Change);
     }
 
-    /// Ends all live streams, after what is queued already. Called with the order lock held, once the server stops:
-    /// `newest` is the newest event that was published.
-    pub fn end_streams(&self, newest: Id, retry: Duration) {
-        let _ = self.queue.send(ToLane::EndStreams(newest, retry));
+    /// Ends all live streams, after what is queued already. Called with the order lock held, once the server stops.
+    pub fn end_streams(&self, ending: Ending) {
+        let _ = self.queue.send(ToLane::EndStreams(ending));
     }
 
     /// Has every subscriber look at the history again, which has forgotten something. Called with the order lock held.
@@ -218,9 +227,9 @@ impl Worker {
             }
             ToLane::Weight => {}
             ToLane::Change => self.take_changes(),
-            ToLane::EndStreams(newest, retry) => {
+            ToLane::EndStreams(ending) => {
                 self.write_run();
-                self.end_streams(newest, retry);
+                self.end_streams(ending);
             }
             ToLane::Look => {
                 self.write_run();
@@ -344,8 +353,11 @@ impl Worker {
     }
 
     /// Ends every live stream of topics, whose frame has ended, since it is live. A handler ends its own.
-    fn end_streams(&self, newest: Id, retry: Duration) {
+    fn end_streams(&self, Ending { newest, retry, deadline }: Ending) {
         for c in self.everyone.values() {
+            if Instant::now() >= deadline {
+                return;
+            }
             let mut state = enter(&c.state);
             if state.phase == Phase::Live && state.subscriber.is_some() {
                 c.end_now(&state, STOPPING, spread(retry, 50, 150), Some(newest).filter(|id| *id > state.cursor));

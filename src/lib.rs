@@ -73,6 +73,7 @@
 //! | the bells, in `bell` | shortly, under the order lock or alone | who in the program waits for which topic |
 //! | the changes, in `lane`, and the papers, in `desk` | shortly, and nothing is locked under them | who joins and leaves a lane; whom lanes let go |
 //! | the tables, in `places` and `routes`, and the lines, in `pool` | shortly, under no other lock | which connections are open; what is at a path; who waits for a thread |
+//! | the rights, in `door` | shortly, and nothing is locked under it | what the tokens' file says |
 //! | the date of now, in `clock` | shortly, and nothing is locked under it | one line of every response |
 //!
 //! No lock is held while waiting for a peer. A panic under a lock does not take the others along: they enter the

@@ -22,8 +22,9 @@ use std::time::Duration;
 
 /// Whether whoever publishes still may.
 type Check<'a> = &'a dyn Fn() -> Result<(), Response>;
-/// Takes some events of a body; false at its end.
-type TakeSome<'a> = Box<dyn FnMut(&mut Vec<Event>) -> Result<bool, Response> + 'a>;
+
+/// Waits for the next events of a body. False with the last ones.
+type TakeSome<'a> = dyn FnMut(&mut Vec<Event>) -> Result<bool, Response> + 'a;
 
 /// What all methods use. Who may publish was checked before.
 pub struct Publishing {
@@ -120,7 +121,7 @@ impl Publishing {
         publish: &mut dyn FnMut(Vec<Event>) -> Result<(), Response>,
     ) -> Result<(), Response> {
         let (c, config) = (reader.c, &self.hub.core.config);
-        let mut take_some: TakeSome = if request.is_event_stream {
+        let mut take_some: Box<TakeSome> = if request.is_event_stream {
             let mut relay = Relay::new(reader, &mut request.body, config);
             Box::new(move |events| relay.take_some(events))
         } else {

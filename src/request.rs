@@ -42,6 +42,10 @@ pub struct Request {
     pub is_event_stream: bool,
     /// The origin of the page that asks; without a browser there is none.
     pub origin: Option<String>,
+    /// What a preflight asks to send, as it came.
+    asked_fields: Option<String>,
+    /// A preflight from a page of a wider network than this server's.
+    pub asks_private_network: bool,
     /// The tokens that it presents, not compared yet.
     pub tokens: Vec<String>,
     /// All fields as they came, each line with its CRLF, for the program's own routes; no other room looks into them.
@@ -121,6 +125,7 @@ impl Request {
         }
         let target = Target::parse(method, target)?;
         let is_event_stream = fields.is_event_stream();
+        let asks_private_network = fields.private_network.as_deref() == Some("true");
         Ok(Request {
             method: method.into(),
             path: target.path,
@@ -133,9 +138,18 @@ impl Request {
             last_event_id: fields.last_event_id.filter(|id| !id.is_empty()),
             host: target.authority.or(fields.host), // RFC 9112 §3.2.2: the target's own wins
             is_event_stream,
+            asks_private_network,
+            asked_fields: fields.asked_fields,
             origin: fields.origin,
             fields: String::from_utf8_lossy(lines).into_owned(),
         })
+    }
+
+    /// The names of the fields that a preflight asks to send; what is no name is left out, since this goes into a head.
+    pub fn asked_fields(&self) -> String {
+        let names =
+            self.asked_fields.iter().flat_map(|list| list.split(',')).map(|name| name.trim_matches([' ', '\t']));
+        names.filter(|name| skip_token(name) == Some("")).collect::<Vec<_>>().join(", ")
     }
 
     /// Tells a client that waits for it to send its body (RFC 9110 §10.1.1). Called only once the request is accepted,
@@ -225,6 +239,8 @@ struct Fields {
     cookie: Option<String>,
     connection: Option<String>,
     last_event_id: Option<String>,
+    asked_fields: Option<String>,
+    private_network: Option<String>,
 }
 
 impl Fields {
@@ -260,6 +276,8 @@ impl Fields {
             "authorization" => (&mut self.authorization, None),
             "cookie" => (&mut self.cookie, Some("; ")),
             "connection" => (&mut self.connection, Some(", ")),
+            "access-control-request-headers" => (&mut self.asked_fields, Some(", ")),
+            "access-control-request-private-network" => (&mut self.private_network, None),
             // Two of these, joined, are no id: that gets a gap, since a browser gives up for good on a refusal.
             "last-event-id" => (&mut self.last_event_id, Some(", ")),
             _ => return None,

@@ -381,8 +381,8 @@ fn admit(shared: &Arc<Shared>, space: &AddressSpace, socket: TcpStream, peer: So
 /// Ends every connection: streams with their reconnection time, publishers with their response. Idle ones are cut last,
 /// so that they can still ask for `/health`. Returns how many did not end in time.
 fn end_connections(streams: &Streams, deadline: Instant) -> usize {
-    let (places, started) = (&streams.places, Instant::now());
-    streams.core.end_streams();
+    let (places, grace) = (&streams.places, Instant::now() + STOP_GRACE);
+    streams.core.end_streams(grace);
     for c in places.at_work() {
         let mut state = enter(&c.state);
         state.ending = Some(STOPPING);
@@ -390,10 +390,11 @@ fn end_connections(streams: &Streams, deadline: Instant) -> usize {
         drop(state);
         let _ = c.socket.shutdown(Shutdown::Read); // wakes who waits for a body or a handler's timer
     }
-    places.wait_for_work(started + STOP_GRACE);
-    for c in places.everyone() {
-        c.cut(STOPPING); // wakes who waits for a request, or a slow peer
-    }
+    places.wait_for_work(grace);
+    let everyone = places.everyone();
+    // Wakes who waits for a request, or a slow peer. Who is not reached is closed with the process.
+    everyone.iter().take_while(|_| Instant::now() < deadline).for_each(|c| c.cut(STOPPING));
+    drop(everyone);
     let left = places.wait_for_all(deadline);
     if left > 0 {
         let peers: Vec<String> = places.everyone().iter().take(NAMED_PEERS).map(|c| c.peer.to_string()).collect();

@@ -36,4 +36,5 @@ mod shelf;
 mod stream;
 mod subscription;
 mod system;
+mod tokens;
 mod topics;
