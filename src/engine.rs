@@ -33,11 +33,10 @@ use std::time::Duration;
 ///
 /// [`Server::bind_with_engine`]: crate::Server::bind_with_engine
 pub trait Engine: Send + Sync {
-    /// Gives each of these its id, which must be above all that were given before, with the Unix time in [`Id::ms`], by
-    /// which a server that is shown it late knows its age; and sees to it that every server is
-    /// shown them. They follow one another in the order, and where one is refused, none is taken. An event whose
-    /// [key](Entry::key) was published before to its topic is not taken again: its id is the first one's. Forgetting a
-    /// topic forgets its keys, too.
+    /// Gives each of these its id, above all that were given before, and sees to it that every server is shown them.
+    /// [`Id::ms`] is the Unix time, by which a server that is shown an event late knows its age. The entries follow one
+    /// another in the order, and where one is refused, none is taken. An event whose [key](Entry::key) was published
+    /// before to its topic is not taken again: its id is the first one's. Forgetting a topic forgets its keys, too.
     ///
     /// Called on the publisher's thread, by many at once, and no lock of the server's is held. It must come back within
     /// half a second, or stopping the server would have to wait for it.

@@ -50,6 +50,10 @@ const BATCH_BYTES: usize = 1024 * 1024;
 const IDLE_TIME: Duration = Duration::from_secs(10);
 /// Publishers that wait their turn; the server's `--connections` bounds them, too.
 const QUEUED_JOBS: usize = 1024;
+
+/// Said where nobody knows.
+const UNKNOWN: &str = "Redis has not answered: it may be published, or not; publish it again with the same key";
+
 /// The engine of the command. Its threads end with the server that it feeds, or the process.
 pub struct Redis {
     link: Arc<Link>,
@@ -114,8 +118,6 @@ impl Redis {
         }
     }
 }
-
-const UNKNOWN: &str = "Redis has not answered: it may be published, or not; publish it again with the same key";
 
 impl Engine for Redis {
     fn publish(&self, entries: &[Entry]) -> io::Result<Vec<Id>> {

@@ -72,6 +72,16 @@ fn a_start_that_cannot_be_says_why_and_shows_no_password() {
 }
 
 #[test]
+fn help_names_the_flags_that_this_build_has_more() {
+    let said = output(Command::new(BROOKLET).arg("--help"));
+    let help = String::from_utf8(said.stdout).unwrap();
+    for flag in ["--redis URL", "--redis-stream NAME", "--redis-length N"] {
+        assert!(help.contains(flag), "{flag}");
+    }
+    assert!(help.lines().all(|line| line.chars().count() <= 80), "{help}");
+}
+
+#[test]
 fn every_subscriber_of_three_servers_has_every_event_once_and_in_order() {
     if !has("redis-server") {
         return;
