@@ -6,7 +6,7 @@
 
 use crate::subscription::Streams;
 use crate::sync::start_thread;
-use crate::system::AddressSpace;
+use crate::system::{AddressSpace, Room};
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
@@ -40,7 +40,7 @@ fn work(streams: &Arc<Streams>, space: &AddressSpace) {
 
 /// Starts the threads that are missing, and makes room where none may be started. Returns when to look again.
 fn look_at_threads(streams: &Streams, space: &AddressSpace) -> Instant {
-    let look = streams.pool.look(|| space.has_room());
+    let look = streams.pool.look(|| space.look() >= Room::Threads);
     for _ in 0..look.in_want {
         streams.places.free_thread();
     }

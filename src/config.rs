@@ -40,7 +40,7 @@ pub struct Config {
     /// Any of these lets its holder publish (none: no token is needed). Several, so that they can be changed without a
     /// gap.
     pub publish_tokens: Vec<Token>,
-    /// Any of these lets its holder read streams and `/metrics` (none: no token is needed).
+    /// Any of these lets its holder read streams, `/topics` and `/metrics` (none: no token is needed).
     pub subscribe_tokens: Vec<Token>,
     /// A file of tokens with rights to some topics each, read again whenever it changes (none). One right a line: a token,
     /// `publish`, `subscribe` or `both`, topics with commas between them (names, or beginnings that end in `*`), and
@@ -93,7 +93,8 @@ pub struct Config {
     pub retry: Duration,
     /// Newest events kept of each topic (1,000).
     pub keep_events: usize,
-    /// Bytes kept of all topics together (64 MiB), each event counted with 136 bytes of bookkeeping.
+    /// Bytes kept of all topics together (64 MiB), counted as the memory that they take: an event with its bookkeeping is
+    /// cut into pieces of 128 bytes, which take 140 each. So a small event counts as some 150 bytes.
     pub keep_bytes: usize,
     /// How long an event is kept (24 h).
     pub keep_age: Duration,

@@ -11,7 +11,7 @@
 use crate::config::Log;
 use crate::connection::STOPPING;
 use crate::cursor::Start;
-use crate::encoded::Encoded;
+use crate::encoded::Parts;
 use crate::engine::Entry;
 use crate::event::{Event, Id};
 use crate::hub::Core;
@@ -56,7 +56,7 @@ impl Feed {
             Some(_) if core.history().check_room(&[&entry.topic]).is_err() => core.history().pass_over(id),
             Some(event) => {
                 let frame = event.encode_with_id(id);
-                core.hand_out(&entry.topic, Encoded::new(id, b"", frame.as_bytes()), event.key.map(Arc::from));
+                core.hand_out(&entry.topic, &Parts::new(id, b"", frame.as_bytes()), event.key.as_deref());
             }
             // Its id counts all the same: a client that has it from another server resumes after it.
             None => core.history().reach(id),

@@ -218,7 +218,7 @@ impl Follower {
             }
             Next::Events(run) => {
                 let topic = |id| history.topic_of(&self.names, id).unwrap_or_default();
-                let topics = run.events.iter().map(|(event, _)| topic(event.id)).collect();
+                let topics = run.events.iter().map(|(id, _)| topic(*id)).collect();
                 drop(history); // before the events are read
                 self.read_to = run.newest();
                 self.read.extend(read_all(&run, topics).map(|event| (event.id, News::Event(event))));

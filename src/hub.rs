@@ -13,7 +13,7 @@ use crate::block::{encode_block, mark};
 use crate::clock::now_ms;
 use crate::config::Config;
 use crate::connection::STOPPING;
-use crate::encoded::Encoded;
+use crate::encoded::{Begun, Encoded, Parts};
 use crate::engine::{self, Engine, Entry};
 use crate::event::{Event, Id, ids_from};
 use crate::history::{History, TopicOverview};
@@ -32,6 +32,8 @@ use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
+/// A topic may keep a million events, and to forget one takes some 100 ns with the history's lock held.
+const FORGOTTEN_AT_ONCE: usize = 1_000;
 /// What waits for the journal takes at most this much memory (and one event for each publisher), so that a stuck disk
 /// does not fill it.
 const UNWRITTEN_BYTES: usize = 16 * 1024 * 1024;
@@ -100,6 +102,8 @@ pub struct Core {
     is_journal_failing: AtomicBool,
     /// Locked shortly, under the order lock or alone. A snapshot for the journal has a share of it.
     history: Arc<Mutex<History>>,
+    /// Locked shortly, and nothing is locked under it.
+    pub begun: Mutex<Begun>,
     /// Numbers the events in our place, and shows them to us through a `Feed`.
     pub engine: Option<Arc<dyn Engine>>,
     pub log: Arc<Logger>,
@@ -136,6 +140,7 @@ impl Core {
             is_journal_failing: AtomicBool::new(false),
             history,
             engine,
+            begun: Mutex::default(),
             log: log.clone(),
             config,
         })
@@ -305,13 +310,15 @@ impl Core {
     fn place(&self, order: &mut Order, topic: &str, event: &Event, key: Option<Arc<str>>) -> Numbered {
         let id = order.newest.next(now_ms());
         order.newest = id;
-        let event = self.encode(id, topic, event);
+        // Both ways make the same event; for the journal, its fields stand before the frame. The id is inside the frame,
+        // so whoever numbers events must do so before this.
         if self.config.journal.is_none() {
-            self.hand_out(topic, event, key);
+            let frame = event.encode_with_id(id);
+            self.hand_out(topic, &Parts::new(id, b"", frame.as_bytes()), key.as_deref());
             return (id, None);
         }
-        let block = event.clone();
-        (id, Some(order.push(Change::Publish { events: vec![(topic.into(), event)], key }, block)))
+        let block = block_of(id, topic, event);
+        (id, Some(order.push(Change::Publish { events: vec![(topic.into(), block.clone())], key }, block)))
     }
 
     /// Places an event in several topics. One block of the journal holds all of them, so that no crash can part them: it
@@ -323,30 +330,18 @@ impl Core {
         event: &Event,
         key: Option<Arc<str>>,
     ) -> Vec<Numbered> {
-        let first = order.newest.next(now_ms());
-        let events: Vec<_> =
-            ids_from(first).zip(topics).map(|(id, topic)| (topic.to_string(), self.encode(id, topic, event))).collect();
-        let ids: Vec<Id> = events.iter().map(|(_, event)| event.id).collect();
+        let ids: Vec<Id> = ids_from(order.newest.next(now_ms())).take(topics.len()).collect();
         order.newest = ids.last().copied().unwrap_or(order.newest);
-        let block = self.encode(first, &topics.join(","), event);
-        let outcome = order.push(Change::Publish { events, key }, block);
+        let block = block_of(ids[0], &topics.join(","), event);
+        let events = ids.iter().zip(topics).map(|(id, topic)| (topic.to_string(), block_of(*id, topic, event)));
+        let outcome = order.push(Change::Publish { events: events.collect(), key }, block);
         ids.into_iter().map(|id| (id, Some(outcome.clone()))).collect()
-    }
-
-    /// Both ways to publish make the same event; for the journal, its fields stand before the frame. The id is inside the
-    /// frame, so whoever numbers events must do so before this.
-    fn encode(&self, id: Id, topic: &str, event: &Event) -> Encoded {
-        let frame = event.encode_with_id(id);
-        match self.config.journal {
-            None => Encoded::new(id, b"", frame.as_bytes()),
-            Some(_) => encode_block(id, &[("topic", Some(topic)), ("key", event.key.as_deref())], &frame),
-        }
     }
 
     /// Gives the forgetting of a topic its place in the order: just after the topic's newest event.
     fn number_forgetting(&self, order: &mut Order, topic: &str) -> io::Result<Option<Numbered>> {
         check_topic(topic)?;
-        self.check_open(&Event::default())?;
+        self.check_running()?;
         let newest = order.find_newest(&self.history(), topic);
         let Some((up_to, None)) = newest else { return Ok(newest) };
         if self.config.journal.is_none() {
@@ -444,7 +439,7 @@ impl Core {
     fn make_happen(&self, change: &Change) {
         match change {
             Change::Publish { events, key } => {
-                events.iter().for_each(|(topic, event)| self.hand_out(topic, event.clone(), key.clone()));
+                events.iter().for_each(|(topic, event)| self.hand_out(topic, &event.parts(), key.as_deref()));
             }
             Change::Forget { topic, up_to } => self.hand_out_forgetting(topic, *up_to),
         }
@@ -453,18 +448,23 @@ impl Core {
     /// Forgets what a topic keeps up to `id`. What stands in a lane's queue goes out all the same; whoever falls behind
     /// before it has that hears a gap.
     pub fn hand_out_forgetting(&self, topic: &str, id: Id) {
-        let gone = enter(&self.history).forget(topic, id);
-        drop(gone); // the lock is given up already: a topic may keep a million events
+        while enter(&self.history).forget(topic, id, FORGOTTEN_AT_ONCE) {} // others may have the lock in between
     }
 
     /// Keeps an event, and then queues it for every lane, in this order: leg 4 of the proof in `subscription.rs`.
     /// Called in the order of the ids, under the order lock; it may wait for room in a queue.
-    pub fn hand_out(&self, topic: &str, event: Encoded, key: Option<Arc<str>>) {
-        let followed = enter(&self.history).insert(topic, event.clone(), key);
+    pub fn hand_out(&self, topic: &str, event: &Parts, key: Option<&str>) {
+        let followed = enter(&self.history).insert(topic, event, key);
         self.counters.published.fetch_add(1, Relaxed);
         if let Some(topic) = followed {
+            let event = event.encode();
             self.lanes.iter().for_each(|lane| lane.send(&topic, &event));
             self.bells.ring(&topic);
         }
     }
+}
+
+/// What the journal has of an event in this topic, or in several with commas between them.
+fn block_of(id: Id, topics: &str, event: &Event) -> Encoded {
+    encode_block(id, &[("topic", Some(topics)), ("key", event.key.as_deref())], &event.encode_with_id(id))
 }

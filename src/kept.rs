@@ -8,7 +8,7 @@
 use crate::block::{Block, encode_block, mark};
 use crate::clock::now_ms;
 use crate::config::{Config, Log};
-use crate::encoded::Encoded;
+use crate::encoded::{Encoded, Parts};
 use crate::event::{Id, ids_from};
 use crate::history::{History, Totals, Walk};
 use crate::journal::Journal;
@@ -84,12 +84,11 @@ pub fn restore(history: &mut History, block: Block, bytes: &[u8]) {
     match topic {
         Some(name) if !is_mark => {
             let (fields, frame) = bytes.split_at(frame_at);
-            let key = key.map(Arc::from);
             if !name.contains(',') {
-                return history.restore(name, Encoded::new(id, fields, frame), key);
+                return history.restore(name, &Parts::new(id, fields, frame), key);
             }
             for (id, name) in ids_from(id).zip(name.split(',')) {
-                history.restore(name, with_own_id(id, name, key.as_deref(), frame), key.clone());
+                history.restore(name, &with_own_id(id, name, key, frame).parts(), key);
             }
         }
         _ => history.restore_newest_forgotten(topic, id),
@@ -138,19 +137,19 @@ impl Kept {
 }
 
 impl Snapshot for Kept {
-    fn next(&mut self) -> Vec<Encoded> {
+    fn next(&mut self) -> Vec<u8> {
         if let Some(others) = self.others.take() {
-            return vec![mark("boot", self.boot.as_deref(), others)];
+            return mark("boot", self.boot.as_deref(), others).block().concat();
         }
         let topics: Vec<_> = self.topics[self.marked..].iter().take(STEP_MARKS).collect();
         self.marked += topics.len();
         if !topics.is_empty() {
-            return topics.into_iter().map(|(name, id)| mark("topic", Some(name), *id)).collect();
+            return topics.into_iter().flat_map(|(name, id)| mark("topic", Some(name), *id).block().concat()).collect();
         }
         enter(&self.history).walk_on(&mut self.walk, STEP_BYTES)
     }
 
-    fn last(&mut self) -> Vec<Encoded> {
+    fn last(&mut self) -> Vec<u8> {
         let history = enter(&self.history);
         // `newest_forgotten` also answers for a topic that has left the table meanwhile.
         let now = |(name, before): &(Arc<str>, Id)| {
@@ -158,6 +157,6 @@ impl Snapshot for Kept {
         };
         let changed: Vec<_> = self.topics.iter().filter_map(now).collect();
         drop(history);
-        changed.iter().map(|(name, id)| mark("topic", Some(name), *id)).collect()
+        changed.iter().flat_map(|(name, id)| mark("topic", Some(name), *id).block().concat()).collect()
     }
 }

@@ -219,7 +219,7 @@ impl Worker {
         match message {
             ToLane::Event(topic, event) => {
                 // Of another topic, it would go to other subscribers: what there is goes first, which keeps the order.
-                if self.topic_of_run.as_ref() != Some(&topic) || !self.run.has_room_for(&event) {
+                if self.topic_of_run.as_ref() != Some(&topic) || !self.run.has_room_for(event.layout) {
                     self.write_run();
                     self.topic_of_run = Some(topic);
                 }

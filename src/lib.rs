@@ -71,7 +71,7 @@
 //! | the history, in `hub` | shortly; never during I/O once others may look at it | the kept events and the table of topics |
 //! | the state, in `connection` | during one non-blocking write | whose the socket is, and the cursor |
 //! | the bells, in `bell` | shortly, under the order lock or alone | who in the program waits for which topic |
-//! | the changes, in `lane`, and the papers, in `desk` | shortly, and nothing is locked under them | who joins and leaves a lane; whom lanes let go |
+//! | the changes, in `lane`, the papers, in `desk`, and the begun events, in `hub` | shortly, and nothing is locked under them | who joins and leaves a lane; whom lanes let go; the bytes that slow readers share |
 //! | the tables, in `places` and `routes`, and the lines, in `pool` | shortly, under no other lock | which connections are open; what is at a path; who waits for a thread |
 //! | the rights, in `door` | shortly, and nothing is locked under it | what the tokens' file says |
 //! | the date of now, in `clock` | shortly, and nothing is locked under it | one line of every response |
@@ -120,6 +120,8 @@ mod recovery; // reading the journal at the start
 mod block; // what it is made of
 mod cursor; // where a stream starts, what comes next, gaps
 mod history; // kept events, and what was forgotten
+mod entry; // a kept event in its cells
+mod cells; // where the bytes of all of them are
 mod lane; // writing to whoever is live
 mod door; // who may do what: hosts, origins, tokens
 mod engine; // what gives several servers one order
@@ -180,3 +182,7 @@ mod turn;
 #[cfg(any(test, fuzzing))]
 #[path = "../tests/parser.rs"]
 mod parsing;
+
+#[cfg(test)]
+#[path = "../tests/cells.rs"]
+mod cells_test;

@@ -23,7 +23,7 @@ use crate::pool::Pool;
 use crate::routes::Routes;
 use crate::subscription::Streams;
 use crate::sync::{Mutex, enter, start_thread};
-use crate::system::{self, AddressSpace};
+use crate::system::{self, AddressSpace, Room};
 use crate::tending;
 use crate::text::invalid;
 use crate::tokens::TokensFile;
@@ -365,10 +365,12 @@ fn admit_all(shared: &Arc<Shared>, space: &AddressSpace, accepted: &Receiver<(Tc
 /// for the peer.
 fn admit(shared: &Arc<Shared>, space: &AddressSpace, socket: TcpStream, peer: SocketAddr) {
     let Streams { core, places, log, .. } = &*shared.streams;
-    let has_space = space.has_room();
+    let room = space.look();
+    let has_space = room > Room::Nothing;
     if !has_space {
         places.make_room(); // for the next: an ending connection's space is not free at once
     }
+    places.close_to_streams(room < Room::Streams);
     let has_way = has_space && !core.is_stopping();
     let Some(c) = has_way.then(|| places.admit(socket, peer)).flatten() else {
         core.counters.rejected.fetch_add(1, Relaxed);

@@ -52,10 +52,10 @@ impl Published {
 /// Reads the events of a run, whose bytes are plain. `topics` are theirs, in the same order.
 pub fn read_all(run: &Run, topics: Vec<Arc<str>>) -> impl Iterator<Item = Published> {
     let mut start = 0;
-    run.events.iter().zip(topics).map(move |((event, end), topic)| {
+    run.events.iter().zip(topics).map(move |((id, end), topic)| {
         let frame = &run.bytes[start..*end];
         start = *end;
-        Published::read(topic, event.id, frame)
+        Published::read(topic, *id, frame)
     })
 }
 

@@ -291,10 +291,14 @@ impl<'a> Served<'a> {
             }
             Next::Events(run) => {
                 drop(history);
-                match c.deliver(&mut enter(&c.state), &run, Instant::now()) {
+                let mut state = enter(&c.state);
+                match c.deliver(&mut state, &run, Instant::now()) {
                     Ok(whole) => core.counters.delivered.fetch_add(whole, Relaxed),
                     Err(reason) => return Step::End(reason),
                 };
+                if let Some(Unfinished { what: Outgoing::Event(event), .. }) = &mut state.unfinished {
+                    *event = enter(&core.begun).share(event);
+                }
                 Step::Again
             }
         }

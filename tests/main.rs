@@ -21,6 +21,7 @@ mod hub;
 mod journal;
 mod lane;
 mod log;
+mod memory;
 mod metrics;
 mod minimal;
 mod places;

@@ -60,6 +60,7 @@ pub fn check(bytes: &[u8]) {
     assert_eq!(parse(bytes, random), expected, "in pieces: {:?}", String::from_utf8_lossy(bytes));
 }
 
+#[cfg(test)]
 fn event(name: &str, data: &str, id: Option<&str>) -> Parsed {
     Parsed { name: name.into(), data: data.into(), id: id.map(String::from) }
 }

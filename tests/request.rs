@@ -219,7 +219,7 @@ fn http_1_2_is_read_as_1_1() {
     for _ in 0..2 {
         wire.send(b"GET /health HTTP/1.2\r\nHost: localhost\r\n\r\n");
         let answer = wire.answer();
-        assert_eq!((answer.status, answer.header("connection")), (200, None), "and its connection stays");
+        assert_eq!((answer.status, answer.header("connection")), (200, Some("keep-alive")), "and its connection stays");
     }
     wire.send(b"GET /health HTTP/1.9\r\n\r\n");
     assert_eq!(wire.answer().status, 400, "without a Host");
