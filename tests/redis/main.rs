@@ -711,7 +711,8 @@ struct Group(std::process::Child);
 
 impl Drop for Group {
     fn drop(&mut self) {
-        shell(&format!("kill -TERM -{}", self.0.id()));
+        // At once: a Redis that is told to end would save first, into a directory that is gone by then, and stay.
+        shell(&format!("kill -KILL -{}", self.0.id()));
         let _ = self.0.wait();
     }
 }
