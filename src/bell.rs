@@ -76,6 +76,13 @@ impl Bells {
         }
     }
 
+    /// Tells everybody: something was forgotten, in all topics.
+    pub fn ring_all(&self) {
+        for (_, bell) in enter(&self.table).by_topic.values().flatten() {
+            let _ = bell.try_send(());
+        }
+    }
+
     /// The server stops: whoever waits wakes, and finds its bell disconnected.
     pub fn close(&self) {
         let mut table = enter(&self.table);

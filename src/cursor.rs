@@ -59,7 +59,8 @@ impl History {
         // An id later than both the newest id and the clock can only be from before this server's history was lost: all
         // that is kept is new to its owner. An id between the two means "from now on", which is after the newest: if
         // the clock is set back, ids up to the asked one are still to come.
-        let is_known = |asked: &Id| *asked <= self.newest() || asked.ms <= now_ms();
+        // With an engine, ids are its alone, and it has been asked (`feed::reach`): nobody has given a later one.
+        let is_known = |asked: &Id| *asked <= self.newest() || !self.is_fed() && asked.ms <= now_ms();
         let known = asked.filter(is_known).map(|asked| asked.min(self.newest()));
         match known {
             Some(cursor) if cursor >= self.newest_forgotten_of(names).id => (cursor, None),

@@ -9,6 +9,7 @@ use crate::bell::Bell;
 use crate::cursor::{Next, Start};
 use crate::encoded::Framing;
 use crate::event::Id;
+use crate::feed::{NOT_REACHED, reach};
 use crate::hub::{Core, Hub};
 use crate::names::distinct;
 use crate::shelf::{Published, read_all};
@@ -96,7 +97,8 @@ impl Hub {
     /// # Errors
     /// [`InvalidInput`](io::ErrorKind::InvalidInput) for what is no topic name, for no topic, and for more than 64;
     /// [`QuotaExceeded`](io::ErrorKind::QuotaExceeded) when all topic names are in use;
-    /// [`NotConnected`](io::ErrorKind::NotConnected) once the server is stopping.
+    /// [`NotConnected`](io::ErrorKind::NotConnected) once the server is stopping; and with an [`Engine`](crate::Engine)
+    /// [`TimedOut`](io::ErrorKind::TimedOut) where it has not shown as much yet as the id is ahead: try again later.
     ///
     /// ```
     /// # fn main() -> std::io::Result<()> {
@@ -116,6 +118,9 @@ impl Hub {
         let wanted = distinct(topics)?;
         let core = self.core.clone();
         core.check_running()?;
+        if !reach(&core, &since.into()) {
+            return Err(io::Error::new(io::ErrorKind::TimedOut, NOT_REACHED));
+        }
         let mut history = core.history();
         let names = history.subscribe(&wanted)?;
         let (cursor, gap) = history.start(&names, since.into());

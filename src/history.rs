@@ -44,6 +44,10 @@ pub struct History {
     /// The newest that was forgotten by topics which have left the table; a topic that enters it begins with this.
     newest_forgotten: Point,
     clock: Steady,
+    /// An engine gives the ids, and not this server's clock.
+    is_fed: bool,
+    /// The newest moment of all events.
+    moment_ms: u64,
     keep_events: usize,
     keep_bytes: usize,
     keep_age: Duration,
@@ -96,7 +100,7 @@ pub struct Totals {
 
 impl History {
     /// Nothing is kept, and everything up to `base` counts as forgotten.
-    pub fn new(base: Id, config: &Config) -> History {
+    pub fn new(base: Id, is_fed: bool, config: &Config) -> History {
         let clock = Steady::start();
         History {
             topics: HashMap::new(),
@@ -110,6 +114,8 @@ impl History {
             newest: base,
             newest_forgotten: Point { id: base, moment_ms: clock.before_start(base.ms) },
             clock,
+            is_fed,
+            moment_ms: 0,
             keep_events: config.keep_events,
             keep_bytes: config.keep_bytes.min(MOST_BYTES),
             keep_age: config.keep_age,
@@ -119,6 +125,10 @@ impl History {
 
     pub fn newest(&self) -> Id {
         self.newest
+    }
+
+    pub fn is_fed(&self) -> bool {
+        self.is_fed
     }
 
     pub fn totals(&self) -> Totals {
@@ -171,8 +181,32 @@ impl History {
     /// Keeps an event that is published now; ids must rise from call to call. Returns its topic's name if anyone
     /// follows it: only then must the lanes know of the event, since whoever follows the topic later finds it kept.
     pub fn insert(&mut self, name: &str, event: &Parts, key: Option<&str>) -> Option<Arc<str>> {
-        let moment_ms = self.clock.now_ms();
+        let moment_ms = if self.is_fed { self.moment_of(event.id) } else { self.clock.now_ms() };
         self.keep(name, event, key, moment_ms)
+    }
+
+    /// When an event was published that an engine shows, perhaps long after: at its start, or after it was away. Moments
+    /// rise as ids do, and none is in the future.
+    fn moment_of(&mut self, id: Id) -> u64 {
+        self.moment_ms = id.ms.min(self.clock.now_ms()).max(self.moment_ms);
+        self.moment_ms
+    }
+
+    /// Notes an id that belongs to no event here.
+    pub fn reach(&mut self, id: Id) {
+        self.newest = self.newest.max(id);
+    }
+
+    /// Counts everything up to `id` as forgotten by the topics that are not in the table.
+    pub fn pass_over(&mut self, id: Id) {
+        self.reach(id);
+        self.newest_forgotten = Point { id: self.newest, moment_ms: self.moment_of(id) };
+    }
+
+    /// Counts everything up to `id` as forgotten, in every topic, where an engine has said so.
+    pub fn miss_up_to(&mut self, id: Id) {
+        self.pass_over(id);
+        self.topics.values_mut().for_each(|topic| topic.newest_forgotten = self.newest_forgotten);
     }
 
     /// Keeps an event of an earlier process. What is too old goes at once, or a long journal would fill memory.

@@ -5,7 +5,8 @@
 //! journal idle writes it for all who wait, so that they share the cost and nobody is woken to write. With `--fsync`
 //! the journal's own thread writes, which costs little beside a sync: a disk that is stuck never holds a publisher, who
 //! can be answered when the server stops. A lane takes neither the order lock nor that of the history, so a publisher
-//! that waits for room in its queue always gets it.
+//! that waits for room in its queue always gets it. An engine does all of that in its own way: it is asked without any
+//! lock, and what it has taken is handed out when it comes back (`feed.rs`).
 
 use crate::bell::Bells;
 use crate::block::{encode_block, mark};
@@ -13,6 +14,7 @@ use crate::clock::now_ms;
 use crate::config::Config;
 use crate::connection::STOPPING;
 use crate::encoded::{Begun, Encoded, Parts};
+use crate::engine::{self, Engine, Entry};
 use crate::event::{Event, Id, ids_from};
 use crate::history::{History, TopicOverview};
 use crate::journal::Journal;
@@ -24,21 +26,14 @@ use crate::names::check_topic;
 use crate::presence::PresenceHook;
 use crate::rewrite::Snapshot;
 use crate::sync::enter;
-use crate::text::invalid;
 use crate::unwritten::{Change, Numbered, Order, Turn, Turns, Waits};
 use std::io::{self, ErrorKind};
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
-/// A key is kept as long as its event. The ids of relayed streams are keys, and those of some public ones are JSON of
-/// some hundred bytes.
-const KEY_BYTES: usize = 1024;
 /// A topic may keep a million events, and to forget one takes some 100 ns with the history's lock held.
 const FORGOTTEN_AT_ONCE: usize = 1_000;
-/// What waits for the journal takes at most this much memory (and one event for each publisher), so that a stuck disk
-/// does not fill it.
-const UNWRITTEN_BYTES: usize = 16 * 1024 * 1024;
 /// When stopping, publishers whose events the disk has not taken are told so after this time, which leaves enough for
 /// the answer to go out.
 pub const STOP_WAIT: Duration = Duration::from_millis(400);
@@ -63,7 +58,8 @@ impl Hub {
     /// [`ErrorKind::StorageFull`] when the journal cannot be written (the message has the system's reason),
     /// [`ErrorKind::NotConnected`] once the server is stopping. Nothing is published then, with one exception: if the
     /// disk had not answered when the server stopped, the event may be published, and the message says so. With the
-    /// same [`key`](Event::key), publishing it again is safe.
+    /// same [`key`](Event::key), publishing it again is safe. Where an [`Engine`] numbers the events, its errors come here
+    /// as they are, and `Ok` means that it has the event.
     ///
     /// ```
     /// # fn main() -> std::io::Result<()> {
@@ -77,6 +73,9 @@ impl Hub {
     /// ```
     pub fn publish(&self, topic: &str, event: Event) -> io::Result<Id> {
         let core = &*self.core;
+        if core.engine.is_some() {
+            return Ok(core.publish_outside(vec![Entry::new(topic, event)])?[0]);
+        }
         let numbered = core.number(&mut enter(&core.turns.order), topic, &event)?;
         core.settle(numbered)
     }
@@ -98,12 +97,12 @@ pub struct Core {
     pub turns: Turns,
     /// The last try to write the journal has failed.
     is_journal_failing: AtomicBool,
-    /// How many publishers wait for the journal.
-    waiting: AtomicUsize,
     /// Locked shortly, under the order lock or alone. A snapshot for the journal has a share of it.
     history: Arc<Mutex<History>>,
     /// Locked shortly, and nothing is locked under it.
     pub begun: Mutex<Begun>,
+    /// Numbers the events in our place, and shows them to us through a `Feed`.
+    pub engine: Option<Arc<dyn Engine>>,
     pub log: Arc<Logger>,
 }
 
@@ -112,10 +111,18 @@ impl Core {
     ///
     /// # Errors
     /// The journal cannot be used: see [`Server::bind`](crate::Server::bind).
-    pub fn new(config: Config, lanes: Vec<Lane>, counters: Arc<Counters>, log: &Arc<Logger>) -> io::Result<Core> {
-        // Ids begin above those of the journal; without one, whatever an earlier process had counts as forgotten.
-        let base = if config.journal.is_none() { Id { ms: now_ms(), seq: 0 } } else { Id::default() };
-        let history = Arc::new(Mutex::new(History::new(base, &config)));
+    pub fn new(
+        config: Config,
+        lanes: Vec<Lane>,
+        counters: Arc<Counters>,
+        log: &Arc<Logger>,
+        engine: Option<Arc<dyn Engine>>,
+    ) -> io::Result<Core> {
+        // Ids begin above those of the journal, and an engine says itself what is missing. With neither, whatever an earlier
+        // process had counts as forgotten.
+        let begins_anew = config.journal.is_none() && engine.is_none();
+        let base = if begins_anew { Id { ms: now_ms(), seq: 0 } } else { Id::default() };
+        let history = Arc::new(Mutex::new(History::new(base, engine.is_some(), &config)));
         let journal = config.journal.as_deref().map(|path| open_journal(path, &history, &config, log)).transpose()?;
         counters.journal_bytes.store(journal.as_ref().map_or(0, Journal::length), Relaxed);
         let newest = enter(&history).newest(); // the next id is above all that the journal knows of
@@ -126,10 +133,10 @@ impl Core {
             bells: Bells::default(),
             presence: Arc::default(),
             stopped_at: OnceLock::new(),
-            turns: Turns { order, ended: Condvar::new(), work: Condvar::new() },
+            turns: Turns::new(order),
             is_journal_failing: AtomicBool::new(false),
-            waiting: AtomicUsize::new(0),
             history,
+            engine,
             begun: Mutex::default(),
             log: log.clone(),
             config,
@@ -189,6 +196,9 @@ impl Core {
     /// # Errors
     /// As for [`Hub::publish`].
     pub fn publish_each(&self, topics: &[&str], event: &Event) -> io::Result<Vec<Id>> {
+        if self.engine.is_some() {
+            return self.publish_outside(topics.iter().map(|topic| Entry::new(*topic, event.clone())).collect());
+        }
         let numbered = self.number_each(&mut enter(&self.turns.order), topics, event)?;
         numbered.into_iter().map(|event| self.settle(event)).collect()
     }
@@ -200,6 +210,9 @@ impl Core {
     /// # Errors
     /// As for [`Hub::publish`]. Nothing is forgotten then.
     pub fn forget(&self, topic: &str) -> io::Result<Option<Id>> {
+        if self.engine.is_some() {
+            return Ok(self.publish_outside(vec![Entry::forget(topic)])?.pop());
+        }
         let numbered = self.number_forgetting(&mut enter(&self.turns.order), topic)?;
         numbered.map(|up_to| self.settle(up_to)).transpose()
     }
@@ -217,6 +230,10 @@ impl Core {
     /// # Errors
     /// As for [`Hub::publish`], for the first that was not.
     pub fn publish_all(&self, topic: &str, events: Vec<Event>) -> (Vec<Id>, io::Result<()>) {
+        if self.engine.is_some() {
+            let published = self.publish_outside(events.into_iter().map(|event| Entry::new(topic, event)).collect());
+            return published.map_or_else(|error| (Vec::new(), Err(error)), |ids| (ids, Ok(())));
+        }
         let (mut numbered, mut published) = (Vec::new(), Vec::new());
         let mut number_all = || {
             // Held throughout: a failing journal then refuses the last of them, never one between two others.
@@ -232,24 +249,6 @@ impl Core {
             Ok(())
         });
         (published, all_settled.and(all_numbered))
-    }
-
-    /// Whether this event may be published to a topic. Its data may still be missing: queries are checked before bodies
-    /// are read.
-    pub fn check(&self, event: &Event) -> io::Result<()> {
-        event.check()?;
-        let limit = self.config.data_bytes();
-        if event.id.is_some() {
-            return invalid("a topic numbers its events itself: leave the id out");
-        } else if event.data.len() > limit {
-            return invalid(format!("{} bytes of data, where at most {limit} are taken", event.data.len()));
-        }
-        match event.key.as_ref().map(String::len) {
-            Some(length) if !(1..=KEY_BYTES).contains(&length) => {
-                invalid(format!("a key of {length} bytes, where 1 to {KEY_BYTES} are taken"))
-            }
-            _ => Ok(()),
-        }
     }
 
     /// Waits until the journal is closed, which it is once nothing waits for it. Then another server may have it,
@@ -279,7 +278,7 @@ impl Core {
         }
         history.check_room(&[topic])?;
         drop(history);
-        self.check_disk(order)?;
+        self.turns.check_disk(order, self.config.threads / 4)?;
         Ok(self.place(order, topic, event, key))
     }
 
@@ -295,7 +294,7 @@ impl Core {
         let new: Vec<&str> = new.collect();
         history.check_room(&new)?;
         drop(history);
-        self.check_disk(order)?;
+        self.turns.check_disk(order, self.config.threads / 4)?;
         let mut placed = match self.config.journal.is_some() && new.len() > 1 {
             true => self.place_together(order, &new, event, key),
             false => new.iter().map(|topic| self.place(order, topic, event, key.clone())).collect(),
@@ -346,29 +345,20 @@ impl Core {
             self.hand_out_forgetting(topic, up_to);
             return Ok(newest);
         }
-        self.check_disk(order)?;
+        self.turns.check_disk(order, self.config.threads / 4)?;
         let change = Change::Forget { topic: topic.into(), up_to };
         Ok(Some((up_to, Some(order.push(change, mark("topic", Some(topic), up_to))))))
     }
 
     fn check_open(&self, event: &Event) -> io::Result<()> {
         self.check_running()?;
-        self.check(event)
-    }
-
-    fn check_disk(&self, order: &Order) -> io::Result<()> {
-        // Each that waits has a thread: others must not be locked out because a disk is stuck.
-        let is_waited_for = self.waiting.load(Relaxed) >= (self.config.threads / 4).max(1);
-        if order.unwritten_bytes > UNWRITTEN_BYTES || is_waited_for {
-            return Err(io::Error::new(ErrorKind::ResourceBusy, "the disk is too slow for what waits for the journal"));
-        }
-        Ok(())
+        event.check_for_topic(&self.config)
     }
 
     /// Waits until an event is in the journal and handed out, writing the journal itself where nobody else does.
     fn settle(&self, (id, outcome): Numbered) -> io::Result<Id> {
         let Some(outcome) = outcome else { return Ok(id) };
-        let _waits = Waits::new(&self.waiting);
+        let _waits = Waits::new(&self.turns.waiting);
         let mut order = enter(&self.turns.order);
         while outcome.get().is_none() {
             // The lock is held from here until this thread sleeps: otherwise a turn could end in between, and nobody
@@ -425,6 +415,17 @@ impl Core {
         Box::new(Kept::new(&self.history, boot))
     }
 
+    /// Publishes through the engine. Returns once it has the entries; they are shown when they come back from it.
+    fn publish_outside(&self, entries: Vec<Entry>) -> io::Result<Vec<Id>> {
+        for entry in &entries {
+            check_topic(&entry.topic)?;
+            self.check_open(entry.event.as_ref().unwrap_or(&Event::default()))?;
+        }
+        let published: Vec<_> = entries.iter().filter(|entry| !entry.is_forget()).map(Entry::topic).collect();
+        self.history().check_room(&published)?;
+        self.engine.as_ref().map_or(Ok(Vec::new()), |engine| engine::publish(&**engine, &entries))
+    }
+
     /// Called in the order of the changes, under the order lock.
     fn make_happen(&self, change: &Change) {
         match change {
@@ -437,13 +438,13 @@ impl Core {
 
     /// Forgets what a topic keeps up to `id`. What stands in a lane's queue goes out all the same; whoever falls behind
     /// before it has that hears a gap.
-    fn hand_out_forgetting(&self, topic: &str, id: Id) {
+    pub fn hand_out_forgetting(&self, topic: &str, id: Id) {
         while enter(&self.history).forget(topic, id, FORGOTTEN_AT_ONCE) {} // others may have the lock in between
     }
 
     /// Keeps an event, and then queues it for every lane, in this order: leg 4 of the proof in `subscription.rs`.
     /// Called in the order of the ids, under the order lock; it may wait for room in a queue.
-    fn hand_out(&self, topic: &str, event: &Parts, key: Option<&str>) {
+    pub fn hand_out(&self, topic: &str, event: &Parts, key: Option<&str>) {
         let followed = enter(&self.history).insert(topic, event, key);
         self.counters.published.fetch_add(1, Relaxed);
         if let Some(topic) = followed {

@@ -64,6 +64,8 @@ enum ToLane {
     Change,
     /// Every live stream ends, after the events before this: the id is the newest of them.
     EndStreams(Id),
+    /// Everyone looks at the history again, after the events before this: it has forgotten something without an event.
+    Look,
     /// The lane ends, whatever stands after this.
     Stop,
 }
@@ -138,6 +140,11 @@ impl Lane {
     /// Ends all live streams, after what is queued already. Called with the order lock held, once the server stops.
     pub fn end_streams(&self, newest: Id) {
         let _ = self.queue.send(ToLane::EndStreams(newest));
+    }
+
+    /// Has every subscriber look at the history again, which has forgotten something. Called with the order lock held.
+    pub fn look(&self) {
+        let _ = self.queue.send(ToLane::Look);
     }
 
     pub fn stop(&self) {
@@ -226,6 +233,10 @@ impl Worker {
             ToLane::EndStreams(newest) => {
                 self.write_run();
                 self.end_streams(Some(newest));
+            }
+            ToLane::Look => {
+                self.write_run();
+                self.send_back();
             }
             ToLane::Stop => return ControlFlow::Break(()),
         }
@@ -359,6 +370,15 @@ impl Worker {
                     c.end_now(&state, STOPPING, spread(*retry, 50, 150), newest.filter(|id| *id > state.cursor));
                 }
                 self.let_go(c, &mut state, Phase::Closed(STOPPING));
+            }
+        }
+    }
+
+    fn send_back(&self) {
+        for c in self.everyone.values() {
+            let mut state = enter(&c.state);
+            if state.phase == Phase::Live && state.subscriber.is_some() {
+                self.let_go(c, &mut state, Phase::Queued);
             }
         }
     }

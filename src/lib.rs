@@ -41,6 +41,10 @@
 //! deliver an event, which would cost several times the write itself. Whose a subscriber is, and why no event is lost or
 //! repeated when it changes hands, is shown in `subscription.rs`.
 //!
+//! # Beyond one machine
+//! Servers that share their topics need one order over all events, so that a client resumes on any of them. An [`Engine`] gives
+//! it: it numbers what is published, and shows it to every server through a [`Feed`]. The command has one for Redis.
+//!
 //! # The house
 //! Each room has one idea, which its first paragraph says, and uses only rooms that stand below it in this list. One event's
 //! way goes down through them once: `routes` → `publishing` → `hub` → `journal` → `history` → `lane` → `connection`. A stream's
@@ -55,10 +59,10 @@
 //! `Connection::finish` where one fitted only in part.
 //!
 //! *Another kind of storage* replaces `journal`, which only `hub`, `tending`, `unwritten` and `kept` name; `kept` stands
-//! between its blocks and the history. One that numbers events itself replaces what `hub` does under the order lock
-//! (`number`, `number_each`, `number_forgetting`), too. `Core::hand_out` gives an event to the history and the lanes, and
-//! only demands that ids rise. That an id has a time of this server's clock in it, and a position just before it, is
-//! relied on in `cursor`; when the process starts, also in `kept` (`recover`) and `history` (`restore`).
+//! between its blocks and the history. One that numbers events itself is an [`Engine`]: `Core::publish_outside` asks it, and
+//! its [`Feed`] gives what comes back to `Core::hand_out`, which only demands that ids rise. That an id has a time of this
+//! server's clock in it, and a position just before it, is relied on in `cursor`; when the process starts, also in `kept`
+//! (`recover`) and `history` (`restore`).
 //!
 //! # Locks, outermost first
 //! | lock | held | guards |
@@ -101,6 +105,7 @@ mod stream; // a handler's stream
 mod asked; // what a program's route sees of a request
 mod follower; // subscribing in the program
 mod shelf; // what a program asks of its hub
+mod feed; // what an engine shows to its server
 mod tending; // the journal's own thread
 mod hub; // publishing: number, write down, hand out
 mod bell; // wakes those in the program who wait for a topic
@@ -119,6 +124,7 @@ mod entry; // a kept event in its cells
 mod cells; // where the bytes of all of them are
 mod lane; // writing to whoever is live
 mod door; // who may do what: hosts, origins, tokens
+mod engine; // what gives several servers one order
 mod relay; // the events of a PUT, where it is an event stream
 mod lines; // its lines, where it is none
 mod parser; // an event stream, read as the standard says
@@ -148,7 +154,9 @@ mod text; // durations, quoting
 pub use asked::Request;
 pub use config::{Config, Log, LogTo, Token};
 pub use crossbeam_channel;
+pub use engine::{Engine, Entry};
 pub use event::{Event, Id};
+pub use feed::Feed;
 pub use follower::{Follower, News, Since};
 pub use handler::Answer;
 pub use history::TopicOverview;

@@ -148,7 +148,7 @@ impl Publishing {
         event.name = request.query.get("event").map(String::from);
         event.key = request.query.get("key").map(String::from);
         event.retry = request.query.get("retry").map(milliseconds).transpose()?;
-        self.hub.core.check(&event).map_err(|error| self.not_published(&error)).map(|()| event)
+        event.check_for_topic(&self.hub.core.config).map_err(|error| self.not_published(&error)).map(|()| event)
     }
 
     /// The answer to an error of the hub: 400 where the request is wrong, 507 where the disk takes nothing, else 503.

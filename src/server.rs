@@ -12,6 +12,8 @@ use crate::connection::STOPPING;
 use crate::conversation::{self, Shared};
 use crate::desk::Desk;
 use crate::door::Door;
+use crate::engine::Engine;
+use crate::feed::Feed;
 use crate::hub::{Core, Hub, STOP_WAIT};
 use crate::lane::{Ending, Lane};
 use crate::log::{Logger, OncePerSecond};
@@ -23,6 +25,7 @@ use crate::subscription::Streams;
 use crate::sync::{Mutex, enter, start_thread};
 use crate::system::{self, AddressSpace, Room};
 use crate::tending;
+use crate::text::invalid;
 use crate::tokens::TokensFile;
 use crossbeam_channel::{Receiver, Sender, bounded};
 use std::io::{self, ErrorKind};
@@ -107,12 +110,34 @@ impl Server {
     /// used ([`ErrorKind::ResourceBusy`]: another process has it; [`ErrorKind::InvalidData`]: the file is none); or no
     /// thread can be started; or the system has no room for two connections ([`ErrorKind::QuotaExceeded`]).
     pub fn bind(address: impl ToSocketAddrs, config: Config) -> io::Result<Server> {
+        Server::bind_to(address, config, None)
+    }
+
+    /// As [`Server::bind`], for a server that shares its topics with others: the engine numbers what is published on any
+    /// of them, and shows it to this one by the feed. See [`Engine`].
+    ///
+    /// # Errors
+    /// As for [`Server::bind`]; and a journal is [`ErrorKind::InvalidInput`], since the engine keeps the events.
+    pub fn bind_with_engine(
+        address: impl ToSocketAddrs,
+        config: Config,
+        engine: Arc<dyn Engine>,
+    ) -> io::Result<(Server, Feed)> {
+        if config.journal.is_some() {
+            return invalid("journal: an engine keeps the events instead: leave one of the two out");
+        }
+        let server = Server::bind_to(address, config, Some(engine))?;
+        let feed = Feed { core: Arc::downgrade(&server.handle.shared.streams.core) };
+        Ok((server, feed))
+    }
+
+    fn bind_to(address: impl ToSocketAddrs, config: Config, engine: Option<Arc<dyn Engine>>) -> io::Result<Server> {
         config.check()?;
         let listener = TcpListener::bind(address)?;
         let address = listener.local_addr()?;
         check_reach(&config, address)?;
         let doorbell = TcpStream::from(std::os::fd::OwnedFd::from(listener.try_clone()?));
-        Server::start(Some(Listening { listener: Arc::new(listener), address, doorbell }), config)
+        Server::start(Some(Listening { listener: Arc::new(listener), address, doorbell }), config, engine)
     }
 
     /// A server that listens nowhere: the program accepts connections itself and hands them to [`Handle::serve`], so it
@@ -140,10 +165,10 @@ impl Server {
     /// ```
     pub fn new(config: Config) -> io::Result<Server> {
         config.check()?;
-        Server::start(None, config)
+        Server::start(None, config, None)
     }
 
-    fn start(listening: Option<Listening>, config: Config) -> io::Result<Server> {
+    fn start(listening: Option<Listening>, config: Config, engine: Option<Arc<dyn Engine>>) -> io::Result<Server> {
         let (tokens, rights) = config.tokens.as_deref().map(TokensFile::open).transpose()?.unzip();
         // The log's thread and the listener first: what is left of the system's limits is for connections.
         let log = Arc::new(Logger::start(&config)?);
@@ -157,7 +182,7 @@ impl Server {
             lanes.push(lane);
             helpers.push(thread);
         }
-        let core = Arc::new(Core::new(config, lanes, counters, &log)?);
+        let core = Arc::new(Core::new(config, lanes, counters, &log, engine)?);
         let places = Arc::new(Places::new(&core.config));
         let pool = Pool::start(core.config.threads, desk.clone())?;
         let streams = Arc::new(Streams { core: core.clone(), places: places.clone(), pool, desk, log: log.clone() });

@@ -124,7 +124,7 @@ impl Hub {
 
     /// Forgets what a topic keeps, in the order of the ids: all that was published before, and nothing after. Streams go
     /// on. Whoever resumes from before the newest of it hears a gap. Returns that newest one's id; None where nothing was
-    /// kept.
+    /// kept. An [`Engine`](crate::Engine) gives the forgetting an id of its own, which is returned then.
     ///
     /// # Errors
     /// As for [`Hub::publish`]. Nothing is forgotten then.

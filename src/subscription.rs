@@ -39,6 +39,7 @@ use crate::config::Log;
 use crate::connection::{Connection, Outgoing, Phase, Reason, STOPPING, Unfinished, Written};
 use crate::cursor::{Next, Start};
 use crate::desk::Desk;
+use crate::feed::{NOT_REACHED, reach};
 use crate::history::History;
 use crate::hub::Core;
 use crate::log::Logger;
@@ -110,7 +111,7 @@ impl Streams {
     /// dispatch no event for it; but one that is cut off before its first event resumes from the block's id.
     ///
     /// # Errors
-    /// All topic names are in use.
+    /// All topic names are in use; or with an engine, it has not shown yet what the client has seen elsewhere.
     pub fn open(
         &self,
         c: &Arc<Connection>,
@@ -120,6 +121,9 @@ impl Streams {
         opened: Opened,
     ) -> Result<Box<Subscriber>, (Reason, Opened)> {
         let config = &self.core.config;
+        if !reach(&self.core, &wanted.start) {
+            return Err((NOT_REACHED, opened));
+        }
         let mut history = self.core.history();
         let Ok(names) = history.subscribe(&wanted.names) else { return Err((NO_NAMES, opened)) };
         let ((cursor, gap), told) = (history.start(&names, wanted.start), history.told(&names));
@@ -224,7 +228,7 @@ impl Streams {
         let (peer, path, reason) = (c.peer, quoted(&opened.path), c.cut.get().copied().unwrap_or(reason));
         let line =
             format_args!("closed peer={peer} path={path} reason={reason:?} seconds={seconds}.{tenths} events={sent}");
-        let repeats = [POLL_IS_OVER, NO_ROOM, NO_THREAD, NO_NAMES].contains(&reason); // as fast as a flood
+        let repeats = [POLL_IS_OVER, NO_ROOM, NO_THREAD, NO_NAMES, NOT_REACHED].contains(&reason); // as fast as a flood
         self.log.line(if repeats { Log::Debug } else { Log::Info }, line);
     }
 }

@@ -11,9 +11,14 @@ use crate::history::History;
 use crate::journal::Journal;
 use crate::sync::enter;
 use std::collections::VecDeque;
+use std::io::{self, ErrorKind};
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::sync::{Arc, Condvar, Mutex, OnceLock};
 use std::thread;
+
+/// What waits for the journal takes at most this much memory (and one event for each publisher), so that a stuck disk
+/// does not fill it.
+const UNWRITTEN_BYTES: usize = 16 * 1024 * 1024;
 
 /// The journal is written in pieces of at most this much (or one event), in bytes: a copy of each is made in memory,
 /// however many publishers wait.
@@ -34,6 +39,8 @@ pub struct Order {
     pub is_claimed: bool,
     /// The journal is closed, and stays so.
     pub is_closed: bool,
+    /// How many wait for an engine's feed to reach an id.
+    pub waiting: usize,
 }
 
 /// A change that has its place in the order, and has not happened yet.
@@ -88,7 +95,7 @@ impl Drop for Unwritten {
 impl Order {
     pub fn new(newest: Id, journal: Option<Journal>) -> Order {
         let unwritten = VecDeque::new();
-        Order { newest, unwritten, unwritten_bytes: 0, journal, is_claimed: false, is_closed: false }
+        Order { newest, unwritten, unwritten_bytes: 0, journal, is_claimed: false, is_closed: false, waiting: 0 }
     }
 
     /// Adds a change; the ids of its events must be the highest.
@@ -158,6 +165,23 @@ pub struct Turns {
     pub ended: Condvar,
     /// The journal's own thread sleeps here.
     pub work: Condvar,
+    /// How many publishers wait for the journal.
+    pub waiting: AtomicUsize,
+}
+
+impl Turns {
+    pub fn new(order: Mutex<Order>) -> Turns {
+        Turns { order, ended: Condvar::new(), work: Condvar::new(), waiting: AtomicUsize::new(0) }
+    }
+
+    /// Whether another event may wait for the journal. Each publisher that waits has a thread, and others must not be
+    /// locked out because a disk is stuck: so there are at most `most_waiting`.
+    pub fn check_disk(&self, order: &Order, most_waiting: usize) -> io::Result<()> {
+        if order.unwritten_bytes > UNWRITTEN_BYTES || self.waiting.load(Relaxed) >= most_waiting.max(1) {
+            return Err(io::Error::new(ErrorKind::ResourceBusy, "the disk is too slow for what waits for the journal"));
+        }
+        Ok(())
+    }
 }
 
 /// The journal while somebody writes it. Dropping it puts the journal back and wakes everybody.

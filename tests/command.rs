@@ -76,6 +76,10 @@ fn help_fits_one_screen_and_names_every_flag() {
 fn a_bad_flag_is_told_what_was_expected() {
     for (flags, said) in [
         (&["--nonsense"][..], "--nonsense: there is no such flag"),
+        (
+            &["--redis", "redis://localhost"],
+            "--redis: this program was built without it: cargo build --release --features redis",
+        ),
         (&["listen"], "listen: there is no such flag"),
         (&["--retry"], "--retry: a value is missing"),
         (&["--retry", "5"], "--retry: \"5\" is no length of time: write 500ms, 15s, 10m or 24h"),

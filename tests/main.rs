@@ -12,6 +12,7 @@ mod conversation;
 mod corpus;
 mod door;
 mod embed;
+mod engine;
 mod event;
 mod follower;
 mod history;

@@ -8,7 +8,7 @@ use crate::log::Logger;
 use crate::sync::enter;
 use crate::unwritten::{Change, Order, Turn, Turns};
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::{Arc, Condvar, Mutex};
+use std::sync::{Arc, Mutex};
 use std::thread;
 
 #[test]
@@ -18,7 +18,7 @@ fn a_panic_of_whoever_writes_the_journal_leaves_nobody_asleep() {
     let log = Arc::new(Logger::start(&config).unwrap());
     let (journal, _) = Journal::open(&path, &config, &log, &mut |_, _| {}).unwrap();
     let order = Mutex::new(Order::new(Id::default(), Some(journal)));
-    let turns = Turns { order, ended: Condvar::new(), work: Condvar::new() };
+    let turns = Turns::new(order);
     let block = Encoded::new(Id::default(), b"", b"data: x\n\n");
     let change = Change::Publish { events: vec![("a".into(), block.clone())], key: None };
     let outcome = enter(&turns.order).push(change, block);
