@@ -11,9 +11,12 @@
 
 use crate::encoded::{Encoded, Run, Shape};
 use crate::event::Id;
+use crate::rights::Pass;
 use crate::subscriber::Subscriber;
 use crate::sync::{Mutex, enter};
+use crossbeam_channel::Sender;
 use std::borrow::Cow;
+use std::convert::Infallible;
 use std::io::{self, ErrorKind, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpStream};
 use std::sync::{Arc, OnceLock};
@@ -36,6 +39,7 @@ const STRAY_BYTES: usize = 4 * 1024;
 /// Why something about a connection ended, for the log and for a handler. Never text from outside.
 pub type Reason = &'static str;
 pub const STOPPING: Reason = "the server is stopping";
+pub const WITHDRAWN: Reason = "the right of its token has ended";
 const CLOSED: Reason = "the peer closed the connection";
 
 /// Shared by whoever serves it, its lane and the table in `places.rs`; the socket closes when the last of them drops it.
@@ -64,6 +68,8 @@ pub struct State {
     pub unfinished: Option<Unfinished>,
     /// Why it is to end as soon as a frame has ended, if it is.
     pub ending: Option<Reason>,
+    /// What its right to a stream rests on, where that may be withdrawn.
+    pub pass: Option<Box<Pass>>,
     /// A poll is not written to by its lane: the first event queues it for a thread, which replays and ends.
     pub is_poll: bool,
     /// When anything was last written: from then on silence counts, for the heartbeat.
@@ -78,6 +84,8 @@ pub struct State {
     pub stray: usize,
     /// The peer has ended its sending side: it is not read again.
     pub has_said_all: bool,
+    /// Of a handler's stream, while it is open. Dropping it tells the handler that waits for something else.
+    pub open: Option<Sender<Infallible>>,
 }
 
 /// Who owns the socket.
@@ -139,6 +147,7 @@ impl Connection {
             cursor: Id::default(),
             unfinished: None,
             ending: None,
+            pass: None,
             is_poll: false,
             wrote: Instant::now(),
             stalled: Duration::ZERO,
@@ -146,6 +155,7 @@ impl Connection {
             wanted: u64::MAX,
             stray: 0,
             has_said_all: false,
+            open: None,
         };
         Connection { serial, peer, socket, stall_time, state: Mutex::new(state), cut: OnceLock::new() }
     }

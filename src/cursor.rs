@@ -15,7 +15,7 @@ use crate::encoded::{Encoded, Framing, Run};
 use crate::entry::Entry;
 use crate::event::{Event, Id};
 use crate::history::{History, Topic};
-use crate::subscriber::Subscriber;
+use std::slice;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -68,7 +68,8 @@ impl History {
         // An id later than both the newest id and the clock can only be from before this server's history was lost: all
         // that is kept is new to its owner. An id between the two means "from now on", which is after the newest: if
         // the clock is set back, ids up to the asked one are still to come.
-        let is_known = |asked: &Id| *asked <= self.newest() || asked.ms <= now_ms();
+        // With an engine, ids are its alone, and it has been asked (`feed::reach`): nobody has given a later one.
+        let is_known = |asked: &Id| *asked <= self.newest() || !self.is_fed() && asked.ms <= now_ms();
         let known = asked.filter(is_known).map(|asked| asked.min(self.newest()));
         match known {
             Some(cursor) if cursor >= self.newest_forgotten_of(names).id => (cursor, None),
@@ -92,45 +93,50 @@ impl History {
     }
 
     /// Whether [`History::next`] has anything for a subscriber at `cursor`.
-    pub fn has_news(&self, subscriber: &Subscriber, cursor: Id) -> bool {
-        self.has_untold(subscriber, cursor) || self.heads(subscriber, cursor).any(|(_, mut head)| head.next().is_some())
+    pub fn has_news(&self, names: &[Arc<str>], cursor: Id, told: &[Id], floors: &[Id]) -> bool {
+        let mut heads = self.heads(names, cursor, floors);
+        self.has_untold(names, cursor, told, floors) || heads.any(|(_, mut head)| head.next().is_some())
     }
 
-    /// Whether a topic has forgotten something after the cursor and its floor that the subscriber was not told of. It has an
-    /// id of what it was told for each topic: with one for all, a gap told for one topic would hide what another forgets later.
-    fn has_untold(&self, subscriber: &Subscriber, cursor: Id) -> bool {
-        let places = (0..).map(|index| cursor.max(subscriber.floor(index)));
-        let mut topics = self.topics(&subscriber.names).zip(&subscriber.told).zip(places);
+    fn has_untold(&self, names: &[Arc<str>], cursor: Id, told: &[Id], floors: &[Id]) -> bool {
+        let mut topics = self.topics(names).zip(told).zip(places(cursor, floors));
         topics.any(|((topic, told), place)| topic.newest_forgotten.id > place.max(*told))
     }
 
     /// What of each topic comes after the cursor and its floor, oldest first.
     fn heads<'a>(
         &'a self,
-        subscriber: &'a Subscriber,
+        names: &'a [Arc<str>],
         cursor: Id,
+        floors: &'a [Id],
     ) -> impl Iterator<Item = (&'a Topic, impl Iterator<Item = (Entry, &'a Chain)>)> {
-        let places = (0..).map(move |index| cursor.max(subscriber.floor(index)));
-        self.topics(&subscriber.names).zip(places).map(|(topic, place)| (topic, self.after(topic, place)))
+        self.topics(names).zip(places(cursor, floors)).map(|(topic, place)| (topic, self.after(topic, place)))
     }
 
-    /// What comes after `cursor` in all of a subscriber's topics, in one order, up to one run. A gap comes first where
-    /// something was forgotten that the subscriber was not told of.
-    pub fn next(&self, subscriber: &Subscriber, cursor: Id) -> Next {
-        if self.has_untold(subscriber, cursor) {
-            return Next::Gap(self.gap(&subscriber.names, Some(cursor), cursor));
+    /// What comes after `cursor` in all of these topics, in one order, up to one run. A gap comes first where a topic has
+    /// forgotten something after the cursor and its floor that the subscriber was not told of. `told` has an id for each
+    /// topic: with one for all, a gap told for one topic would hide what another forgets later. `floors` may be missing.
+    pub fn next(&self, names: &[Arc<str>], cursor: Id, told: &[Id], floors: &[Id], framing: Framing) -> Next {
+        if self.has_untold(names, cursor, told, floors) {
+            return Next::Gap(self.gap(names, Some(cursor), cursor));
         }
-        let mut run = Run::new();
-        let mut heads: Vec<_> = self.heads(subscriber, cursor).map(|(topic, head)| (topic, head.peekable())).collect();
+        let mut run = Run::new(framing);
+        let heads = self.heads(names, cursor, floors);
+        let mut heads: Vec<_> = heads.map(|(topic, head)| (topic, head.peekable())).collect();
         loop {
             // In each topic the ids rise, so the next of all is the lowest of the topics' next ones.
             let ahead = heads.iter_mut().filter_map(|(topic, head)| Some((head.peek()?.0.point, topic, head)));
             let Some((_, topic, head)) = ahead.min_by_key(|(point, ..)| *point) else { break };
             let Some((entry, chain)) = head.next_if(|(entry, _)| run.has_room_for(entry.layout)) else { break };
-            let wire = entry.layout.wire(Framing::Chunked);
+            let wire = entry.layout.wire(framing);
             run.append(topic.name(), entry.point.id, |bytes| self.copy(chain, wire, bytes));
         }
         if run.bytes.is_empty() { Next::Nothing } else { Next::Events(run) }
+    }
+
+    /// Which of these topics keeps the event of this id.
+    pub fn topic_of(&self, names: &[Arc<str>], id: Id) -> Option<Arc<str>> {
+        names.iter().find(|name| self.oldest_after(slice::from_ref(*name), id.before()) == Some(id)).cloned()
     }
 
     /// The newest id that each of these topics has forgotten: kept by a subscriber that has just been told of a gap.
@@ -142,15 +148,25 @@ impl History {
         self.topics(names).filter_map(|topic| self.after(topic, cursor).next()).map(|(entry, _)| entry.point.id).min()
     }
 
+    /// The first event after the cursor from which on all of these topics are whole.
+    pub fn whole_from(&self, names: &[Arc<str>], cursor: Id) -> Option<Id> {
+        self.oldest_after(names, cursor.max(self.newest_forgotten_of(names).id))
+    }
+
     /// The event that says that something may be missing between `after`, the id that was asked for, and `oldest`, from
     /// which on all of these topics are whole. Its own id is just before all that is kept after the cursor, so whoever
     /// resumes from it gets all of that, though one topic may keep what is older than something that another forgot.
     fn gap(&self, names: &[Arc<str>], asked: Option<Id>, cursor: Id) -> Encoded {
         let newest_forgotten = self.newest_forgotten_of(names).id;
         let id = self.oldest_after(names, cursor).map_or(newest_forgotten, Id::before);
-        let oldest = self.oldest_after(names, cursor.max(newest_forgotten));
+        let oldest = self.whole_from(names, cursor);
         let json = |id: Option<Id>| id.map_or("null".into(), |id| format!("\"{id}\""));
         let data = format!("{{\"after\":{},\"oldest\":{}}}", json(asked), json(oldest));
         Encoded::new(id, b"", Event::new(data).name("gap").encode_with_id(id).as_bytes())
     }
+}
+
+/// After which id each topic goes on: the cursor, or its floor.
+fn places(cursor: Id, floors: &[Id]) -> impl Iterator<Item = Id> {
+    (0..).map(move |index| floors.get(index).copied().unwrap_or_default().max(cursor))
 }

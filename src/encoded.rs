@@ -169,10 +169,14 @@ impl Encoded {
         Parts { id: self.id, fields, size: self.buffer[chunk_at as usize..frame_at as usize].into(), frame }
     }
 
-    /// An event of which only its chunk is there.
-    fn of_wire(id: Id, chunk: &[u8]) -> Encoded {
-        let frame_at = chunk.iter().position(|b| *b == b'\n').map_or(0, |lf| lf + 1);
-        Encoded::new(id, b"", &chunk[frame_at..chunk.len() - CHUNK_END.len()])
+    /// An event of which only the wire's bytes are there.
+    fn of_wire(id: Id, wire: &[u8], framing: Framing) -> Encoded {
+        let frame_at = match framing {
+            Framing::Chunked => wire.iter().position(|b| *b == b'\n').map_or(0, |lf| lf + 1),
+            Framing::Plain => 0,
+        };
+        let end = if framing == Framing::Chunked { CHUNK_END.len() } else { 0 };
+        Encoded::new(id, b"", &wire[frame_at..wire.len() - end])
     }
 
     /// What goes out on the wire.
@@ -247,14 +251,18 @@ pub struct Run {
 }
 
 impl Run {
-    /// A run of the usual shape; others are made from it.
-    pub fn new() -> Run {
-        Run { shape: Shape::USUAL, events: Vec::new(), bytes: Vec::new(), encoded: Vec::new(), topics: Vec::new() }
+    /// A run of event streams; other forms are made from it.
+    pub fn new(framing: Framing) -> Run {
+        Run::of(Shape { form: Form::Events, framing })
+    }
+
+    fn of(shape: Shape) -> Run {
+        Run { shape, events: Vec::new(), bytes: Vec::new(), encoded: Vec::new(), topics: Vec::new() }
     }
 
     /// The same events for streams of another shape. Copies them all, so it is made only where somebody reads that.
     fn in_shape(&self, shape: Shape) -> Run {
-        let mut run = Run { shape, ..Run::new() };
+        let mut run = Run::of(shape);
         (0..self.events.len()).for_each(|index| run.push(self.topic(index), &self.event(index)));
         run
     }
@@ -285,12 +293,12 @@ impl Run {
         self.bytes.is_empty() || self.bytes.len() + layout.wire(self.shape.framing).len() <= BATCH_BYTES
     }
 
-    /// The event at `index`, for who has to remember it. Of a run that came from the history, it is cut out of the bytes:
-    /// that is one of the usual shape.
+    /// The event at `index`, for who has to remember it. Where it came from the history, it is cut out of the bytes: only
+    /// event streams are copied straight from there.
     pub fn event(&self, index: usize) -> Encoded {
         let copy = || {
             let (id, end) = self.events[index];
-            Encoded::of_wire(id, &self.bytes[self.end_of(index)..end])
+            Encoded::of_wire(id, &self.bytes[self.end_of(index)..end], self.shape.framing)
         };
         self.encoded.get(index).cloned().unwrap_or_else(copy)
     }
@@ -314,7 +322,7 @@ impl Run {
     }
 }
 
-/// A batch's run in all shapes that somebody reads, each made when it is first asked for.
+/// A run in all shapes that somebody reads, each made when it is first asked for.
 pub struct Shapes<'a> {
     usual: &'a Run,
     others: Vec<Run>,
@@ -326,7 +334,7 @@ impl Shapes<'_> {
     }
 
     pub fn get(&mut self, shape: Shape) -> &Run {
-        if shape == Shape::USUAL {
+        if shape == self.usual.shape {
             return self.usual;
         }
         let made = self.others.iter().position(|run| run.shape == shape);

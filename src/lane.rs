@@ -14,7 +14,7 @@ use crate::clock::spread;
 use crate::config::SWEEP;
 use crate::connection::{Connection, Phase, STOPPING, State};
 use crate::desk::Desk;
-use crate::encoded::{BATCH_BYTES, Encoded, Run, Shapes};
+use crate::encoded::{BATCH_BYTES, Encoded, Framing, Run, Shapes};
 use crate::event::Id;
 use crate::metrics::Counters;
 use crate::sync::{Mutex, enter, start_thread};
@@ -64,6 +64,8 @@ enum ToLane {
     Change,
     /// Every live stream ends, after the events before this: the id is the newest of them.
     EndStreams(Id),
+    /// Everyone looks at the history again, after the events before this: it has forgotten something without an event.
+    Look,
     /// The lane ends, whatever stands after this.
     Stop,
 }
@@ -104,7 +106,7 @@ impl Lane {
             everyone: BTreeMap::new(),
             swept_to: None,
             doubtful: VecDeque::new(),
-            run: Run::new(),
+            run: Run::new(Framing::Chunked),
             topic_of_run: None,
             heartbeat,
             ending,
@@ -138,6 +140,11 @@ impl Lane {
     /// Ends all live streams, after what is queued already. Called with the order lock held, once the server stops.
     pub fn end_streams(&self, newest: Id) {
         let _ = self.queue.send(ToLane::EndStreams(newest));
+    }
+
+    /// Has every subscriber look at the history again, which has forgotten something. Called with the order lock held.
+    pub fn look(&self) {
+        let _ = self.queue.send(ToLane::Look);
     }
 
     pub fn stop(&self) {
@@ -226,6 +233,10 @@ impl Worker {
             ToLane::EndStreams(newest) => {
                 self.write_run();
                 self.end_streams(Some(newest));
+            }
+            ToLane::Look => {
+                self.write_run();
+                self.send_back();
             }
             ToLane::Stop => return ControlFlow::Break(()),
         }
@@ -360,6 +371,15 @@ impl Worker {
         }
     }
 
+    fn send_back(&self) {
+        for c in self.everyone.values() {
+            let mut state = enter(&c.state);
+            if state.phase == Phase::Live && state.subscriber.is_some() {
+                self.let_go(c, &mut state, Phase::Queued);
+            }
+        }
+    }
+
     /// A write did not fit, and the rest waits for a thread; or the stream has had all it asked for, and a thread ends it.
     /// A handler's stream has a thread, which finds what is left.
     fn let_go_if_behind(&self, c: &Arc<Connection>, state: &mut State) {
@@ -372,6 +392,7 @@ impl Worker {
     /// From here on the socket is not the lane's. Whoever is let go lies on the desk once: it was live until now.
     fn let_go(&self, c: &Arc<Connection>, state: &mut State, phase: Phase) {
         state.phase = phase;
+        state.open = None;
         if state.subscriber.is_some() {
             self.counters.woken.fetch_add(1, Relaxed);
             self.desk.let_go(c.clone());

@@ -28,7 +28,7 @@ const START_AFTER: Duration = Duration::from_millis(2);
 const SLOW_AFTER: Duration = Duration::from_millis(10);
 /// How long a request waits for its turn before another connection makes room for it, and how long that has had its
 /// own turn by then, when a crowd waits: heads need a moment to come.
-const ROOM_AFTER: Duration = Duration::from_millis(50);
+const ROOM_AFTER: Duration = Duration::from_millis(100);
 /// A line that does not move gets this part of its length in new threads at a time.
 const STARTED_PART: usize = 16;
 const _: () = assert!(STAYING <= FEWEST_THREADS);
@@ -73,7 +73,7 @@ struct Lines {
     /// Jobs that were taken so far, and at the last look: where they are equal, the lines do not move.
     taken: usize,
     seen: usize,
-    /// Requests that were taken so far, and when others were last asked to make room.
+    /// Requests that were taken so far, and at the last look whether others should make room.
     requests_taken: usize,
     requests_seen: usize,
     /// When others are to make room for requests again, at the earliest.
@@ -177,14 +177,15 @@ impl Pool {
         let is_full = most == 0 || !lines.has_share(Kind::Request, self.limit);
         self.is_crowded.store(is_full && !lines.requests.is_empty(), Relaxed);
         if lines.room_at.is_none_or(|at| now >= at) {
-            let served = lines.requests_taken - lines.requests_seen;
-            (lines.room_at, lines.requests_seen) = (Some(now + ROOM_AFTER), lines.requests_taken);
+            let served = lines.requests_taken.saturating_sub(lines.requests_seen);
             // Where a quarter of the threads has taken another request meanwhile, the line moves by itself.
             let running = lines.running[Kind::Request as usize];
             if served * 4 < running {
                 let overdue = lines.requests.iter().take_while(|waiting| is_overdue(waiting, ROOM_AFTER)).count();
                 in_want = overdue.min(running - served);
             }
+            // Those that take the place of whoever makes room now do not show that it moves.
+            (lines.room_at, lines.requests_seen) = (Some(now + ROOM_AFTER), lines.requests_taken + in_want);
         }
         lines.is_watched = lines.requests.len() + lines.behind.len() > 0;
         let again_at = lines.is_watched.then(|| now + START_AFTER);

@@ -27,13 +27,6 @@ pub struct Subscriber {
     pub opened: Opened,
 }
 
-impl Subscriber {
-    /// Up to where the topic at this index is passed over.
-    pub fn floor(&self, index: usize) -> Id {
-        self.floors.get(index).copied().unwrap_or_default()
-    }
-}
-
 /// What the log says of a stream when it has ended.
 pub struct Opened {
     /// As it was asked for.

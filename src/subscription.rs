@@ -45,6 +45,7 @@ use crate::cursor::{Next, Start};
 use crate::desk::Desk;
 use crate::encoded::Shapes;
 use crate::event::Id;
+use crate::feed::{NOT_REACHED, reach};
 use crate::form::Form;
 use crate::history::History;
 use crate::hub::Core;
@@ -124,7 +125,7 @@ impl Streams {
     /// blocks begin with what they have to say.
     ///
     /// # Errors
-    /// All topic names are in use.
+    /// All topic names are in use; or with an engine, it has not shown yet what the client has seen elsewhere.
     pub fn open(
         &self,
         c: &Arc<Connection>,
@@ -134,6 +135,9 @@ impl Streams {
         opened: Opened,
     ) -> Result<Box<Subscriber>, (Reason, Opened)> {
         let config = &self.core.config;
+        if !reach(&self.core, &wanted.start) {
+            return Err((NOT_REACHED, opened));
+        }
         let mut history = self.core.history();
         let Ok(names) = history.subscribe(&wanted.names) else { return Err((NO_NAMES, opened)) };
         let ((cursor, gap), told) = (history.start(&names, wanted.start), history.told(&names));
@@ -199,7 +203,10 @@ impl Streams {
     pub fn end_soon(self: &Arc<Streams>, c: &Arc<Connection>, why: Option<Reason>) {
         let mut state = enter(&c.state);
         let its_time = if state.is_poll { POLL_IS_OVER } else { LIFETIME_IS_OVER };
-        state.ending.get_or_insert(why.unwrap_or(its_time));
+        match why {
+            Some(why) => state.ending = Some(why),
+            None => drop(state.ending.get_or_insert(its_time)),
+        }
         if state.phase == Phase::Live && state.subscriber.is_some() {
             state.phase = Phase::Queued;
             drop(state);
@@ -230,6 +237,7 @@ impl Streams {
         self.core.history().unsubscribe(&subscriber.names);
         let _ = c.socket.shutdown(Shutdown::Write); // its lane may keep the socket open for a moment
         self.log_end(c, &subscriber.opened, reason);
+        self.core.presence.note_end(&subscriber.names, c.peer, c.cut.get().copied().unwrap_or(reason));
         self.places.leave(c);
     }
 
@@ -240,7 +248,8 @@ impl Streams {
         let (peer, path, reason) = (c.peer, quoted(&opened.path), c.cut.get().copied().unwrap_or(reason));
         let line =
             format_args!("closed peer={peer} path={path} reason={reason:?} seconds={seconds}.{tenths} events={sent}");
-        let repeats = [POLL_IS_OVER, ALL_IS_TAKEN, NO_ROOM, NO_THREAD, NO_NAMES].contains(&reason); // as fast as a flood
+        // As fast as a flood.
+        let repeats = [POLL_IS_OVER, ALL_IS_TAKEN, NO_ROOM, NO_THREAD, NO_NAMES, NOT_REACHED].contains(&reason);
         self.log.line(if repeats { Log::Debug } else { Log::Info }, line);
     }
 }
@@ -292,7 +301,7 @@ impl<'a> Served<'a> {
             return Step::Queue;
         }
         let history = core.history();
-        match history.next(subscriber, cursor) {
+        match history.next(&subscriber.names, cursor, &subscriber.told, &subscriber.floors, shape.framing) {
             Next::Nothing if is_polled => {
                 drop(history);
                 self.end(POLL_IS_OVER, POLL_RETRY)
@@ -363,7 +372,8 @@ impl<'a> Served<'a> {
         let cursor = enter(&self.c.state).cursor;
         let history = self.streams.core.history();
         let newest = history.newest();
-        let is_ahead = newest > cursor && !history.has_news(subscriber, cursor);
+        let is_ahead =
+            newest > cursor && !history.has_news(&subscriber.names, cursor, &subscriber.told, &subscriber.floors);
         drop(history);
         Step::End(self.c.end(why, retry, is_ahead.then_some(newest)))
     }
