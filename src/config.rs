@@ -8,9 +8,11 @@
 use crate::authority::{is_authority, split_port};
 use crate::text::{LONGEST, invalid, quoted};
 use std::fmt;
-use std::io;
+use std::io::{self, Write};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::PathBuf;
 use std::str::FromStr;
+use std::sync::Arc;
 use std::time::Duration;
 
 /// How often a lane looks at its subscribers, so that a closed tab is noticed within two seconds. A look costs about
@@ -24,10 +26,11 @@ const _: () =
     assert!(SWEEP.as_millis() == 1_750 && MOST_LANES == 256 && FEWEST_THREADS == 4, "`Config::check` names all");
 
 /// Every limit of a [`Server`](crate::Server); each is a flag of the command, too. [`Config::default`] has the defaults
-/// named here.
+/// named here. More fields may come, so end the list with `..Config::default()`, or set the fields of a default one.
 ///
 /// ```
-/// let small = brooklet::Config { subscribers: 100, keep_bytes: 1024 * 1024, ..Default::default() };
+/// # use brooklet::Config;
+/// let small = Config { subscribers: 100, keep_bytes: 1024 * 1024, ..Config::default() };
 /// assert_eq!(small.heartbeat.as_secs(), 15);
 /// ```
 #[derive(Clone, Debug)]
@@ -107,8 +110,14 @@ pub struct Config {
     /// too, and every event wakes all lanes. One for each core reaches the last of a crowd sooner, for 15 % more
     /// processor time.
     pub lanes: usize,
-    /// What is written to stderr (nothing; the command's default is `info`).
+    /// What is logged (nothing; the command's default is `info`).
     pub log: Log,
+    /// Where the lines of the log go (stderr).
+    pub log_to: LogTo,
+    /// More fields may come without breaking a program: one that does not name this must say `..Config::default()`.
+    /// (`#[non_exhaustive]` would forbid just that.)
+    #[doc(hidden)]
+    pub and_more: (),
 }
 
 impl Default for Config {
@@ -143,6 +152,8 @@ impl Default for Config {
             fsync: false,
             lanes: 0,
             log: Log::Off,
+            log_to: LogTo::default(),
+            and_more: (),
         }
     }
 }
@@ -241,7 +252,7 @@ fn check_origin(origin: &str) -> io::Result<()> {
 pub struct Token(String);
 
 impl Token {
-    /// Whether this is the token that was presented. Takes the same time wherever the two differ, or the time would
+    /// Whether this is the token that was presented: see [`Request::shows`](crate::Request::shows) for routes. Takes the same time wherever the two differ, or the time would
     /// tell an attacker how many of the first characters were right.
     pub(crate) fn is(&self, presented: &str) -> bool {
         // `black_box` keeps the compiler from leaving the loop early. Only the length shows, which is no secret.
@@ -269,7 +280,7 @@ impl fmt::Debug for Token {
     }
 }
 
-/// How much is written to stderr.
+/// How much is logged.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Log {
     /// Nothing: a library stays silent unless it is asked.
@@ -279,4 +290,40 @@ pub enum Log {
     Info,
     /// Every request, too.
     Debug,
+}
+
+/// Where the lines of the log go: to stderr, or line by line to the program.
+///
+/// ```
+/// use brooklet::{Config, Log, LogTo};
+/// let log_to = LogTo::lines(|line| println!("sse: {line}"));
+/// let config = Config { log: Log::Info, log_to, ..Config::default() };
+/// ```
+#[derive(Clone, Default)]
+pub struct LogTo(Option<Arc<LogLines>>);
+
+type LogLines = dyn Fn(&str) + Send + Sync;
+
+impl LogTo {
+    /// Calls `take` with each line, without the line's end, one after another on a thread of the log's own. So it may take
+    /// its time: lines wait, 1,024 of them, and then are left out and counted. What it panics with is left out, too.
+    pub fn lines(take: impl Fn(&str) + Send + Sync + 'static) -> LogTo {
+        LogTo(Some(Arc::new(take)))
+    }
+
+    /// Writes one line. An error of stderr is ignored: there is nowhere left to report it.
+    pub(crate) fn write(&self, mut line: String) {
+        if let Some(take) = &self.0 {
+            let _ = catch_unwind(AssertUnwindSafe(|| take(&line)));
+            return;
+        }
+        line.push('\n');
+        let _ = io::stderr().write_all(line.as_bytes()); // one write, so that no other's line comes in between
+    }
+}
+
+impl fmt::Debug for LogTo {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(if self.0.is_some() { "LogTo(lines)" } else { "LogTo(stderr)" })
+    }
 }

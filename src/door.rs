@@ -14,12 +14,15 @@ use crate::response::{Response, decline, refuse};
 use crate::rights::{ALL, Act, Pass, Rights};
 use crate::sync::{Mutex, enter};
 use crate::text::quoted;
+use std::net::{SocketAddr, TcpStream};
 use std::sync::Arc;
 
 /// Set at the start, but for the rights of the tokens' file.
 pub struct Door {
     /// The port, if the server listens on loopback only. Elsewhere it cannot know its own names.
     loopback_port: Option<u16>,
+    /// The program accepts: each connection is asked whether it came over loopback.
+    is_handed_in: bool,
     /// As `Config::allow_origins` has them, `*` included.
     origins: Vec<String>,
     /// Without any, and without a tokens' file, everybody may publish.
@@ -31,9 +34,11 @@ pub struct Door {
 }
 
 impl Door {
-    pub fn new(config: &Config, rights: Option<Rights>, loopback_port: Option<u16>) -> Door {
+    /// `address` is where it listens; None where the program accepts.
+    pub fn new(config: &Config, rights: Option<Rights>, address: Option<SocketAddr>) -> Door {
         Door {
-            loopback_port,
+            loopback_port: address.filter(|address| address.ip().is_loopback()).map(|address| address.port()),
+            is_handed_in: address.is_none(),
             origins: config.allow_origins.clone(),
             publish_tokens: config.publish_tokens.clone(),
             subscribe_tokens: config.subscribe_tokens.clone(),
@@ -122,19 +127,21 @@ impl Door {
 
     /// On loopback only names of loopback are this server's, and the hosts of allowed origins, which a proxy passes on.
     /// Every request is checked, or a rebound name could read. 403 otherwise.
-    pub fn check_host(&self, request: &Request) -> Result<(), Response> {
+    pub fn check_host(&self, request: &Request, socket: &TcpStream) -> Result<(), Response> {
         let Some(host) = request.host.as_deref().map(|host| split_port(host).0) else { return Ok(()) };
         // Without its port: a proxy may pass the request on from another one.
         let names_it = |origin: &String| {
             origin.split_once("://").is_some_and(|(_, authority)| covers_host(split_port(authority).0, host))
         };
-        if self.loopback_port.is_none() || is_loopback(host) || self.origins.iter().any(names_it) {
+        let is_on_loopback = self.loopback_port.is_some()
+            || self.is_handed_in && socket.local_addr().is_ok_and(|address| address.ip().is_loopback());
+        if !is_on_loopback || is_loopback(host) || self.origins.iter().any(names_it) {
             return Ok(());
         }
         refuse(
             403,
             format!(
-                "{} is not this server: behind a proxy, start it with --allow-origin https://…, and pass that host on",
+                "{} is not this server: behind a proxy, name the public origin in allow_origins (--allow-origin https://…), and pass that host on",
                 quoted(host)
             ),
         )
@@ -152,7 +159,10 @@ impl Door {
         if is_own || self.is_allowed(origin) {
             return Ok(());
         }
-        decline(403, format!("pages of {} may not publish: allow them with --allow-origin", quoted(origin)))
+        decline(
+            403,
+            format!("pages of {} may not publish: name them in allow_origins (--allow-origin)", quoted(origin)),
+        )
     }
 
     /// The header lines, each with its CRLF, that let a page of another origin read a response:
@@ -165,7 +175,7 @@ impl Door {
         let (mut lines, methods, fields) = match (self.is_allowed(origin), is_open_to_all) {
             (true, _) => (
                 format!("Access-Control-Allow-Origin: {origin}\r\nAccess-Control-Allow-Credentials: true\r\n"),
-                "GET, HEAD, POST, PUT, DELETE",
+                "GET, HEAD, POST, PUT, PATCH, DELETE",
                 if asked.is_empty() { "Authorization, Cache-Control, Content-Type, Last-Event-ID" } else { &asked },
             ),
             (_, true) => ("Access-Control-Allow-Origin: *\r\n".into(), "GET, HEAD", "Cache-Control, Last-Event-ID"),

@@ -70,12 +70,17 @@ pub struct Walk {
     until: Id,
 }
 
-/// What one topic has in the table.
+/// What there is of one topic: see [`Hub::topics`](crate::Hub::topics).
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct TopicOverview {
+    /// Its name.
     pub name: Arc<str>,
+    /// How many follow it now.
     pub subscribers: usize,
+    /// How many events it keeps.
     pub events: usize,
-    /// With what is kept beside the events' bytes.
+    /// What they take of [`Config::keep_bytes`](crate::Config::keep_bytes), with bookkeeping.
     pub bytes: usize,
     /// The id of the newest event that is kept.
     pub newest: Option<Id>,

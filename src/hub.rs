@@ -7,6 +7,7 @@
 //! can be answered when the server stops. A lane takes neither the order lock nor that of the history, so a publisher
 //! that waits for room in its queue always gets it.
 
+use crate::bell::Bells;
 use crate::block::{encode_block, mark};
 use crate::clock::now_ms;
 use crate::config::Config;
@@ -16,16 +17,17 @@ use crate::event::{Event, Id, ids_from};
 use crate::history::{History, TopicOverview};
 use crate::journal::Journal;
 use crate::kept::{Kept, open_journal};
-use crate::lane::{Ending, Lane};
+use crate::lane::Lane;
 use crate::log::Logger;
 use crate::metrics::Counters;
 use crate::names::check_topic;
+use crate::presence::PresenceHook;
 use crate::rewrite::Snapshot;
 use crate::sync::enter;
 use crate::text::invalid;
-use crate::unwritten::{Change, Numbered, Order, Turn, Turns};
+use crate::unwritten::{Change, Numbered, Order, Turn, Turns, Waits};
 use std::io::{self, ErrorKind};
-use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -86,12 +88,18 @@ pub struct Core {
     pub config: Config,
     pub lanes: Vec<Lane>,
     pub counters: Arc<Counters>,
+    /// Who in the program waits for a topic.
+    pub bells: Bells,
+    /// Who is told of subscribers that come and go.
+    pub presence: Arc<PresenceHook>,
     /// Set without any lock: stopping must not stand in line behind all who want to publish.
     stopped_at: OnceLock<Instant>,
     /// The outermost lock, and the events that wait for the journal.
     pub turns: Turns,
     /// The last try to write the journal has failed.
     is_journal_failing: AtomicBool,
+    /// How many publishers wait for the journal.
+    waiting: AtomicUsize,
     /// Locked shortly, under the order lock or alone. A snapshot for the journal has a share of it.
     history: Arc<Mutex<History>>,
     /// Locked shortly, and nothing is locked under it.
@@ -115,9 +123,12 @@ impl Core {
         Ok(Core {
             lanes,
             counters,
+            bells: Bells::default(),
+            presence: Arc::default(),
             stopped_at: OnceLock::new(),
             turns: Turns { order, ended: Condvar::new(), work: Condvar::new() },
             is_journal_failing: AtomicBool::new(false),
+            waiting: AtomicUsize::new(0),
             history,
             begun: Mutex::default(),
             log: log.clone(),
@@ -128,6 +139,12 @@ impl Core {
     /// Whether the server is stopping. It never starts again.
     pub fn is_stopping(&self) -> bool {
         self.stopped_at.get().is_some()
+    }
+
+    /// # Errors
+    /// [`ErrorKind::NotConnected`]: it is stopping.
+    pub fn check_running(&self) -> io::Result<()> {
+        if self.is_stopping() { Err(io::Error::new(ErrorKind::NotConnected, STOPPING)) } else { Ok(()) }
     }
 
     /// Whether the last try to write the journal failed, so that publishing would be refused: then `/health` is 503.
@@ -147,15 +164,16 @@ impl Core {
         drop(enter(&self.turns.order)); // or whoever has just looked, and is falling asleep, would miss it
         self.turns.ended.notify_all();
         self.turns.work.notify_one();
+        self.bells.close();
         is_first
     }
 
     /// Has the lanes end all live streams, once the server stops. Under the order lock, so that each lane has everything
     /// before it that was published, and nothing after.
-    pub fn end_streams(&self, deadline: Instant) {
+    pub fn end_streams(&self) {
         let _order = enter(&self.turns.order);
-        let ending = Ending { newest: self.history().newest(), retry: self.config.retry, deadline };
-        self.lanes.iter().for_each(|lane| lane.end_streams(ending));
+        let newest = self.history().newest();
+        self.lanes.iter().for_each(|lane| lane.end_streams(newest));
     }
 
     /// The history, without what is too old. Whoever holds it may take a connection's state, but not the order lock.
@@ -321,9 +339,7 @@ impl Core {
     /// Gives the forgetting of a topic its place in the order: just after the topic's newest event.
     fn number_forgetting(&self, order: &mut Order, topic: &str) -> io::Result<Option<Numbered>> {
         check_topic(topic)?;
-        if self.is_stopping() {
-            return Err(stopped());
-        }
+        self.check_running()?;
         let newest = order.find_newest(&self.history(), topic);
         let Some((up_to, None)) = newest else { return Ok(newest) };
         if self.config.journal.is_none() {
@@ -336,11 +352,14 @@ impl Core {
     }
 
     fn check_open(&self, event: &Event) -> io::Result<()> {
-        if self.is_stopping() { Err(stopped()) } else { self.check(event) }
+        self.check_running()?;
+        self.check(event)
     }
 
     fn check_disk(&self, order: &Order) -> io::Result<()> {
-        if order.unwritten_bytes > UNWRITTEN_BYTES {
+        // Each that waits has a thread: others must not be locked out because a disk is stuck.
+        let is_waited_for = self.waiting.load(Relaxed) >= (self.config.threads / 4).max(1);
+        if order.unwritten_bytes > UNWRITTEN_BYTES || is_waited_for {
             return Err(io::Error::new(ErrorKind::ResourceBusy, "the disk is too slow for what waits for the journal"));
         }
         Ok(())
@@ -349,6 +368,7 @@ impl Core {
     /// Waits until an event is in the journal and handed out, writing the journal itself where nobody else does.
     fn settle(&self, (id, outcome): Numbered) -> io::Result<Id> {
         let Some(outcome) = outcome else { return Ok(id) };
+        let _waits = Waits::new(&self.waiting);
         let mut order = enter(&self.turns.order);
         while outcome.get().is_none() {
             // The lock is held from here until this thread sleeps: otherwise a turn could end in between, and nobody
@@ -429,6 +449,7 @@ impl Core {
         if let Some(topic) = followed {
             let event = event.encode();
             self.lanes.iter().for_each(|lane| lane.send(&topic, &event));
+            self.bells.ring(&topic);
         }
     }
 }
@@ -436,8 +457,4 @@ impl Core {
 /// What the journal has of an event in this topic, or in several with commas between them.
 fn block_of(id: Id, topics: &str, event: &Event) -> Encoded {
     encode_block(id, &[("topic", Some(topics)), ("key", event.key.as_deref())], &event.encode_with_id(id))
-}
-
-fn stopped() -> io::Error {
-    io::Error::new(ErrorKind::NotConnected, STOPPING)
 }

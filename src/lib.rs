@@ -12,6 +12,13 @@
 //! ```
 //! Dropping what [`Server::spawn`] returns stops everything; [`Server::run`] serves until the process ends.
 //!
+//! # In a program
+//! A program adds [routes](Server::route), which see a [request](Request) first and then [answer](Answer) it, open a
+//! [stream](Request::stream), or let the page [follow](Request::follow) topics; [pages](Server::page) and
+//! [streams](Server::stream) are the short forms. It [subscribes](Hub::subscribe) in itself, reads what is
+//! [kept](Hub::kept), sees the [topics](Hub::topics), and is told [who comes and goes](Server::on_subscription). Every limit is a field of [`Config`].
+//! `tests/embed` has three programs of about 60 lines: a job queue, a chat, a dashboard.
+//!
 //! # The idea: a live subscriber is never waited for
 //! Server-Sent Events go one way. Once its request is read, a subscriber sends nothing, so there is nothing to wait
 //! for: a write to it succeeds, would block, or fails. So who has everything needs no thread, and is written to by a lane
@@ -43,9 +50,9 @@
 //!
 //! # Where a change goes
 //! *A parameter of a stream* is named and read in `routes` (`STREAM_PARAMETERS`, `wanted_topics`), and kept in
-//! `subscription` (`Wanted`). Where the stream starts is decided in `cursor`; when it ends, in `subscription` (`Served::step`).
-//! Live or behind, the events of its topics are written by `Connection::deliver`, or by `Connection::finish` where one
-//! fitted only in part.
+//! `subscription` (`Wanted`). Where the stream starts is decided in `cursor`; when it ends, in `subscription`
+//! (`Served::step`). Live or behind, the events of its topics are written by `Connection::deliver`, or by
+//! `Connection::finish` where one fitted only in part.
 //!
 //! *Another kind of storage* replaces `journal`, which only `hub`, `tending`, `unwritten` and `kept` name; `kept` stands
 //! between its blocks and the history. One that numbers events itself replaces what `hub` does under the order lock
@@ -59,6 +66,7 @@
 //! | the order, in `hub` | from numbering an event to the last lane's queue; with a journal twice, to number it and to hand it out, but not while it is written | that ids, kept events, queues have one order; whose turn the journal is |
 //! | the history, in `hub` | shortly; never during I/O once others may look at it | the kept events and the table of topics |
 //! | the state, in `connection` | during one non-blocking write | whose the socket is, and the cursor |
+//! | the bells, in `bell` | shortly, under the order lock or alone | who in the program waits for which topic |
 //! | the changes, in `lane`, the papers, in `desk`, and the begun events, in `hub` | shortly, and nothing is locked under them | who joins and leaves a lane; whom lanes let go; the bytes that slow readers share |
 //! | the tables, in `places` and `routes`, and the lines, in `pool` | shortly, under no other lock | which connections are open; what is at a path; who waits for a thread |
 //! | the rights, in `door` | shortly, and nothing is locked under it | what the tokens' file says |
@@ -80,16 +88,23 @@
 #![forbid(unsafe_code)]
 #![warn(missing_docs)]
 
+mod program; // what a program adds to its server
 mod server; // bind, accept, start and stop
 mod tokens; // the tokens' file, and whose right is gone
 mod clerk; // what lanes and acceptors may not do, since they never wait
 mod conversation; // one connection's requests, one after another
 mod routes; // what each request gets
 mod publishing; // POST, PUT, DELETE
+mod handler; // a program's route: its handler, and what it answers
 mod subscription; // a stream of topics: opened, replayed, ended
 mod stream; // a handler's stream
+mod asked; // what a program's route sees of a request
+mod follower; // subscribing in the program
+mod shelf; // what a program asks of its hub
 mod tending; // the journal's own thread
 mod hub; // publishing: number, write down, hand out
+mod bell; // wakes those in the program who wait for a topic
+mod presence; // tells the program of subscribers that come and go
 mod unwritten; // what waits for the journal, and whose turn it is
 mod kept; // between the journal's blocks and the history
 mod journal; // the file that outlives the process
@@ -121,7 +136,7 @@ mod encoded; // an event's bytes, shared by all who get it
 mod system; // what the system allows
 mod rights; // which token may do what
 mod names; // what topics may be called
-mod log; // lines for stderr
+mod log; // its lines
 mod metrics; // what is counted
 mod event; // Event, Id, and their bytes
 mod config; // every limit
@@ -130,16 +145,27 @@ mod sync; // locks that outlive a panic, threads
 mod authority; // hosts and ports
 mod text; // durations, quoting
 
-pub use config::{Config, Log, Token};
+pub use asked::Request;
+pub use config::{Config, Log, LogTo, Token};
+pub use crossbeam_channel;
 pub use event::{Event, Id};
+pub use follower::{Follower, News, Since};
+pub use handler::Answer;
+pub use history::TopicOverview;
 pub use hub::Hub;
+pub use presence::Presence;
 pub use server::{Handle, Server};
+pub use shelf::Published;
 pub use stream::Stream;
 pub use text::parse_duration;
 
 #[cfg(fuzzing)]
 #[path = "../tests/fuzz/reach.rs"]
 pub mod fuzzing;
+
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+mod readme {} // its Rust must compile
 
 #[cfg(test)]
 #[path = "../tests/turn.rs"]

@@ -105,7 +105,7 @@ impl<'a, 'b> Lines<'a, 'b> {
     fn check_length(&self, end: usize) -> Result<(), Response> {
         let has_cr = self.text[..end].ends_with(b"\r");
         if end - self.start > self.line_limit.saturating_add(has_cr.into()) {
-            return refuse(413, format!("a line is longer than {} bytes (--line-bytes)", self.line_limit));
+            return refuse(413, format!("a line is longer than {} bytes (line_bytes)", self.line_limit));
         }
         Ok(())
     }
@@ -125,11 +125,11 @@ impl<'a, 'b> Lines<'a, 'b> {
     }
 }
 
-/// Names the flag where the time that was over is that of the silence between two lines or events.
+/// Names the limit where the time that was over is that of the silence between two lines or events.
 pub fn silence_is_over(refusal: Response, is_silent: bool, idle_time: Duration) -> Response {
     match refusal.status {
         408 if is_silent => {
-            let reason = format!("nothing came within {idle_time:?} (--put-idle-time)");
+            let reason = format!("nothing came within {idle_time:?} (put_idle_time)");
             Response { close: true, ..Response::text(408, reason) }
         }
         _ => refusal,

@@ -271,7 +271,10 @@ impl Command {
             let is_ours = error.raw_os_error().is_none();
             match error.kind() {
                 ErrorKind::InvalidInput if is_ours => Failure::usage(by_flag(&error.to_string())),
-                ErrorKind::PermissionDenied if is_ours && !is_open => Failure::usage(format_args!("--listen: {error}")),
+                ErrorKind::PermissionDenied if is_ours && !is_open => Failure::usage(format_args!(
+                    "--listen: {listen} is beyond loopback, so whoever reaches it could publish: give --publish-token TOKEN, \
+                     or say --open"
+                )),
                 kind => {
                     let hint = if kind == ErrorKind::AddrInUse { ": give another with --listen" } else { "" };
                     Failure { code: 1, reason: format!("cannot serve {listen}: {error}{hint}") }

@@ -28,13 +28,22 @@ pub fn is_of_name(byte: u8) -> bool {
     byte.is_ascii_alphanumeric() || b"._~-:@".contains(&byte)
 }
 
-/// The names of a list with commas, each once: a topic that is named twice would get, or send, every event twice.
+/// The names of a list with commas: see [`distinct`].
 ///
 /// # Errors
 /// As for [`check_topic`]; and where they are too many.
 pub fn topic_names(list: &str) -> io::Result<Vec<String>> {
+    distinct(list.split(','))
+}
+
+/// Names, each once: a topic that is named twice would get, or send, every event twice.
+///
+/// # Errors
+/// As for [`check_topic`]; and where there are none, or too many.
+pub fn distinct(list: impl IntoIterator<Item = impl AsRef<str>>) -> io::Result<Vec<String>> {
     let mut names: Vec<String> = Vec::new();
-    for name in list.split(',') {
+    for name in list {
+        let name = name.as_ref();
         check_topic(name)?;
         if names.iter().any(|known| known == name) {
             continue;
@@ -43,5 +52,5 @@ pub fn topic_names(list: &str) -> io::Result<Vec<String>> {
         }
         names.push(name.into());
     }
-    Ok(names)
+    if names.is_empty() { invalid("a topic's name is missing: at least one is taken") } else { Ok(names) }
 }

@@ -130,6 +130,6 @@ impl Parser {
     }
 
     fn too_long(&self, what: &str, limit: usize) -> String {
-        format!("{what} of event {} is longer than {limit} bytes (--line-bytes)", self.count + 1)
+        format!("{what} of event {} is longer than {limit} bytes (line_bytes)", self.count + 1)
     }
 }

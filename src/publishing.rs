@@ -153,7 +153,7 @@ impl Publishing {
 
     /// The answer to an error of the hub: 400 where the request is wrong, 507 where the disk takes nothing, else 503.
     /// Only the latter two are worth another try, and say when.
-    fn not_published(&self, error: &io::Error) -> Response {
+    pub fn not_published(&self, error: &io::Error) -> Response {
         match error.kind() {
             ErrorKind::InvalidInput => Response::text(400, error),
             ErrorKind::StorageFull => Response { status: 507, ..self.unavailable(error) },

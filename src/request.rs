@@ -3,7 +3,7 @@
 //! Whatever two readers could take for two different requests is refused, and the connection closed: between a proxy
 //! and this server, such a request would be a way past the proxy's rules. httparse reads the syntax of the fields. The
 //! request line is read here, since httparse accepts only two versions of HTTP and gives one error for all others. What
-//! the fields mean is decided here, too: no other room sees a field.
+//! the fields mean to the server is decided here, too.
 
 use crate::authority::is_authority;
 use crate::body::Body;
@@ -48,6 +48,8 @@ pub struct Request {
     pub asks_private_network: bool,
     /// The tokens that it presents, not compared yet.
     pub tokens: Vec<String>,
+    /// All fields as they came, each line with its CRLF, for the program's own routes; no other room looks into them.
+    pub fields: String,
 }
 
 impl Request {
@@ -139,6 +141,7 @@ impl Request {
             asks_private_network,
             asked_fields: fields.asked_fields,
             origin: fields.origin,
+            fields: String::from_utf8_lossy(lines).into_owned(),
         })
     }
 
@@ -184,7 +187,7 @@ impl Request {
                 }
             }
         }
-        refuse(413, format!("the body is longer than {limit} bytes (--body-bytes): send less, or lines by PUT"))
+        refuse(413, format!("the body is longer than {limit} bytes (body_bytes): send less, or lines by PUT"))
     }
 }
 

@@ -7,9 +7,11 @@
 //! Whatever answers a request passes through here, so hosts, origins and tokens are checked here, before anything else
 //! is done.
 
+use crate::asked::Parts;
 use crate::connection::STOPPING;
 use crate::cursor::Start;
 use crate::door::Door;
+use crate::handler::{Handled, Handler};
 use crate::history::{TopicOverview, Totals};
 use crate::hub::Hub;
 use crate::log::OncePerSecond;
@@ -22,13 +24,13 @@ use crate::reader::Reader;
 use crate::request::Request;
 use crate::response::{Response, decline};
 use crate::rights::{ALL, Act};
-use crate::stream::{Handled, Handler};
 use crate::subscription::{POLL_TIME, Streams, Wanted};
 use crate::sync::enter;
 use crate::target::CURSOR_PARAMETERS;
-use crate::text::{invalid, parse_duration, quoted, skip_space, skip_token};
+use crate::text::{invalid, parse_duration, quoted};
 use std::fmt::Write;
-use std::io;
+use std::io::{self, ErrorKind};
+use std::mem;
 use std::sync::atomic::Ordering::Relaxed;
 use std::sync::{Arc, Mutex};
 
@@ -36,6 +38,7 @@ use std::sync::{Arc, Mutex};
 const EVENTS: &str = "/events/";
 const READ_METHODS: &str = "GET, HEAD, OPTIONS";
 const TOPIC_METHODS: &str = "GET, HEAD, POST, PUT, DELETE, OPTIONS";
+const PROGRAM_METHODS: &str = "GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS";
 /// What a stream's query may say, beside the cursor.
 const STREAM_PARAMETERS: [&str; 2] = ["since", "poll"];
 /// Where a query may hold a token (RFC 6750 §2.3).
@@ -45,31 +48,31 @@ const OWN_PATHS: [&str; 3] = ["/health", "/metrics", "/topics"];
 
 /// What a program has put at a path of its own.
 #[derive(Clone)]
-pub enum Route {
-    /// Of this content type, and with this body.
-    Page(String, Arc<[u8]>),
-    /// Called once for each stream, on the stream's thread, so by several at the same time.
-    Stream(Arc<Handler>),
+pub struct Route {
+    pub kind: Kind,
+    /// Called once for each request, on its connection's thread, so by several at the same time.
+    pub handler: Arc<Handler>,
 }
 
-/// What a request gets: a response now, or a stream.
+/// What is checked before a program's handler is called. Hosts always are, and so is the origin of whatever is not only
+/// read: a foreign page must not act in the name of its visitor, and no session cookie keeps it from that.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    /// Bytes for everybody: GET alone.
+    Page,
+    /// A stream: GET alone, with a token where topics need one to be read.
+    Stream,
+    /// The rest is the program's decision, also who may ask.
+    Own,
+}
+
+/// What a request gets: a response now, a stream of topics, or what a handler makes of it.
 pub enum Reply {
     Response(Response),
     /// From here on the request and its buffers are not needed any more, so their memory is given up before it is
     /// served.
-    Stream(Source),
-}
-
-/// Where the events of a stream come from.
-pub enum Source {
     Topics(Wanted),
     Handler(Handled),
-}
-
-impl Source {
-    pub fn is_handler(&self) -> bool {
-        matches!(self, Source::Handler(_))
-    }
 }
 
 /// Shared by all connections.
@@ -92,21 +95,16 @@ impl Routes {
     /// Adds what is at a path, or replaces it.
     ///
     /// # Errors
-    /// [`ErrorKind::InvalidInput`](io::ErrorKind::InvalidInput) for a path or a content type that may not be.
+    /// [`ErrorKind::InvalidInput`](io::ErrorKind::InvalidInput) for a path that may not be.
     pub fn add(&self, path: &str, route: Route) -> io::Result<()> {
         if !path.starts_with('/') {
             return invalid(format!("{} cannot be routed: begin it with a slash", quoted(path)));
         }
-        if path.starts_with(EVENTS) || OWN_PATHS.contains(&path) {
+        if is_servers(path) {
             return invalid(format!("{} cannot be routed: it is the server's own; choose another", quoted(path)));
         }
         if let Some(c) = path.chars().find(|c| c.is_control() || "?#".contains(*c)) {
             return invalid(format!("{} cannot be routed: no path has {c:?}", quoted(path)));
-        }
-        if let Route::Page(content_type, _) = &route
-            && !is_content_type(content_type)
-        {
-            return invalid(format!("{} is no content type: write text/html; charset=utf-8", quoted(content_type)));
         }
         let mut table = enter(&self.table);
         table.retain(|(known, _)| known != path);
@@ -114,16 +112,33 @@ impl Routes {
         Ok(())
     }
 
+    /// What a program has put at a path, and where in it begins what follows the route. The longest that fits counts: a
+    /// whole path before any that ends in a slash. Cloned, so that the table is not locked while a handler runs.
+    fn find(&self, path: &str) -> Option<(Route, usize)> {
+        let is_above = |known: &str, kind: Kind| kind == Kind::Own && known.ends_with('/') && path.starts_with(known);
+        if is_servers(path) {
+            return None;
+        }
+        let table = enter(&self.table);
+        let fitting = table.iter().filter(|(known, route)| known == path || is_above(known, route.kind));
+        fitting.max_by_key(|(known, _)| known.len()).map(|(known, route)| (route.clone(), known.len()))
+    }
+
     /// Checks a request, reads its body, does what it asks, and says what it gets.
     ///
     /// # Errors
     /// A refusal is a response, too; it says whether the connection goes on.
     pub fn reply(&self, reader: &mut Reader, request: &mut Request) -> Result<Reply, Response> {
-        self.door.check_host(request)?;
+        self.door.check_host(request, &reader.c.socket)?;
         let path = request.path.clone();
-        let Some(allow) = self.methods_of(&path) else {
+        let own = self.find(&path);
+        let Some(allow) = methods_of(&path, own.as_ref().map(|(route, _)| route.kind)) else {
             return decline(404, format!("there is nothing at {}: topics are at /events/NAME", quoted(&path)));
         };
+        let is_allowed = request.method != "OPTIONS" && allow.split(", ").any(|method| method == request.method);
+        if let Some(own) = own.filter(|_| is_allowed) {
+            return self.call(reader, request, own);
+        }
         match (request.method.as_str(), path.strip_prefix(EVENTS)) {
             // Before any token is looked at: browsers send none with a preflight. The door adds what it allows.
             ("OPTIONS", _) => Ok(Reply::Response(Response::text(204, "").field("Allow", allow))),
@@ -138,7 +153,7 @@ impl Routes {
                 self.check_stream(reader, request, &wanted.names)?;
                 // A GET may have a body, which means nothing (RFC 9110 §9.3.1), but has to be out of the way.
                 request.read_body(reader, &self.streams.core.config, false)?;
-                Ok(Reply::Stream(Source::Topics(wanted)))
+                Ok(Reply::Topics(wanted))
             }
             ("GET" | "HEAD", None) => self.get(reader, request, &path),
             // A known method that is not for this path is 405, an unknown one 501 (RFC 9110 §9.1).
@@ -173,43 +188,70 @@ impl Routes {
         }
     }
 
-    /// A page, a handler's stream or one of `OWN_PATHS`; `path` is known to be one of them.
-    fn get(&self, reader: &mut Reader, request: &mut Request, path: &str) -> Result<Reply, Response> {
-        // Cloned, so that the table is not locked while a body is read or a page is sent.
-        let route = enter(&self.table).iter().find(|(known, _)| known == path).map(|(_, route)| route.clone());
+    /// Reads all of a request that is the program's to answer.
+    fn call(
+        &self,
+        reader: &mut Reader,
+        request: &mut Request,
+        (route, rest_at): (Route, usize),
+    ) -> Result<Reply, Response> {
+        if !["GET", "HEAD"].contains(&request.method.as_str()) {
+            self.door.check_origin(request)?;
+        }
         self.take_query_token(request);
-        match route {
-            Some(Route::Stream(_)) => {
-                self.door.check_presented(Act::Subscribe, request)?;
-                self.check_stream(reader, request, &[ALL.into()])?;
-            }
-            _ if ["/metrics", "/topics"].contains(&path) => self.door.check_reader(request)?,
-            _ => {}
+        if route.kind == Kind::Stream {
+            self.door.check_presented(Act::Subscribe, request)?;
+            self.check_stream(reader, request, &[ALL.into()])?;
+        }
+        // A GET may have a body, which means nothing (RFC 9110 §9.3.1), but has to be out of the way.
+        let body = request.read_body(reader, &self.streams.core.config, route.kind == Kind::Own)?;
+        let parts = Parts {
+            method: request.method.clone(),
+            path: request.path.clone(),
+            rest_at,
+            last_event_id: cursor_of(request).map(String::from),
+            query: mem::take(&mut request.query),
+            fields: mem::take(&mut request.fields),
+            tokens: mem::take(&mut request.tokens),
+            body,
+        };
+        Ok(Reply::Handler(Handled { handler: route.handler, parts }))
+    }
+
+    /// One of `OWN_PATHS`.
+    fn get(&self, reader: &mut Reader, request: &mut Request, path: &str) -> Result<Reply, Response> {
+        if ["/metrics", "/topics"].contains(&path) {
+            self.take_query_token(request);
+            self.door.check_reader(request)?;
         }
         request.read_body(reader, &self.streams.core.config, false)?;
-        Ok(match route {
-            Some(Route::Stream(handler)) => {
-                let (query, last_event_id) = (std::mem::take(&mut request.query), request.last_event_id.take());
-                Reply::Stream(Source::Handler(Handled { handler, query, last_event_id }))
+        Ok(Reply::Response(if path == "/metrics" {
+            Response::new(200, "text/plain; version=0.0.4", self.metrics().into_bytes())
+        } else if path == "/topics" {
+            Response::new(200, "text/plain; charset=utf-8", self.topics())
+        } else if self.streams.core.is_stopping() {
+            // 503 tells a load balancer to send nobody else here; streams go on all the same.
+            self.publishing.unavailable(STOPPING)
+        } else if self.streams.core.is_journal_failing() {
+            self.publishing.unavailable("the journal cannot be written, so nothing is published")
+        } else {
+            Response::text(200, "ok")
+        }))
+    }
+
+    /// The answer to a handler's error. The hub's own errors are answered as those of a `POST` are; another says what is
+    /// wrong with the program, which is for its log and not for the peer.
+    pub fn failed(&self, error: &io::Error) -> Response {
+        let response = self.publishing.not_published(error);
+        match error.kind() {
+            ErrorKind::InvalidInput | ErrorKind::NotConnected if error.raw_os_error().is_none() => response,
+            ErrorKind::QuotaExceeded | ErrorKind::ResourceBusy | ErrorKind::StorageFull
+                if error.raw_os_error().is_none() =>
+            {
+                response
             }
-            Some(Route::Page(content_type, body)) => {
-                // In a frame of another site, a page that publishes could be made to take a click not meant for it.
-                Reply::Response(Response::new(200, content_type, body).field("X-Frame-Options", "SAMEORIGIN"))
-            }
-            None if path == "/metrics" => {
-                Reply::Response(Response::new(200, "text/plain; version=0.0.4", self.metrics().into_bytes()))
-            }
-            None if path == "/topics" => {
-                Reply::Response(Response::new(200, "text/plain; charset=utf-8", self.topics()))
-            }
-            // From here on it is `/health`. 503 tells a load balancer to send nobody else here; streams go on all the
-            // same.
-            None if self.streams.core.is_stopping() => Reply::Response(self.publishing.unavailable(STOPPING)),
-            None if self.streams.core.is_journal_failing() => {
-                Reply::Response(self.publishing.unavailable("the journal cannot be written, so nothing is published"))
-            }
-            None => Reply::Response(Response::text(200, "ok")),
-        })
+            _ => Response::text(500, "the program failed to answer; its log, if it has one, says why"),
+        }
     }
 
     /// Whether a stream may be opened.
@@ -234,15 +276,6 @@ impl Routes {
         self.streams.core.counters.refused.fetch_add(1, Relaxed);
         let line = format_args!("{} could not publish: {} {}", reader.c.peer, refusal.status, refusal.reason());
         self.streams.log.warn_within(&self.refusals, line);
-    }
-
-    /// The methods that a path takes, for `Allow`; none where there is nothing.
-    fn methods_of(&self, path: &str) -> Option<&'static str> {
-        match path {
-            _ if path.starts_with(EVENTS) || path == "*" => Some(TOPIC_METHODS),
-            _ if OWN_PATHS.contains(&path) => Some(READ_METHODS),
-            _ => enter(&self.table).iter().any(|(known, _)| known == path).then_some(READ_METHODS),
-        }
     }
 
     /// A line for each topic that is in use, in columns for `cut` and `column -t`; where no event is kept, `-` stands for
@@ -277,13 +310,18 @@ impl Routes {
     }
 }
 
-/// `type "/" subtype`, and perhaps parameters (RFC 9110 §8.3.1). It goes into a head, so it must not contain a line
-/// break.
-fn is_content_type(text: &str) -> bool {
-    let subtype = skip_token(text).and_then(|rest| rest.strip_prefix('/'));
-    let parameters = subtype.and_then(skip_token).map(skip_space);
-    text.chars().all(|c| c.is_ascii_graphic() || c == ' ')
-        && parameters.is_some_and(|rest| rest.is_empty() || rest.starts_with(';'))
+/// Whether a path is the server's own, which no program's route takes over.
+fn is_servers(path: &str) -> bool {
+    path.starts_with(EVENTS) || OWN_PATHS.contains(&path)
+}
+
+/// The methods that a path takes, for `Allow`; none where there is nothing. `own` is what the program has put there.
+fn methods_of(path: &str, own: Option<Kind>) -> Option<&'static str> {
+    match own {
+        _ if path.starts_with(EVENTS) || path == "*" => Some(TOPIC_METHODS),
+        _ if OWN_PATHS.contains(&path) => Some(READ_METHODS),
+        own => own.map(|kind| if kind == Kind::Own { PROGRAM_METHODS } else { READ_METHODS }),
+    }
 }
 
 /// What a request for a stream of these topics wants.
@@ -309,10 +347,13 @@ pub fn wanted_topics(request: &Request, list: &str) -> Result<Wanted, Response> 
         },
     };
     // `since` is in the page's URL for good; a browser that reconnects adds its cursor, which is newer and wins.
-    // An empty cursor says that the client has seen no id yet.
-    let parameters = CURSOR_PARAMETERS.iter().filter_map(|name| query.get(name));
-    let cursor = request.last_event_id.as_deref().into_iter().chain(parameters).find(|text| !text.is_empty());
-    let start = cursor.map_or(since, |text| Start::After(text.parse().ok()));
+    let start = cursor_of(request).map_or(since, |text| Start::After(text.parse().ok()));
     let names = topic_names(list).map_err(|error| Response::text(400, error))?;
     Ok(Wanted { names, start, poll })
+}
+
+/// After which event to resume. An empty one says that the client has seen no id yet.
+fn cursor_of(request: &Request) -> Option<&str> {
+    let parameters = CURSOR_PARAMETERS.iter().filter_map(|name| request.query.get(name));
+    request.last_event_id.as_deref().into_iter().chain(parameters).find(|text| !text.is_empty())
 }

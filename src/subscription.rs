@@ -213,6 +213,7 @@ impl Streams {
         self.core.history().unsubscribe(&subscriber.names);
         let _ = c.socket.shutdown(Shutdown::Write); // its lane may keep the socket open for a moment
         self.log_end(c, &subscriber.opened, reason);
+        self.core.presence.note_end(&subscriber.names, c.peer, c.cut.get().copied().unwrap_or(reason));
         self.places.leave(c);
     }
 

@@ -11,6 +11,7 @@ use crate::history::History;
 use crate::journal::Journal;
 use crate::sync::enter;
 use std::collections::VecDeque;
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::sync::{Arc, Condvar, Mutex, OnceLock};
 use std::thread;
 
@@ -194,5 +195,21 @@ impl Drop for Turn<'_> {
         order.journal = self.journal.take();
         self.turns.ended.notify_all();
         self.turns.work.notify_one();
+    }
+}
+
+/// One that is counted for as long as it waits.
+pub struct Waits<'a>(&'a AtomicUsize);
+
+impl<'a> Waits<'a> {
+    pub fn new(count: &'a AtomicUsize) -> Waits<'a> {
+        count.fetch_add(1, Relaxed);
+        Waits(count)
+    }
+}
+
+impl Drop for Waits<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Relaxed);
     }
 }

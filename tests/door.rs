@@ -275,7 +275,7 @@ fn a_preflight_is_told_what_a_page_may_send() {
     };
     let answer = asks("https://app.example");
     assert_eq!((answer.status, answer.header("access-control-allow-credentials")), (204, Some("true")));
-    assert_eq!(answer.header("access-control-allow-methods"), Some("GET, HEAD, POST, PUT, DELETE"));
+    assert_eq!(answer.header("access-control-allow-methods"), Some("GET, HEAD, POST, PUT, PATCH, DELETE"));
     let fields = answer.header("access-control-allow-headers").unwrap();
     assert_eq!(fields, "authorization, last-event-id", "what it asks for");
     let answer = asks("https://elsewhere.example");

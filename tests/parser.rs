@@ -173,13 +173,13 @@ fn a_line_and_the_data_of_an_event_have_a_limit_each() {
     assert_eq!(read(7, 100, "data: a\r\n\r\ndata: b\n\n"), Ok(2));
     assert_eq!(
         read(7, 100, "data: a\n\ndata: bc"),
-        Err("a line of event 2 is longer than 7 bytes (--line-bytes)".into())
+        Err("a line of event 2 is longer than 7 bytes (line_bytes)".into())
     );
     assert_eq!(read(7, 100, ": comment").unwrap_err().split(" of").next(), Some("a line"), "of whatever kind");
     assert_eq!(read(10, 3, "data: a\ndata: b\n\n"), Ok(1));
     assert_eq!(
         read(10, 3, "data: a\ndata: bc\n"),
-        Err("the data of event 1 is longer than 3 bytes (--line-bytes)".into())
+        Err("the data of event 1 is longer than 3 bytes (line_bytes)".into())
     );
     assert!(read(10, 5, &"data\n".repeat(7)).is_err(), "ends of lines count, too");
 }

@@ -120,8 +120,8 @@ fn what_cannot_be_published_of_a_stream_is_said_after_what_came_before_it() {
     let server = serve(Config { line_bytes: 100, body_bytes: 100, ..Config::default() });
     let addr = server.addr().unwrap();
     for (status, text, said) in [
-        (413, format!("data: {}", "x".repeat(100)), "a line of event 2 is longer than 100 bytes (--line-bytes)"),
-        (413, "data: 12345678901234567890\n".repeat(5), "the data of event 2 is longer than 100 bytes (--line-bytes)"),
+        (413, format!("data: {}", "x".repeat(100)), "a line of event 2 is longer than 100 bytes (line_bytes)"),
+        (413, "data: 12345678901234567890\n".repeat(5), "the data of event 2 is longer than 100 bytes (line_bytes)"),
         (400, "event: a\0b\ndata: x\n\n".into(), "the event name \"a\\0b\" holds CR, LF or NUL"),
     ] {
         let answer = relay(addr, format!("data: first\n\n{text}\n\n").as_bytes());
@@ -158,10 +158,7 @@ fn an_event_once_begun_must_end_in_time_and_between_events_silence_may_last() {
     let mut wire = begin(server.addr().unwrap(), 100);
     wire.send(b"data: one\n\n");
     let answer = wire.answer();
-    assert!(
-        answer.status == 408 && answer.body.starts_with("nothing came within 300ms (--put-idle-time)"),
-        "{answer:?}"
-    );
+    assert!(answer.status == 408 && answer.body.starts_with("nothing came within 300ms (put_idle_time)"), "{answer:?}");
 }
 
 #[test]

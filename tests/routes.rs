@@ -27,7 +27,7 @@ fn pages_and_handlers_live_beside_the_topics() {
     server
         .stream("/echo", |stream| {
             stream.comment("two\nlines")?;
-            let text = format!("{:?} {:?}", stream.query("q"), stream.last_event_id());
+            let text = format!("{:?} {:?}", stream.request().query("q"), stream.request().last_event_id());
             stream.send(&Event::new(text).name("echo").id("7").retry(Duration::from_millis(9)))?;
             assert!(stream.send(&Event::new("x").name("a\nb")).is_err());
             Ok(())

@@ -15,7 +15,7 @@ use std::thread;
 fn a_panic_of_whoever_writes_the_journal_leaves_nobody_asleep() {
     let path = std::env::temp_dir().join(format!("brooklet-turn-{}", std::process::id()));
     let config = Config::default();
-    let log = Arc::new(Logger::start(config.log).unwrap());
+    let log = Arc::new(Logger::start(&config).unwrap());
     let (journal, _) = Journal::open(&path, &config, &log, &mut |_, _| {}).unwrap();
     let order = Mutex::new(Order::new(Id::default(), Some(journal)));
     let turns = Turns { order, ended: Condvar::new(), work: Condvar::new() };
