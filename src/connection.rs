@@ -128,7 +128,7 @@ pub enum Written {
 }
 
 impl Outgoing {
-    /// A form is made anew wherever it goes on: so what is unfinished takes no memory of its own, as an event stream.
+    /// A form is made anew wherever it goes on: so what is unfinished takes no memory of its own.
     fn bytes(&self, shape: Shape) -> Cow<'_, [u8]> {
         match self {
             Outgoing::Event(event, topic) => event.shaped(shape, Some(topic)),
@@ -171,9 +171,8 @@ impl Connection {
         self.socket.set_write_timeout(Some(PATIENCE.min(self.stall_time)))
     }
 
-    /// One non-blocking write of what in `run` is newer than the cursor, and still wanted. Returns how many events went out
-    /// whole. Where not all did, the first of the rest is unfinished, and the subscriber is behind. Only for the owner, with
-    /// the state locked throughout.
+    /// One non-blocking write of what in `run` is newer than the cursor, and wanted. Returns how many events went out whole.
+    /// Where not all did, the first of the rest is unfinished, and the subscriber behind. For the owner, with the state locked.
     ///
     /// # Errors
     /// The connection is closed.

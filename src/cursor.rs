@@ -129,7 +129,7 @@ impl History {
             let Some((_, topic, head)) = ahead.min_by_key(|(point, ..)| *point) else { break };
             let Some((entry, chain)) = head.next_if(|(entry, _)| run.has_room_for(entry.layout)) else { break };
             let wire = entry.layout.wire(framing);
-            run.append(topic.name(), entry.point.id, |bytes| self.copy(chain, wire, bytes));
+            run.append(&topic.name, entry.point.id, |bytes| self.copy(chain, wire, bytes));
         }
         if run.bytes.is_empty() { Next::Nothing } else { Next::Events(run) }
     }

@@ -56,7 +56,7 @@ pub struct History {
 
 #[derive(Default)]
 pub struct Topic {
-    name: Arc<str>,
+    pub name: Arc<str>,
     /// Oldest first.
     events: VecDeque<Chain>,
     /// What they cost.
@@ -463,11 +463,5 @@ impl History {
     /// Appends a part of a kept event's bytes to `out`.
     pub fn copy(&self, chain: &Chain, part: Range<usize>, out: &mut Vec<u8>) {
         Entry::copy(&self.cells, chain, part, out);
-    }
-}
-
-impl Topic {
-    pub fn name(&self) -> &Arc<str> {
-        &self.name
     }
 }

@@ -53,7 +53,7 @@ fn each_bad_request_gets_the_answer_of_the_table_and_the_next_connection_works()
         (400, "is no length of time", to("GET", "/events/a?poll=10")),
         (
             400,
-            "the parameter \"sinse\" is not known: since, poll, last_event_id, lastEventId, lastEventID are",
+            "the parameter \"sinse\" is not known: since, last, poll, take, as, last_event_id, lastEventId, lastEventID are",
             to("GET", "/events/a?_=1&since=earliest&sinse=1h"),
         ),
         (400, "the parameter \"\" is not known", to("GET", "/events/a?=1")),
