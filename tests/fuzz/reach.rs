@@ -151,7 +151,7 @@ fn is_mark(block: &[u8]) -> bool {
 pub fn journal(bytes: &[u8]) {
     let (config, limit) = (small(), 8_096);
     let read = |bytes: &[u8]| {
-        let mut history = History::new(Id::default(), &config);
+        let mut history = History::new(Id::default(), false, &config);
         let mut take = |block: Block, bytes: &[u8]| restore(&mut history, block, bytes);
         let found = Found::read(bytes, bytes.len() as u64, limit, false, &mut take).unwrap();
         history.remove_unused();
