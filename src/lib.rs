@@ -74,6 +74,9 @@
 #![forbid(unsafe_code)]
 #![warn(missing_docs)]
 
+#[cfg(shuttle)]
+extern crate model_std as std; // whose locks, threads, clocks and sockets `make model` runs in all orders
+
 mod server; // bind, accept, start and stop
 mod clerk; // what lanes and acceptors may not do, since they never wait
 mod conversation; // one connection's requests, one after another
@@ -127,6 +130,10 @@ pub use text::parse_duration;
 #[path = "../tests/fuzz/reach.rs"]
 pub mod fuzzing;
 
-#[cfg(test)]
+#[cfg(all(test, not(shuttle)))]
 #[path = "../tests/turn.rs"]
 mod turn;
+
+#[cfg(all(test, shuttle))]
+#[path = "../tests/model/mod.rs"]
+mod model;

@@ -1,0 +1,38 @@
+//! Turning live, while others publish.
+
+use super::*;
+
+#[test]
+fn who_turns_live_while_others_publish_hears_each_event_once_and_in_order() {
+    check("turning live", PATIENCE, || {
+        let server = start(Config::default());
+        let readers: Vec<_> = [("/events/a?since=earliest", ROOMY), ("/events/b,a?since=earliest", 300)]
+            .into_iter()
+            .map(|(path, capacity)| {
+                let peer = get(&server, path, capacity);
+                spawn("reader", move || {
+                    let mut seen = Seen::default();
+                    seen.read(&peer, 200, 4);
+                    seen.events()
+                })
+            })
+            .collect();
+        let publishers: Vec<_> = (0..2)
+            .map(|n| {
+                let hub = server.hub();
+                spawn("publisher", move || {
+                    let publish = |k| hub.publish("a", Event::new(format!("{n}.{k}"))).unwrap();
+                    (0..2).map(|k| (publish(k), format!("{n}.{k}"))).collect::<Vec<_>>()
+                })
+            })
+            .collect();
+        let mut published: Vec<_> = publishers.into_iter().flat_map(|thread| thread.join().unwrap()).collect();
+        published.sort();
+        for reader in readers {
+            let heard: Vec<_> = reader.join().unwrap();
+            let heard: Vec<_> = heard.into_iter().map(|event| (event.id.unwrap(), event.data.unwrap())).collect();
+            assert_eq!(heard, published);
+        }
+        stop(server);
+    });
+}

@@ -1,0 +1,107 @@
+//! The hand-over and the journal's elected writer, run in many orders.
+//!
+//! All of the server is the real one: only what threads wait with, time, and the other end of each socket are the model's
+//! (`std/`, `channel/`). A model starts a server, hands it sockets, publishes, closes, stops, and looks at what came out. In
+//! which order threads go on is explored by shuttle (`std/src/check.rs`), which runs one thread at a time: so what
+//! processors may do to memory that is shared without a lock is not explored, and every atomic is as if it were `SeqCst`.
+
+use crate::{Config, Event, Handle, Id, Server};
+use std::check::check;
+use std::net::{Peer, pair};
+use std::sync::atomic::{AtomicU16, Ordering::SeqCst};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, be_punctual};
+
+mod live;
+
+/// Longer than anybody waits in a model; the clerk sleeps for a minute.
+const PATIENCE: Duration = Duration::from_secs(300);
+
+/// Enough for any answer.
+const ROOMY: usize = 1 << 20;
+
+fn start(config: Config) -> Handle {
+    let server = Server::bind("127.0.0.1:3000", Config { lanes: 1, ..config }).unwrap();
+    server.spawn().unwrap()
+}
+
+/// Hands a connection to the server that asks for `path`, and whose sockets hold so many bytes.
+fn get(server: &Handle, path: &str, capacity: usize) -> Peer {
+    static PORT: AtomicU16 = AtomicU16::new(1);
+    let (socket, peer) = pair(PORT.fetch_add(1, SeqCst), capacity);
+    peer.send(format!("GET {path} HTTP/1.1\r\nHost: 127.0.0.1:3000\r\n\r\n").as_bytes());
+    server.serve(socket).unwrap();
+    peer
+}
+
+/// Stops the server, for which nobody may be slow: then every connection ends in time.
+fn stop(server: Handle) {
+    be_punctual();
+    assert_eq!(server.stop(), 0, "connections that have not ended");
+}
+
+fn spawn<T: Send + 'static>(name: &str, work: impl FnOnce() -> T + Send + 'static) -> JoinHandle<T> {
+    thread::Builder::new().name(name.into()).spawn(work).unwrap()
+}
+
+/// What a subscriber has read.
+#[derive(Default)]
+struct Seen {
+    bytes: Vec<u8>,
+}
+
+/// One block of a stream.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Block {
+    id: Option<Id>,
+    name: Option<String>,
+    data: Option<String>,
+}
+
+impl Seen {
+    /// Reads on, so much at a time, until so many events with data have come, or the stream has ended.
+    fn read(&mut self, peer: &Peer, at_once: usize, events: usize) {
+        while self.events().len() < events
+            && let Some(bytes) = peer.take(at_once)
+        {
+            self.bytes.extend(bytes);
+        }
+    }
+
+    /// The body without its chunks. What is not whole is left out.
+    fn body(&self) -> String {
+        let text = std::str::from_utf8(&self.bytes).unwrap();
+        let Some((head, mut rest)) = text.split_once("\r\n\r\n") else { return String::new() };
+        assert!(head.starts_with("HTTP/1.1 200 OK\r\n"), "{head}");
+        assert!(head.contains("Transfer-Encoding: chunked"), "{head}");
+        let mut body = String::new();
+        while let Some((size, chunk)) = rest.split_once("\r\n") {
+            let size = usize::from_str_radix(size, 16).unwrap_or_else(|_| panic!("no size of a chunk: {size:?} in {text:?}"));
+            let Some(end) = chunk.get(size..size + 2) else { break };
+            assert_eq!(end, "\r\n", "a chunk's end in {text:?}");
+            body += &chunk[..size];
+            rest = &chunk[size + 2..];
+        }
+        body
+    }
+
+    fn blocks(&self) -> Vec<Block> {
+        let body = self.body();
+        let whole = body.rfind("\n\n").map_or("", |end| &body[..end]);
+        whole.split("\n\n").map(block).collect()
+    }
+
+    /// The blocks that a page hears of.
+    fn events(&self) -> Vec<Block> {
+        self.blocks().into_iter().filter(|block| block.data.is_some()).collect()
+    }
+
+    fn data(&self) -> Vec<String> {
+        self.events().into_iter().filter_map(|event| event.data).collect()
+    }
+}
+
+fn block(text: &str) -> Block {
+    let field = |name: &str| text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(": ")).map(String::from);
+    Block { id: field("id").map(|id| id.parse().unwrap()), name: field("event"), data: field("data") }
+}

@@ -1,0 +1,151 @@
+//! Explores the schedules of a model, each from a seed of its own.
+//!
+//! Even seeds choose whoever goes on at each point, at random. Odd ones give each thread a priority, and let the one with
+//! the highest go on, which falls behind all others at some points: a fault that needs few of them, at the right places, is
+//! found far sooner so ("A Randomized Scheduler with Probabilistic Guarantees of Finding Bugs", ASPLOS 2010). How often time
+//! jumps though others can go on is up to the seed, too.
+
+use crate::fs::{Disk, set_disk};
+use crate::time;
+use ::std::collections::HashMap;
+use ::std::env;
+use ::std::time::{Duration, Instant};
+use shuttle::scheduler::{Schedule, Scheduler, Task, TaskId};
+use shuttle::{Config, FailurePersistence, MaxSteps, Runner};
+
+/// Which of the threads lets time pass: the model's is the first, this the second.
+const TIME: usize = 1;
+/// More points than any schedule has that comes to an end.
+const MOST_POINTS: usize = 300_000;
+const STACK_BYTES: usize = 256 * 1024;
+
+/// Runs the model in many schedules: `SCHEDULES` of them, or as many as fit into `MODEL_SECONDS`. `SEED` repeats one. Fails
+/// where the model does, where all sleep, or where somebody still waits after `limit` of the model's time.
+pub fn check(name: &'static str, limit: Duration, model: impl Fn() + Send + Sync + 'static) {
+    let number = |name| env::var(name).ok().and_then(|text| text.parse::<u64>().ok());
+    let seed = number("SEED");
+    let most = if seed.is_some() { 1 } else { number("SCHEDULES").unwrap_or(u64::MAX) };
+    let mut config = Config::new();
+    config.stack_size = STACK_BYTES;
+    config.failure_persistence = FailurePersistence::None;
+    config.max_steps = MaxSteps::FailAfter(MOST_POINTS);
+    config.max_time = Some(Duration::from_secs(number("MODEL_SECONDS").unwrap_or(5)));
+    config.silence_warnings = true;
+    let (explorer, started) = (Explorer::new(name, seed.unwrap_or(0), most), Instant::now());
+    let schedules = Runner::new(explorer, config).run(move || {
+        time::begin(limit);
+        let passing = shuttle::thread::Builder::new().name("time".into()).spawn(time::pass).unwrap();
+        set_disk(Disk::Works);
+        crate::io::take_lines();
+        model();
+        time::end();
+        passing.join().unwrap();
+    });
+    println!("model {name}: {schedules} schedules in {:.1} s", started.elapsed().as_secs_f64());
+}
+
+struct Explorer {
+    name: &'static str,
+    started: Instant,
+    next_seed: u64,
+    left: u64,
+    explored: u64,
+    random: Random,
+    /// Of each thread that has been seen, in a schedule by priorities: the highest goes on.
+    priorities: Option<HashMap<usize, i64>>,
+    /// At which points the thread that goes on falls behind all others.
+    changes: Vec<u64>,
+    lowest: i64,
+    points: u64,
+    /// One of so many choices lets time jump though others can go on; 0 for none.
+    early: u64,
+}
+
+/// SplitMix64.
+struct Random(u64);
+
+impl Random {
+    fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut mixed = self.0;
+        mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        mixed ^ (mixed >> 31)
+    }
+
+    fn below(&mut self, limit: u64) -> u64 {
+        self.next() % limit
+    }
+}
+
+impl Explorer {
+    fn new(name: &'static str, next_seed: u64, left: u64) -> Explorer {
+        let (started, random) = (Instant::now(), Random(0));
+        let (priorities, changes, explored, lowest, points, early) = (None, Vec::new(), 0, 0, 0, 0);
+        Explorer { name, started, next_seed, left, explored, random, priorities, changes, lowest, points, early }
+    }
+
+    fn fall_behind(&mut self, thread: usize) {
+        self.lowest -= 1;
+        let lowest = self.lowest;
+        self.priorities.iter_mut().for_each(|priorities| _ = priorities.insert(thread, lowest));
+    }
+}
+
+impl Scheduler for Explorer {
+    fn new_execution(&mut self) -> Option<Schedule> {
+        self.left = self.left.checked_sub(1)?;
+        let seed = self.next_seed;
+        self.next_seed += 1;
+        self.explored += 1;
+        self.random = Random(seed);
+        self.random.next();
+        self.priorities = (seed % 2 == 1).then(HashMap::new);
+        // Few, and as often among the first ten points as among the next hundred.
+        let count = self.random.below(5);
+        self.changes = (0..count).map(|_| { let scale = self.random.below(13); self.random.below(1 << scale) }).collect();
+        (self.lowest, self.points) = (0, 0);
+        self.early = [0, 20, 100, 500][self.random.below(4) as usize];
+        Some(Schedule::new(seed))
+    }
+
+    fn next_task(&mut self, runnable: &[&Task], current: Option<TaskId>, is_yielding: bool) -> Option<TaskId> {
+        let mut threads: Vec<usize> = runnable.iter().map(|task| task.id().into()).collect();
+        let others: Vec<usize> = threads.iter().copied().filter(|thread| *thread != TIME).collect();
+        if others.len() < threads.len() {
+            let is_alone = others.is_empty();
+            if is_alone || self.early > 0 && self.random.below(self.early) == 0 {
+                time::note_choice(is_alone);
+                return Some(TIME.into());
+            }
+            threads = others;
+        }
+        self.points += u64::from(threads.len() > 1);
+        if let Some(current) = current.map(usize::from)
+            && (is_yielding || threads.len() > 1 && self.changes.contains(&self.points))
+        {
+            self.fall_behind(current);
+        }
+        let Some(priorities) = &mut self.priorities else {
+            return Some(threads[self.random.below(threads.len() as u64) as usize].into());
+        };
+        for thread in &threads {
+            priorities.entry(*thread).or_insert_with(|| (self.random.next() >> 2) as i64);
+        }
+        threads.into_iter().max_by_key(|thread| priorities[thread]).map(TaskId::from)
+    }
+
+    fn next_u64(&mut self) -> u64 {
+        self.random.next()
+    }
+}
+
+impl Drop for Explorer {
+    fn drop(&mut self) {
+        if ::std::thread::panicking() {
+            let (name, explored, seconds) = (self.name, self.explored, self.started.elapsed().as_secs_f64());
+            let seed = self.next_seed - 1;
+            eprintln!("model {name}: found in schedule {explored}, after {seconds:.1} s; again with SEED={seed}");
+        }
+    }
+}
