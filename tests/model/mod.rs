@@ -5,14 +5,20 @@
 //! which order threads go on is explored by shuttle (`std/src/check.rs`), which runs one thread at a time: so what
 //! processors may do to memory that is shared without a lock is not explored, and every atomic is as if it were `SeqCst`.
 
-use crate::{Config, Event, Handle, Id, Server};
+use crate::{Config, Event, Handle, Id, Log, Server};
 use std::check::check;
+use std::io::take_lines;
 use std::net::{Peer, pair};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU16, Ordering::SeqCst};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, be_punctual};
 
+mod behind;
+mod close;
+mod journal;
 mod live;
+mod threads;
 
 /// Longer than anybody waits in a model; the clerk sleeps for a minute.
 const PATIENCE: Duration = Duration::from_secs(300);
@@ -21,17 +27,36 @@ const PATIENCE: Duration = Duration::from_secs(300);
 const ROOMY: usize = 1 << 20;
 
 fn start(config: Config) -> Handle {
+    start_with(config, |_| {})
+}
+
+fn start_with(config: Config, set_up: impl FnOnce(&Server)) -> Handle {
     let server = Server::bind("127.0.0.1:3000", Config { lanes: 1, ..config }).unwrap();
+    set_up(&server);
     server.spawn().unwrap()
 }
 
-/// Hands a connection to the server that asks for `path`, and whose sockets hold so many bytes.
-fn get(server: &Handle, path: &str, capacity: usize) -> Peer {
+/// Hands a connection to the server that sends these bytes, and whose sockets hold so many for the peer.
+fn connect(server: &Handle, request: &str, capacity: usize) -> Peer {
     static PORT: AtomicU16 = AtomicU16::new(1);
     let (socket, peer) = pair(PORT.fetch_add(1, SeqCst), capacity);
-    peer.send(format!("GET {path} HTTP/1.1\r\nHost: 127.0.0.1:3000\r\n\r\n").as_bytes());
+    peer.send(request.as_bytes());
     server.serve(socket).unwrap();
     peer
+}
+
+fn get(server: &Handle, path: &str, capacity: usize) -> Peer {
+    get_with(server, path, "", capacity)
+}
+
+fn get_with(server: &Handle, path: &str, fields: &str, capacity: usize) -> Peer {
+    connect(server, &format!("GET {path} HTTP/1.1\r\nHost: 127.0.0.1:3000\r\n{fields}\r\n"), capacity)
+}
+
+fn post(server: &Handle, path: &str, body: &str) -> Peer {
+    let length = body.len();
+    let head = format!("POST {path} HTTP/1.1\r\nHost: 127.0.0.1:3000\r\nContent-Length: {length}\r\n\r\n");
+    connect(server, &(head + body), ROOMY)
 }
 
 /// Stops the server, for which nobody may be slow: then every connection ends in time.
@@ -61,11 +86,12 @@ struct Block {
 impl Seen {
     /// Reads on, so much at a time, until so many events with data have come, or the stream has ended.
     fn read(&mut self, peer: &Peer, at_once: usize, events: usize) {
-        while self.events().len() < events
-            && let Some(bytes) = peer.take(at_once)
-        {
-            self.bytes.extend(bytes);
-        }
+        while self.events().len() < events && self.read_some(peer, at_once) {}
+    }
+
+    /// False where the stream has ended.
+    fn read_some(&mut self, peer: &Peer, at_once: usize) -> bool {
+        peer.take(at_once).map(|bytes| self.bytes.extend(bytes)).is_some()
     }
 
     /// The body without its chunks. What is not whole is left out.
@@ -96,8 +122,13 @@ impl Seen {
         self.blocks().into_iter().filter(|block| block.data.is_some()).collect()
     }
 
-    fn data(&self) -> Vec<String> {
-        self.events().into_iter().filter_map(|event| event.data).collect()
+    /// The events that were published: their ids and data.
+    fn heard(&self) -> Vec<(Id, String)> {
+        let heard = |event: Block| {
+            assert_eq!(event.name, None, "{:?}", self.body());
+            (event.id.expect("an event has an id"), event.data.unwrap_or_default())
+        };
+        self.events().into_iter().map(heard).collect()
     }
 }
 

@@ -7,7 +7,7 @@
 
 use crate::fs::{Disk, set_disk};
 use crate::time;
-use ::std::collections::HashMap;
+use ::std::collections::{HashMap, VecDeque};
 use ::std::env;
 use ::std::time::{Duration, Instant};
 use shuttle::scheduler::{Schedule, Scheduler, Task, TaskId};
@@ -59,6 +59,8 @@ struct Explorer {
     points: u64,
     /// One of so many choices lets time jump though others can go on; 0 for none.
     early: u64,
+    /// Who went on last, for a report.
+    trail: VecDeque<(usize, String)>,
 }
 
 /// SplitMix64.
@@ -82,7 +84,7 @@ impl Explorer {
     fn new(name: &'static str, next_seed: u64, left: u64) -> Explorer {
         let (started, random) = (Instant::now(), Random(0));
         let (priorities, changes, explored, lowest, points, early) = (None, Vec::new(), 0, 0, 0, 0);
-        Explorer { name, started, next_seed, left, explored, random, priorities, changes, lowest, points, early }
+        Explorer { name, started, next_seed, left, explored, random, priorities, changes, lowest, points, early, trail: VecDeque::new() }
     }
 
     fn fall_behind(&mut self, thread: usize) {
@@ -110,7 +112,23 @@ impl Scheduler for Explorer {
     }
 
     fn next_task(&mut self, runnable: &[&Task], current: Option<TaskId>, is_yielding: bool) -> Option<TaskId> {
-        let mut threads: Vec<usize> = runnable.iter().map(|task| task.id().into()).collect();
+        let chosen = self.choose(runnable, current, is_yielding)?;
+        let name = runnable.iter().find(|task| task.id() == chosen).map(|t| t.display_name()).unwrap_or_default();
+        self.trail.push_back((chosen.into(), name));
+        if self.trail.len() > 60 { self.trail.pop_front(); }
+        Some(chosen)
+    }
+
+    fn next_u64(&mut self) -> u64 {
+        self.random.next()
+    }
+}
+
+impl Explorer {
+    fn choose(&mut self, runnable: &[&Task], current: Option<TaskId>, is_yielding: bool) -> Option<TaskId> {
+        // shuttle lets those who sleep wake for no reason: nothing here needs that, and time would never pass.
+        let awake = runnable.iter().filter(|task| task.runnable());
+        let mut threads: Vec<usize> = awake.map(|task| task.id().into()).collect();
         let others: Vec<usize> = threads.iter().copied().filter(|thread| *thread != TIME).collect();
         if others.len() < threads.len() {
             let is_alone = others.is_empty();
@@ -134,10 +152,6 @@ impl Scheduler for Explorer {
         }
         threads.into_iter().max_by_key(|thread| priorities[thread]).map(TaskId::from)
     }
-
-    fn next_u64(&mut self) -> u64 {
-        self.random.next()
-    }
 }
 
 impl Drop for Explorer {
@@ -145,6 +159,7 @@ impl Drop for Explorer {
         if ::std::thread::panicking() {
             let (name, explored, seconds) = (self.name, self.explored, self.started.elapsed().as_secs_f64());
             let seed = self.next_seed - 1;
+            eprintln!("last: {:?}", self.trail);
             eprintln!("model {name}: found in schedule {explored}, after {seconds:.1} s; again with SEED={seed}");
         }
     }

@@ -1,6 +1,7 @@
 //! Real files, where each write is a point that the model may let fail.
 
 use crate::point;
+use crate::time::Sleepers;
 use ::std::cell::Cell;
 pub use ::std::fs::*;
 use ::std::io::{self, Write};
@@ -14,17 +15,21 @@ pub enum Disk {
     #[default]
     Works,
     IsFull,
+    /// Whoever writes waits until it works again.
+    IsStuck,
     /// Whoever writes panics.
     Panics,
 }
 
 thread_local! {
     static DISK: Cell<Disk> = Cell::default();
+    static STUCK: Sleepers = Sleepers::default();
 }
 
 pub fn set_disk(disk: Disk) {
     point();
     DISK.set(disk);
+    STUCK.with(Sleepers::wake_all);
 }
 
 #[derive(Debug)]
@@ -53,8 +58,11 @@ impl Deref for File {
 impl Write for &File {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         point();
+        while DISK.get() == Disk::IsStuck {
+            STUCK.with(|stuck| stuck.sleep(None));
+        }
         match DISK.get() {
-            Disk::Works => (&self.0).write(bytes),
+            Disk::Works | Disk::IsStuck => (&self.0).write(bytes),
             Disk::IsFull => Err(io::ErrorKind::StorageFull.into()),
             Disk::Panics => crate::panic::on_purpose(),
         }

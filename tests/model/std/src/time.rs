@@ -214,19 +214,18 @@ pub(crate) fn note_choice(is_alone: bool) {
     with(|clock| clock.is_alone = is_alone);
 }
 
-/// The thread that lets time pass. Once nobody waits for a moment, nor can go on, it ends, and shuttle says who sleeps.
+/// The thread that lets time pass.
 pub(crate) fn pass() {
     loop {
         let (next, is_over) = with(|clock| (clock.timers.first_key_value().map(|(key, _)| *key), clock.is_over));
         let is_alone = with(|clock| clock.is_alone);
         match next {
-            _ if is_over => return,
             Some(key) => {
                 let sleeper = with(|clock| clock.jump(key));
                 sleeper.iter().for_each(|sleeper| sleeper.wake());
             }
-            None if is_alone => return,
-            None => {}
+            None if is_over && is_alone => return, // whoever slept has ended, or never will: shuttle says so
+            None => assert!(!is_alone, "nobody can go on: asleep are {}", with(|clock| clock.asleep.join(", "))),
         }
         point();
     }
