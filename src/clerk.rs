@@ -41,9 +41,8 @@ fn work(streams: &Arc<Streams>, space: &AddressSpace) {
 /// Starts the threads that are missing, and makes room where none may be started. Returns when to look again.
 fn look_at_threads(streams: &Streams, space: &AddressSpace) -> Instant {
     let look = streams.pool.look(|| space.has_room());
-    let freed = (0..look.in_want).take_while(|_| streams.places.free_thread()).count();
-    if freed > 0 {
-        streams.pool.note_room(freed);
+    for _ in 0..look.in_want {
+        streams.places.free_thread();
     }
     match look.started {
         Ok(()) => look.again_at.unwrap_or_else(|| Instant::now() + SLEEP_TIME),

@@ -66,7 +66,9 @@ pub struct Config {
     /// How long a `PUT` may be silent between two lines (12 h: a log may be, overnight). The standard library cannot
     /// turn TCP keepalive on, so a publisher that vanished without a packet is known by its silence alone.
     pub put_idle_time: Duration,
-    /// How long a connection that is kept alive may be idle between two requests (15 s).
+    /// How long a connection that is kept alive may be idle between two requests (75 s): longer than the 60 s of many load
+    /// balancers, which would otherwise send a request just when it is closed. Responses say it in `Keep-Alive`, and it is
+    /// closed a second later.
     pub idle_time: Duration,
     /// Longest silence on a stream of topics (15 s, at least 3.5 s): proxies cut silent streams, many after 60 s, some
     /// after 30. <https://html.spec.whatwg.org/multipage/server-sent-events.html#authoring-notes>
@@ -118,7 +120,7 @@ impl Default for Config {
             head_time: seconds(10),
             body_time: seconds(30),
             put_idle_time: seconds(12 * 3600),
-            idle_time: seconds(15),
+            idle_time: seconds(75),
             heartbeat: seconds(15),
             lifetime: seconds(600),
             stall_time: seconds(10),

@@ -25,7 +25,11 @@ use std::net::Shutdown;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 use std::thread;
-use std::time::Instant;
+use std::time::{Duration, Instant};
+
+/// An idle connection is closed this much later than its responses say: a request that was sent just before has arrived
+/// by then, and is answered.
+const IDLE_GRACE: Duration = Duration::from_secs(1);
 
 /// What all conversations share. Nothing in it belongs to one of them.
 pub struct Shared {
@@ -124,10 +128,11 @@ impl Conversation {
                     }
                 }
             }
-            reader.wait_at_most(config.idle_time);
+            reader.wait_at_most(config.idle_time + IDLE_GRACE);
             // Only a client that has just shown that it asks at once is waited for awake; for all others that would
-            // burn the processor for nothing.
-            if !places.move_to(Place::Idle, c) || is_keen && c.stay_awake().is_err() {
+            // burn the processor for nothing. What has come already is not waited for.
+            let stays_awake = is_keen && reader.unread().is_empty();
+            if !places.move_to(Place::Idle, c) || stays_awake && c.stay_awake().is_err() {
                 return None;
             }
             answered = Instant::now();
@@ -158,6 +163,10 @@ impl Conversation {
         // A body that was not read whole stands before the next request, which nobody could find.
         let close =
             request.close || response.close || !request.body.is_over() || self.shared.streams.core.is_stopping();
+        if !close {
+            let idle_time = self.config().idle_time.as_secs();
+            response.fields += &format!("Connection: keep-alive\r\nKeep-Alive: timeout={idle_time}\r\n");
+        }
         AfterRequest::Respond { parts: response.encode(is_head, close), close }
     }
 

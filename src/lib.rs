@@ -14,8 +14,8 @@
 //!
 //! # The idea: a live subscriber is never waited for
 //! Server-Sent Events go one way. Once its request is read, a subscriber sends nothing, so there is nothing to wait
-//! for: a write to it succeeds, would block, or fails. So a subscriber is in one of two states, and in each another thread
-//! writes to it:
+//! for: a write to it succeeds, would block, or fails. So who has everything needs no thread, and is written to by a lane
+//! with many others; only who must be waited for has a thread:
 //!
 //! ```text
 //!                 publish: number it, keep it, hand it to every lane (crossbeam channel, bounded)
@@ -23,25 +23,27 @@
 //!   ┌───────────────────────────────────┴───────────────────────┐
 //!   ▼ lane thread (one for two cores)                            ▼ kept events (of each topic)
 //!  LIVE: one non-blocking write of the encoded bytes            BEHIND: replays everything after its cursor,
-//!  straight into the socket                                     on the connection's own thread
-//!   ├── would block ──▶ BEHIND       BEHIND ── nothing newer is kept ──▶ LIVE
-//!   └── failed ──▶ CLOSED: its thread wakes, logs, ends
+//!  straight into the socket; no thread                          on a thread of the pool
+//!   ├── would block ──▶ QUEUED for a thread ──▶ BEHIND           │
+//!   │                          ◀── others need the thread ──────┤
+//!   │  LIVE ◀────────────────────── nothing newer is kept ───────┘
+//!   └── failed ──▶ CLOSED: the clerk notes its end
 //! ```
 //!
-//! Connecting, resuming and being slow are the same thing, *being behind*, and have one code path. A live subscriber's
-//! thread sleeps; no thread is woken to deliver an event, which would cost several times the write itself. Why no event is
-//! lost or repeated between the two states is shown in `subscription.rs`.
+//! Connecting, resuming and being slow are the same thing, *being behind*, and have one code path. No thread is woken to
+//! deliver an event, which would cost several times the write itself. Whose a subscriber is, and why no event is lost or
+//! repeated when it changes hands, is shown in `subscription.rs`.
 //!
 //! # The house
 //! Each room has one idea, which its first paragraph says, and uses only rooms that stand below it in this list. One event's
 //! way goes down through them once: `routes` → `publishing` → `hub` → `journal` → `history` → `lane` → `connection`. A stream's
 //! way is `conversation` → `routes` (what is wanted) → `subscription`, then `cursor` while it is behind and `lane` while it is
-//! live, both through `connection`. What is `pub` in a room is for the rooms above it; what is for the world is named at
+//! live, both through `connection`; from its lane it comes back by way of the `desk` and the `clerk`. What is `pub` in a room is for the rooms above it; what is for the world is named at
 //! the end of this file. A `Connection` is called `c`.
 //!
 //! # Where a change goes
 //! *A parameter of a stream* is read in `routes` (`wanted_topics`) and kept in `subscription` (`Wanted`). Where the stream
-//! starts is decided in `cursor`; when it ends, in `subscription` (`follow`). Live or behind, the events of its topics are
+//! starts is decided in `cursor`; when it ends, in `subscription` (`Served::step`). Live or behind, the events of its topics are
 //! written by `Connection::deliver`, or by `Connection::finish` where one fitted only in part.
 //!
 //! *Another kind of storage* replaces `journal`, which only `hub` and `unwritten` name; `kept` stands between its blocks and
@@ -55,7 +57,8 @@
 //! | the order, in `hub` | from numbering an event to the last lane's queue; with a journal twice, to number it and to hand it out, but not while it is written | that ids, kept events, queues have one order; whose turn the journal is |
 //! | the history, in `hub` | shortly; never during I/O once others may look at it | the kept events and the table of topics |
 //! | the state, in `connection` | during one non-blocking write | whose the socket is, and the cursor |
-//! | the tables, in `places` and `routes` | shortly, under no other lock | which connections are open; what is at a path |
+//! | the changes, in `lane`, and the papers, in `desk` | shortly, and nothing is locked under them | who joins and leaves a lane; whom lanes let go |
+//! | the tables, in `places` and `routes`, and the lines, in `pool` | shortly, under no other lock | which connections are open; what is at a path; who waits for a thread |
 //! | the date of now, in `clock` | shortly, and nothing is locked under it | one line of every response |
 //!
 //! No lock is held while waiting for a peer. A panic under a lock does not take the others along: they enter the

@@ -12,201 +12,161 @@
 //! Each connection has a thread. What is left out is named in its place, with the file of the library beside this one
 //! that has it, such as `lane.rs`. A program of your own takes this file as a module and calls [`serve`].
 
-use crossbeam_channel::{Receiver, Sender, bounded, select, tick};
+use crossbeam_channel::{Receiver, Sender, TryRecvError, bounded, never, select, tick};
 use std::collections::{HashMap, VecDeque};
-use std::convert::Infallible;
-use std::io::{self, ErrorKind, Read, Write};
+use std::io::{self, Read, Write};
 use std::net::{IpAddr, Shutdown, SocketAddr, TcpListener, TcpStream};
-use std::process::{self, ExitCode};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
-use std::thread::{Builder, sleep};
+use std::sync::{Arc, Mutex, Weak};
+use std::thread::{self, Builder, ThreadId};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-// Whatever can grow has a limit, and every wait has an end (to set them: `config.rs`). So memory is bounded: KEPT_BYTES, and
-// for each connection a queue of 16 bytes for each kept event, and its request or the event it is at (448 KiB at most).
-const STREAMS: usize = 1_000; // a thread each; nobody is woken to deliver: `lane.rs`
-const CONNECTIONS: usize = STREAMS + 100; // so that one can publish when all streams are taken
+// Whatever can grow has a limit, and every wait has an end (to set them: `config.rs`). So memory is bounded: KEPT_BYTES,
+// and for each connection its request, or its queue (16 bytes for each kept event) and the event that it is at.
+const CONNECTIONS: usize = 1_100; // a thread each, also for who publishes (delivering without waking one: `lane.rs`)
 const HEAD_BYTES: usize = 16 * 1024; // browsers send 1 KiB, and cookies
-const BODY_BYTES: usize = 64 * 1024; // events are notices, not files
-const KEPT_EVENTS: usize = 4_000; // of all topics: what a page may miss and still resume (of each topic: `history.rs`)
+const BODY_BYTES: usize = 64 * 1024; // events are notices, not files (sevenfold on the wire, if it is all newlines)
+const KEPT_EVENTS: usize = 1_000; // of all topics: what a page may miss and still resume (of each topic: `history.rs`)
 const KEPT_BYTES: usize = 16 * 1024 * 1024;
 const QUEUED_EVENTS: usize = 64; // how far a subscriber may fall behind
-const REQUEST_TIME: Duration = Duration::from_secs(10); // for all of it: a byte now and then must not hold a thread
-const WRITE_TIME: Duration = Duration::from_secs(10); // in which a peer must take something
+const PATIENCE: Duration = Duration::from_secs(10); // for a whole request to come, and for a peer to take something
 const HEARTBEAT: Duration = Duration::from_secs(15); // proxies cut what is silent for longer
 const RETRY_MS: u64 = 3_000; // until a browser comes back
-const LINGER: Duration = Duration::from_millis(500); // for a peer to take its answer before it is cut off
 const STOP_TIME: Duration = Duration::from_millis(700); // for all streams to end in order
 const PAUSE: Duration = Duration::from_millis(100); // when the system has no descriptor or thread to spare
 
-/// Ctrl-C closes the stopping channel, on which everybody waits. A second one ends the process at once.
+/// Serves on loopback (beyond it: tokens, `door.rs`). Ctrl-C drops the sending end of `stopping`, which closes that
+/// channel. Everybody waits on the other end.
 #[allow(dead_code)] // where this file is a module
-fn main() -> ExitCode {
-    let arguments: Vec<_> = std::env::args_os().skip(1).map(|part| part.to_string_lossy().into_owned()).collect();
-    let address = if arguments.is_empty() { "127.0.0.1:3000".into() } else { arguments.join(" ") };
+fn main() -> Result<(), Box<dyn std::error::Error>> {
+    let address = std::env::args_os().nth(1).unwrap_or("127.0.0.1:3000".into()).to_string_lossy().into_owned();
+    let listener = TcpListener::bind(&address).map_err(|error| format!("{address}: {error} (try 127.0.0.1:8080)"))?;
+    let bound = listener.local_addr()?;
+    if !bound.ip().is_loopback() {
+        return Err(format!("{bound}: beyond loopback anybody could publish (try 127.0.0.1:8080)").into());
+    }
     let (stop, stopping) = bounded(0);
     let mut stop = Some(stop);
-    let served = TcpListener::bind(&address).and_then(|listener| {
-        let bound = listener.local_addr()?;
-        if !bound.ip().is_loopback() {
-            return Err(io::Error::other("beyond loopback anybody could publish (tokens: door.rs)"));
-        }
-        let on_signal = move || drop(stop.take().unwrap_or_else(|| process::exit(130)));
-        ctrlc::set_handler(on_signal).map_err(io::Error::other)?;
-        let _ = writeln!(io::stdout(), "brooklet-minimal listens on http://{bound} (open it in a browser)");
-        serve(listener, stopping)
-    });
-    let Err(error) = served else { return ExitCode::SUCCESS };
-    log(&format!("cannot serve {address:?}: {error}; give a free address of loopback, such as 127.0.0.1:8080"));
-    ExitCode::from(2)
+    ctrlc::set_handler(move || drop(stop.take()))?;
+    let _ = writeln!(io::stdout(), "brooklet-minimal listens on http://{bound} (open it in a browser)");
+    Ok(serve(listener, stopping)?)
 }
 
-/// Serves until the other end of `stopping` is dropped; nothing is ever sent on it. Then every stream gets its end.
-/// Returns when all connections are closed, or after STOP_TIME. Nothing that happens to one connection ends the loop.
-pub fn serve(listener: TcpListener, stopping: Receiver<Infallible>) -> io::Result<()> {
+/// Gives each connection a thread, and a share of the server. Nothing that happens to one of them ends the loop. One
+/// connection too many is closed without a word: a browser takes that for a broken network, and tries again (making
+/// room for it: `places.rs`).
+///
+/// The loop ends when the other end of `stopping` is dropped; nothing is ever sent on it. Then each stream gets its end.
+/// `all_closed` closes with the last share of the server.
+pub fn serve(listener: TcpListener, stopping: Receiver<()>) -> io::Result<()> {
     let (address, stopped) = (listener.local_addr()?, stopping.clone());
-    let now = now_us(); // whatever an earlier process had counts as forgotten
-    let hub = Hub { newest: now, forgotten: now, kept: VecDeque::new(), kept_bytes: 0, subscribers: HashMap::new() };
-    let server = Arc::new(Server { hub: Mutex::new(hub), stopping });
-    Builder::new().name("stop".into()).spawn(move || {
-        let _ = stopped.recv();
-        let _ = TcpStream::connect_timeout(&address, PAUSE); // so that the loop looks
-    })?;
-    loop {
+    let (open, all_closed) = bounded(0);
+    let mut hub = Hub { kept: VecDeque::new(), subscribers: HashMap::new() };
+    hub.publish("", ""); // marks the start: whatever an earlier process had counts as forgotten
+    let server = Arc::new(Server { hub: Mutex::new(hub), stopping, _open: open });
+    // Receiving fails when the channel is closed. The loop below waits for a connection, so it is given one.
+    Builder::new().name("stop".into()).spawn(move || stopped.recv().map_err(|_| TcpStream::connect(address)))?;
+    while server.stopping.try_recv() == Err(TryRecvError::Empty) {
         let accepted = listener.accept();
-        if server.stopping.try_recv().is_err_and(|error| error.is_disconnected()) {
-            break;
-        }
-        let (connections, share) = (Arc::strong_count(&server), server.clone()); // each has a share; so has the loop
-        let start = |(socket, peer)| Builder::new().spawn(move || share.connection(socket, peer, connections));
+        let (connections, share) = (Arc::strong_count(&server), server.clone()); // one share is the loop's
+        let start = |(socket, peer)| {
+            Builder::new().spawn(move || (connections <= CONNECTIONS).then(|| share.connection(socket, peer)))
+        };
         if let Err(error) = accepted.and_then(start) {
-            log(&format!("cannot accept: {error}"));
-            sleep(PAUSE);
+            let _ = writeln!(io::stderr(), "cannot accept: {error}"); // eprintln! would panic where nobody reads it
+            thread::sleep(PAUSE);
         }
     }
-    let deadline = Instant::now() + STOP_TIME;
-    while Arc::strong_count(&server) > 1 && Instant::now() < deadline {
-        sleep(STOP_TIME / 100);
-    }
+    drop(server);
+    let _ = all_closed.recv_timeout(STOP_TIME);
     Ok(())
 }
 
+/// What all threads share. Nothing is sent on `_open`; it is there to be dropped.
 struct Server {
     hub: Mutex<Hub>,
-    stopping: Receiver<Infallible>,
+    stopping: Receiver<()>,
+    _open: Sender<()>,
 }
 
 impl Server {
-    /// One request, then its answer or its stream (more requests on a connection: `conversation.rs`). One connection too many
-    /// is closed without a word: a browser takes that for a broken network and tries again (who makes room: `places.rs`).
-    fn connection(&self, mut socket: TcpStream, peer: SocketAddr, connections: usize) {
-        if connections > CONNECTIONS {
-            return;
-        }
-        let _ = socket.set_nodelay(true).and(socket.set_write_timeout(Some(WRITE_TIME)));
-        let last_bytes = match Request::read(&mut socket) {
-            Ok(request) => match self.answer(&request) {
-                Some(answer) => answer,
-                None => self.stream(&request, &mut socket, peer, connections <= STREAMS),
-            },
-            Err(refusal) => refusal,
-        };
-        let _ = socket.write_all(last_bytes.as_bytes());
+    /// One request, then its answer or its stream (more requests on a connection: `conversation.rs`).
+    fn connection(&self, mut socket: TcpStream, peer: SocketAddr) {
+        let _ = socket.set_nodelay(true).and(socket.set_write_timeout(Some(PATIENCE)));
+        let (Ok(answer) | Err(answer)) = read(&mut socket).map(|request| self.route(&request, &mut socket, peer));
+        let _ = socket.write_all(answer.as_bytes());
         // Closing a socket with unread input resets it, and the peer may lose what it was told. So read on for a while.
         let _ = socket.shutdown(Shutdown::Write);
-        let (deadline, mut unread) = (Instant::now() + LINGER, Vec::new());
-        while more(&mut socket, &mut unread, deadline).is_ok() {
-            unread.clear();
-        }
+        let deadline = Instant::now() + PATIENCE;
+        while more(&mut socket, &mut Vec::new(), deadline) {}
     }
 
-    /// A whole answer, or None where a stream is asked for. Queries are ignored (types, keys, where to begin: `routes.rs`).
-    fn answer(&self, request: &Request) -> Option<String> {
-        let answer = match (&*request.method, &*request.path, request.topic()) {
-            ("GET", "/test", _) | ("GET", _, Some(_)) => return None,
-            ("HEAD", "/test", _) | ("HEAD", _, Some(_)) => STREAM_HEAD.into(),
-            ("GET" | "HEAD", "/", _) => answer("200 OK", "text/html; charset=utf-8", PAGE),
-            ("POST", _, Some(topic)) => {
-                answer("200 OK", TEXT, &format!("{}\n", self.hub().publish(topic, &request.body)))
+    /// The routes. Returns a whole answer; or nothing, where a stream was written and has ended. Queries are ignored
+    /// (event types, keys, where to begin, polling: `routes.rs`), names are taken as they are (escapes: `target.rs`).
+    fn route(&self, request: &Request, socket: &mut TcpStream, peer: SocketAddr) -> String {
+        let is_plain = |byte: u8| byte.is_ascii_alphanumeric() || b"._~-".contains(&byte);
+        let is_name = |name: &str| (1..=64).contains(&name.len()) && name.bytes().all(is_plain);
+        let ended = match request.line.rsplit_once('/') {
+            Some(("GET ", "")) => return answer("200 OK", "html", PAGE),
+            Some(("GET ", "test")) => self.stream(socket, None, ""),
+            Some(("GET /events", topic)) if is_name(topic) => self.stream(socket, Some(topic), &request.last_event_id),
+            Some(("POST /events", topic)) if is_name(topic) => {
+                let id = self.hub.lock().unwrap().publish(topic, &request.body);
+                return answer("200 OK", "plain", &id.to_string());
             }
-            (_, "/" | "/test", _) => refusal("405 Method Not Allowed\r\nAllow: GET, HEAD", "GET this"),
-            (_, _, Some(_)) => refusal("405 Method Not Allowed\r\nAllow: GET, HEAD, POST", "GET this, or POST to it"),
-            _ => refusal("404 Not Found", "there are /, /test, and /events/NAME with 1 to 64 of A-Z a-z 0-9 . _ ~ -"),
+            _ if request.line.starts_with("HEAD ") => return WITHOUT_BODY.into(),
+            _ => return answer("404 Not Found", "plain", ROUTES),
         };
-        let end = if request.method == "HEAD" { answer.find("\r\n\r\n").map(|end| end + 4) } else { None };
-        Some(answer[..end.unwrap_or(answer.len())].into())
+        self.hub.lock().unwrap().subscribers.remove(&thread::current().id());
+        let (Ok(why) | Err(why)) = ended.map_err(|error| format!("a write failed: {error}"));
+        let _ = writeln!(io::stderr(), "{peer} {} closed: {why}", request.line);
+        String::new()
     }
 
-    /// Writes a stream, logs why it has ended, and returns its last bytes. An `EventSource` gives up for good on any status but
-    /// 200. So where it helps to come back, a stream is opened all the same, and ended in order.
-    fn stream(&self, request: &Request, socket: &mut TcpStream, peer: SocketAddr, has_room: bool) -> String {
-        let ended = socket.write_all(STREAM_HEAD.as_bytes()).and_then(|()| match request.topic() {
-            _ if !has_room => Ok("no room for another stream"),
-            Some(topic) => self.follow(topic, request.last_event_id.as_deref(), socket),
-            None => self.count(socket),
-        });
-        let (why, last_bytes) = match ended {
-            Ok(why) => (why.into(), format!(": {why}\nretry: {RETRY_MS}\n\n")),
-            Err(error) if error.kind() == ErrorKind::WouldBlock => ("nothing was taken for 10 s".into(), String::new()),
-            Err(error) => (error.to_string(), String::new()),
-        };
-        log(&format!("{peer} {} closed: {why}", request.path));
-        last_bytes
-    }
-
-    /// The article's stream. Its timer is a variable of this function, and a failing write ends both. The first write after
+    /// Writes a stream until it ends in order, and returns why; or until a write fails.
+    ///
+    /// `/test` is the article's. Its timer is a variable in here, so a write that fails ends both. The first write after
     /// a tab was closed still succeeds, but brings back a reset; the next one fails. So it stops within two seconds.
-    fn count(&self, socket: &mut TcpStream) -> io::Result<&'static str> {
-        let timer = tick(Duration::from_secs(1));
-        for count in 0_u64.. {
+    ///
+    /// A topic's stream has a queue, and nobody waits for a slow reader. If it takes nothing for PATIENCE, a write fails
+    /// ("Resource temporarily unavailable"). If its queue is full, `publish` drops the sending end. If its next event is
+    /// not kept any more, the queue refers to nothing. Then the stream ends; the browser comes back for what it missed.
+    fn stream(&self, socket: &mut TcpStream, topic: Option<&str>, last_event_id: &str) -> io::Result<String> {
+        let (timer, (first_block, queue)) = match topic {
+            None => (tick(Duration::from_secs(1)), (String::new(), never())),
+            Some(topic) => (never(), self.hub.lock().unwrap().subscribe(topic, last_event_id)),
+        };
+        socket.write_all(format!("{STREAM_HEAD}{first_block}").as_bytes())?;
+        let mut count = 0;
+        let why = loop {
             select! {
                 recv(timer) -> _ => {
                     let (name, id) = (if count == 5 { "pause" } else { "test" }, now_us() / 1_000);
                     socket.write_all(format!("event: {name}\nid: {id}\ndata: {count}\nretry: 10000\n\n").as_bytes())?;
+                    count += 1;
                 }
-                recv(self.stopping) -> _ => break,
-            }
-        }
-        Ok(STOPPING)
-    }
-
-    fn follow(&self, topic: &str, last_event_id: Option<&str>, socket: &mut TcpStream) -> io::Result<&'static str> {
-        let (number, first_block, queue) = self.hub().subscribe(topic, last_event_id);
-        let ended = socket.write_all(first_block.as_bytes()).and_then(|()| self.deliver(&queue, socket));
-        self.hub().subscribers.remove(&number);
-        ended
-    }
-
-    /// A slow reader is closed in one of three ways: its queue overflows, so that `publish` drops the sending end, and the
-    /// stream ends after what stands in the queue; or the next event in the queue is not kept any more; or it takes nothing for
-    /// WRITE_TIME. The browser comes back, and resumes. A closed tab is noticed as in `count`, at the second write.
-    fn deliver(&self, queue: &Receiver<Weak<Event>>, socket: &mut TcpStream) -> io::Result<&'static str> {
-        loop {
-            select! {
                 recv(queue) -> event => match event.ok().and_then(|event| event.upgrade()) {
                     Some(event) => socket.write_all(event.text.as_bytes())?,
-                    None => return Ok("the subscriber is too slow"),
+                    None => break "the subscriber is too slow",
                 },
-                recv(self.stopping) -> _ => return Ok(STOPPING),
+                recv(self.stopping) -> _ => break "the server is stopping",
                 default(HEARTBEAT) => socket.write_all(b":\n")?,
             }
-        }
-    }
-
-    fn hub(&self) -> MutexGuard<'_, Hub> {
-        self.hub.lock().unwrap_or_else(PoisonError::into_inner)
+        };
+        socket.write_all(format!(": {why}\nretry: {RETRY_MS}\n\n").as_bytes())?;
+        Ok(why.into())
     }
 }
 
-/// What all connections share, behind one lock. In one hold of it an event is numbered, queued and kept; in one hold a
-/// subscriber gets what is kept and joins. So nobody misses an event or gets it twice. Nobody waits while holding it, for a
-/// full queue refuses at once. A restart loses all of this, and tells who comes back (surviving it: `journal.rs`).
+/// The events and who is there for them, behind one lock. In one hold of it an event is numbered, queued and kept; in
+/// one hold a subscriber gets what is kept and joins. So nobody misses an event or gets it twice. Nobody waits while
+/// holding it, for a full queue refuses at once; and nothing in here panics, so that `lock` always succeeds.
+///
+/// The first of the kept events stands for all that are forgotten: it is there for its id, and is not sent any more.
+/// Whoever has seen that one or a later one can resume; whoever comes with an earlier id is told of a gap. So it is
+/// after a restart, which loses all of this (surviving it: `journal.rs`): ids are microseconds, so old ones are earlier.
 struct Hub {
-    newest: u64,    // the last id that was given: microseconds, so that those of the next process are higher
-    forgotten: u64, // up to this id, events may be missing from the kept
-    kept: VecDeque<Arc<Event>>, // of all topics, in the order of the ids
-    kept_bytes: usize,
-    subscribers: HashMap<u64, (String, Sender<Weak<Event>>)>, // each with its topic (several: `subscription.rs`)
+    kept: VecDeque<Arc<Event>>, // of all topics, in the order of the ids; never empty
+    subscribers: HashMap<ThreadId, (String, Sender<Weak<Event>>)>, // each with its topic (several: `subscription.rs`)
 }
 
 struct Event {
@@ -217,177 +177,121 @@ struct Event {
 
 impl Hub {
     fn publish(&mut self, topic: &str, body: &str) -> u64 {
-        self.newest = now_us().max(self.newest + 1); // ids rise even when the clock is set back
-        let id = self.newest;
+        let newest = self.kept.back().map_or(0, |event| event.id);
+        let id = now_us().max(newest + 1); // they rise even when the clock is set back
         let data = body.replace("\r\n", "\n").replace('\r', "\n").replace('\n', "\ndata: ");
         // The id comes last, because some clients take it at once, and would lose an event that is cut off behind it.
         let event = Arc::new(Event { id, topic: topic.into(), text: format!("data: {data}\nid: {id}\n\n") });
-        // References in queues are weak, so that only what is kept takes memory. A queue that is full is dropped.
+        // The references are weak, so that only what is kept takes memory. A queue that is full is dropped.
         self.subscribers.retain(|_, (name, queue)| name != topic || queue.try_send(Arc::downgrade(&event)).is_ok());
-        self.kept_bytes += event.text.len();
         self.kept.push_back(event);
-        while self.kept.len() > KEPT_EVENTS || self.kept_bytes > KEPT_BYTES {
-            let Some(oldest) = self.kept.pop_front() else { break };
-            self.kept_bytes -= oldest.text.len();
-            self.forgotten = oldest.id;
+        let bytes = |kept: &VecDeque<Arc<Event>>| kept.iter().map(|event| event.text.len()).sum::<usize>();
+        while self.kept.len() > KEPT_EVENTS || bytes(&self.kept) > KEPT_BYTES {
+            self.kept.pop_front();
         }
         id
     }
 
-    /// Returns the subscriber's number, the first block of its stream, and its queue with all that it has missed. The block
-    /// says where to resume, should the stream break before the first event; and it is a `gap` where events after
-    /// `last_event_id` may be lost.
-    fn subscribe(&mut self, topic: &str, last_event_id: Option<&str>) -> (u64, String, Receiver<Weak<Event>>) {
-        self.newest = now_us().max(self.newest + 1);
-        let number = self.newest; // above all events so far
-        let asked = match last_event_id {
-            None => Some(number), // from now on
-            Some(id) => id.parse().ok(),
-        };
-        let (cursor, gap) = match asked.filter(|id| (self.forgotten..=number).contains(id)) {
-            Some(cursor) => (cursor, ""),
-            None => (self.forgotten, "event: gap\ndata: events may be missing here\n"),
-        };
+    /// Returns the first block of the stream, and its queue, which begins with all that was missed. The block says
+    /// where to resume, should the stream break before the first event; and it is a `gap`, should events be missing.
+    fn subscribe(&mut self, topic: &str, last_event_id: &str) -> (String, Receiver<Weak<Event>>) {
+        let [oldest, newest] = [self.kept.front(), self.kept.back()].map(|event| event.map_or(0, |event| event.id));
+        let asked = if last_event_id.is_empty() { newest } else { last_event_id.parse().unwrap_or(0) };
+        let has_gap = !(oldest..=newest).contains(&asked);
+        let cursor = if has_gap { oldest } else { asked };
+        let gap = if has_gap { "event: gap\ndata: events may be missing here\n" } else { "" };
         let missed: Vec<_> = self.kept.iter().filter(|event| event.id > cursor && event.topic == topic).collect();
         let (sender, queue) = bounded(missed.len() + QUEUED_EVENTS);
-        for event in missed {
-            let _ = sender.try_send(Arc::downgrade(event));
-        }
-        self.subscribers.insert(number, (topic.into(), sender));
-        (number, format!("retry: {RETRY_MS}\n{gap}id: {cursor}\n\n"), queue)
+        missed.iter().for_each(|event| drop(sender.try_send(Arc::downgrade(event))));
+        self.subscribers.insert(thread::current().id(), (topic.into(), sender));
+        (format!("retry: {RETRY_MS}\n{gap}id: {cursor}\n\n"), queue)
     }
 }
 
-/// What is needed of HTTP/1.1, read strictly: what two readers could understand in two ways is refused. Left out are chunked
-/// bodies (`body.rs`), escapes and hosts in the target (`target.rs`), and the `Date` of an answer (`response.rs`).
+/// What is needed of HTTP/1.1, read strictly: what two readers could understand in two ways is refused. Left out are
+/// HEAD (`conversation.rs`), chunked bodies (`body.rs`), and tokens and pages of other origins (`door.rs`).
 struct Request {
-    method: String,
-    path: String,
-    last_event_id: Option<String>,
+    line: String, // such as "GET /test"
+    last_event_id: String,
     body: String,
 }
 
-impl Request {
-    fn topic(&self) -> Option<&str> {
-        let is_allowed = |byte: u8| byte.is_ascii_alphanumeric() || b"._~-".contains(&byte);
-        self.path.strip_prefix("/events/").filter(|name| (1..=64).contains(&name.len()) && name.bytes().all(is_allowed))
-    }
-
-    /// The error is a whole answer, which refuses the request.
-    fn read(socket: &mut TcpStream) -> Result<Request, String> {
-        let (deadline, mut bytes) = (Instant::now() + REQUEST_TIME, Vec::new());
-        let (mut request, head, length) = loop {
-            match Request::parse(&bytes)? {
-                Some(parsed) => break parsed,
-                None => more(socket, &mut bytes, deadline)?,
-            }
-        };
-        while bytes.len() < head + length {
-            more(socket, &mut bytes, deadline)?;
-        }
-        let body = bytes[head..head + length].to_vec();
-        request.body = String::from_utf8(body).map_err(|_| refusal(BAD, "the body is not UTF-8"))?;
-        Ok(request)
-    }
-
-    /// Understands the head once it is whole; returns its length, too, and that of the body.
-    fn parse(bytes: &[u8]) -> Result<Option<(Request, usize, usize)>, String> {
-        use httparse::{EMPTY_HEADER, Error, Status};
-        let mut fields = [EMPTY_HEADER; 64];
+/// Whenever more has come, all of it is read anew, until it is a whole request. The error is an answer that refuses it.
+fn read(socket: &mut TcpStream) -> Result<Request, String> {
+    let refuse = |status: &str, why: &str| Err(answer(status, "plain", why));
+    let (deadline, mut bytes) = (Instant::now() + PATIENCE, Vec::new());
+    while more(socket, &mut bytes, deadline) {
+        let mut fields = [httparse::EMPTY_HEADER; 64];
         let mut head = httparse::Request::new(&mut fields);
-        let end = match head.parse(bytes) {
-            Ok(Status::Partial) if bytes.len() <= HEAD_BYTES => return Ok(None),
-            Ok(Status::Complete(end)) if end <= HEAD_BYTES => end,
-            Ok(_) | Err(Error::TooManyHeaders) => return Err(refusal(LARGE, "a head is 16 KiB and 64 fields at most")),
-            Err(Error::Version) => return Err(refusal("505 HTTP Version Not Supported", "this is HTTP/1.1")),
-            Err(error) => return Err(refusal(BAD, &format!("this is no request of HTTP/1.1: {error}"))),
+        let end = match head.parse(&bytes) {
+            Ok(httparse::Status::Complete(end)) if end <= HEAD_BYTES => end,
+            Ok(httparse::Status::Partial) if bytes.len() <= HEAD_BYTES => continue,
+            Ok(_) => return refuse("431 Request Header Fields Too Large", "a head is 16 KiB at most"),
+            Err(error) => return refuse("400 Bad Request", &format!("this is no request of HTTP/1.1: {error}")),
         };
+        // A field that was sent twice has both values, with a comma between them. No value below may have one.
         let field = |name: &str| {
-            let mut values = head.headers.iter().filter(|field| field.name.eq_ignore_ascii_case(name));
-            let value = values.next().map(|field| String::from_utf8_lossy(field.value));
-            require(values.next().is_none(), BAD, &format!("{name} was sent twice")).map(|()| value)
+            let lines = head.headers.iter().filter(|line| line.name.eq_ignore_ascii_case(name));
+            lines.map(|line| String::from_utf8_lossy(line.value)).reduce(|one, two| one + ", " + two)
         };
-        // Pages of other sites may try to publish, or give a name of theirs our address (tokens, allowed origins: `door.rs`).
-        let (host, origin) = (field("Host")?.unwrap_or_default(), field("Origin")?);
-        require(!host.is_empty(), BAD, "the field Host is missing")?;
-        require(is_loopback(&host), "403 Forbidden", "this Host is not loopback: use localhost or 127.0.0.1")?;
-        let is_own = origin.is_none_or(|origin| origin == format!("http://{host}"));
-        require(is_own || head.method != Some("POST"), "403 Forbidden", "pages of another origin may not publish")?;
-        require(field("Transfer-Encoding")?.is_none(), "501 Not Implemented", "send a Content-Length, not chunks")?;
-        let length = field("Content-Length")?.unwrap_or("0".into());
-        let is_number = !length.is_empty() && length.bytes().all(|byte| byte.is_ascii_digit());
-        require(is_number, BAD, "Content-Length is not a number")?;
-        let length = length.parse().unwrap_or(usize::MAX); // too many digits are too many bytes
-        require(length <= BODY_BYTES, "413 Content Too Large", "a body is 64 KiB at most")?;
-        require(field("Expect")?.is_none(), "417 Expectation Failed", "send the body at once, without Expect")?;
-        let request = Request {
-            method: head.method.unwrap_or_default().into(),
-            path: head.path.unwrap_or_default().split('?').next().unwrap_or_default().into(),
-            last_event_id: field("Last-Event-ID")?.filter(|id| !id.is_empty()).map(Into::into),
-            body: String::new(),
-        };
-        Ok(Some((request, end, length)))
+        // Pages of other sites may try to publish, or have a name of theirs lead to our address.
+        let host = field("Host").unwrap_or_default();
+        let name = host.trim_end_matches(char::is_numeric).strip_suffix(':').unwrap_or(&host).trim_matches(['[', ']']);
+        let is_ours = name.eq_ignore_ascii_case("localhost") || name.parse().is_ok_and(|ip: IpAddr| ip.is_loopback());
+        let is_foreign = field("Origin").is_some_and(|origin| origin != format!("http://{host}"));
+        let digits = field("Content-Length").unwrap_or("0".into());
+        let length = digits.parse().ok().filter(|_| !digits.starts_with('+')); // `parse` would take that
+        let (method, target) = (head.method.unwrap_or_default(), head.path.unwrap_or_default());
+        let refusals = [
+            (!is_ours, "400 Bad Request", "this needs one Host, and of loopback: localhost or 127.0.0.1"),
+            (is_foreign && method == "POST", "403 Forbidden", "pages of another origin may not publish"),
+            (!["GET", "HEAD", "POST"].contains(&method), "501 Not Implemented", "there are GET and POST"),
+            (field("Transfer-Encoding").is_some(), "501 Not Implemented", "send a Content-Length, not chunks"),
+            (length.is_none(), "400 Bad Request", "Content-Length must be a number, 65536 at most"),
+            (length > Some(BODY_BYTES), "413 Content Too Large", "a body is 64 KiB at most"),
+            (field("Expect").is_some(), "417 Expectation Failed", "send the body at once, without Expect"),
+        ];
+        if let Some((_, status, text)) = refusals.iter().find(|(applies, ..)| *applies) {
+            return refuse(status, text);
+        }
+        let Some(body) = bytes.get(end..end + length.unwrap_or(0)) else { continue };
+        let Ok(body) = str::from_utf8(body) else { return refuse("400 Bad Request", "the body is not UTF-8") };
+        let line = format!("{method} {}", target.split('?').next().unwrap_or_default());
+        let last_event_id = field("Last-Event-ID").unwrap_or_default().into();
+        return Ok(Request { line, last_event_id, body: body.into() });
     }
+    refuse("408 Request Timeout", "the request did not come whole within 10 s")
 }
 
-/// Reads on, but not beyond the deadline.
-fn more(socket: &mut TcpStream, bytes: &mut Vec<u8>, deadline: Instant) -> Result<(), String> {
+/// Reads on, but not beyond the deadline: a byte now and then must not hold a thread. Says whether something has come.
+fn more(socket: &mut TcpStream, bytes: &mut Vec<u8>, deadline: Instant) -> bool {
     let mut chunk = [0; 4096];
     let left = deadline.saturating_duration_since(Instant::now()); // none left is an error, just like none in time
-    match socket.set_read_timeout(Some(left)).and_then(|()| socket.read(&mut chunk)) {
-        Ok(0) => return Err(refusal(BAD, "the request ended early")),
-        Ok(got) => bytes.extend_from_slice(&chunk[..got]),
-        Err(error) if error.kind() == ErrorKind::Interrupted => {}
-        Err(_) => return Err(refusal("408 Request Timeout", "a whole request must come within 10 s")),
-    }
-    Ok(())
-}
-
-fn is_loopback(host: &str) -> bool {
-    let name = host.trim_end_matches(|c: char| c.is_ascii_digit()).strip_suffix(':').unwrap_or(host); // without the port
-    let address = name.trim_matches(['[', ']']).parse::<IpAddr>();
-    name.eq_ignore_ascii_case("localhost") || address.is_ok_and(|address| address.is_loopback())
-}
-
-fn require(is_right: bool, status: &str, text: &str) -> Result<(), String> {
-    if is_right { Ok(()) } else { Err(refusal(status, text)) }
-}
-
-fn refusal(status: &str, text: &str) -> String {
-    answer(status, TEXT, &format!("{text}\n"))
+    let got = socket.set_read_timeout(Some(left)).and_then(|()| socket.read(&mut chunk)).unwrap_or(0);
+    bytes.extend_from_slice(&chunk[..got]);
+    got > 0
 }
 
 fn answer(status: &str, kind: &str, text: &str) -> String {
-    let length = text.len();
-    format!("HTTP/1.1 {status}\r\nContent-Type: {kind}\r\nContent-Length: {length}\r\nConnection: close\r\n\r\n{text}")
-}
-
-fn log(text: &str) {
-    let _ = writeln!(io::stderr(), "{text}"); // eprintln! would panic where nobody reads it
+    let fields = format!("Content-Type: text/{kind}; charset=utf-8\r\nContent-Length: {}", text.len() + 1);
+    format!("HTTP/1.1 {status}\r\n{fields}\r\nConnection: close\r\n\r\n{text}\n")
 }
 
 fn now_us() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_micros() as u64)
 }
 
-const STOPPING: &str = "the server is stopping";
-const BAD: &str = "400 Bad Request";
-const LARGE: &str = "431 Request Header Fields Too Large";
-const TEXT: &str = "text/plain; charset=utf-8";
-const STREAM_HEAD: &str = "HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nCache-Control: no-store, no-transform\r\n\
-                           X-Accel-Buffering: no\r\nConnection: close\r\n\r\n";
+const WITHOUT_BODY: &str = "HTTP/1.1 501 Not Implemented\r\nConnection: close\r\n\r\n";
+const ROUTES: &str = "there are GET /, GET /test, GET and POST /events/NAME with 1 to 64 of A-Z a-z 0-9 . _ ~ -";
+const STREAM_HEAD: &str = "HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nConnection: close\r\n\
+                           Cache-Control: no-store, no-transform\r\nX-Accel-Buffering: no\r\n\r\n";
 
 const PAGE: &str = r#"<!doctype html>
 <html lang="en"><meta charset="utf-8"><title>brooklet in one file</title><link rel="icon" href="data:,">
-<pre id="log"></pre>
-<script>
+<pre id="log"></pre><script>
 const source = new EventSource('test');
 const show = event => document.getElementById('log').append(
   `${event.type} ${event.data ?? ''} readyState ${source.readyState} ${source.url}\n`);
-for (const type of ['open', 'message', 'test', 'error']) source.addEventListener(type, show);
-source.addEventListener('pause', event => {
-  source.close(); // without which the browser would come back
-  show(event);
-});
-</script>
-"#;
+source.addEventListener('pause', () => source.close()); // without which the browser would come back
+for (const type of ['open', 'message', 'test', 'error', 'pause']) source.addEventListener(type, show);
+</script>"#;

@@ -24,8 +24,11 @@ const STAYING: usize = 4;
 const IDLE_TIME: Duration = Duration::from_secs(1);
 /// How long the first in a line waits before another thread is started: to end what others have begun takes less.
 const START_AFTER: Duration = Duration::from_millis(2);
-/// How long a request waits for its turn before another connection makes room for it.
-const ROOM_AFTER: Duration = Duration::from_millis(20);
+/// The same where the line moves: then it is mostly the processor that all wait for, which more threads would not help.
+const SLOW_AFTER: Duration = Duration::from_millis(10);
+/// How long a request waits for its turn before another connection makes room for it, and how long that has had its
+/// own turn by then, when a crowd waits: heads need a moment to come.
+const ROOM_AFTER: Duration = Duration::from_millis(50);
 /// A line that does not move gets this part of its length in new threads at a time.
 const STARTED_PART: usize = 16;
 const _: () = assert!(STAYING <= FEWEST_THREADS);
@@ -68,6 +71,8 @@ struct Lines {
     /// Jobs that were taken so far, and at the last look: where they are equal, the lines do not move.
     taken: usize,
     seen: usize,
+    /// When others are to make room for requests again, at the earliest.
+    room_at: Option<Instant>,
     /// The clerk looks at the lines again by itself.
     is_watched: bool,
     is_closed: bool,
@@ -76,8 +81,6 @@ struct Lines {
 struct Waiting {
     since: Instant,
     job: Job,
-    /// Another connection has made room for it.
-    has_room: bool,
 }
 
 /// A job's thread, as the job sees it.
@@ -97,7 +100,7 @@ pub struct Threads {
 pub struct Look {
     /// When to look again; with no lines, when somebody rings.
     pub again_at: Option<Instant>,
-    /// How many requests have waited so long that others should make room for them.
+    /// How many requests have waited so long that others are to make room for them.
     pub in_want: usize,
     /// Whether all threads could be started that were wanted.
     pub started: io::Result<()>,
@@ -120,7 +123,7 @@ impl Pool {
     /// Puts a job into its line. Never waits.
     pub fn hand(&self, kind: Kind, job: Job) {
         let mut lines = enter(&self.lines);
-        let waiting = Waiting { since: Instant::now(), job, has_room: false };
+        let waiting = Waiting { since: Instant::now(), job };
         match kind {
             Kind::Behind => lines.behind.push_back(waiting),
             _ => lines.requests.push_back(waiting),
@@ -157,13 +160,16 @@ impl Pool {
         let mut wanted = 0;
         for (kind, line) in [(Kind::Request, &lines.requests), (Kind::Behind, &lines.behind)] {
             if line.front().is_some_and(|first| is_overdue(first, START_AFTER)) && lines.has_share(kind, self.limit) {
-                wanted += if is_stuck { line.len().div_ceil(STARTED_PART) } else { 1 };
+                let is_slow = line.front().is_some_and(|first| is_overdue(first, SLOW_AFTER));
+                wanted += if is_stuck { line.len().div_ceil(STARTED_PART) } else { usize::from(is_slow) };
             }
         }
         let mut in_want = 0;
-        if most == 0 || !lines.has_share(Kind::Request, self.limit) {
-            let overdue = lines.requests.iter().take_while(|waiting| is_overdue(waiting, ROOM_AFTER));
-            in_want = overdue.filter(|waiting| !waiting.has_room).count();
+        let is_full = most == 0 || !lines.has_share(Kind::Request, self.limit);
+        // Whoever has just made room takes a moment to end.
+        if is_full && lines.room_at.is_none_or(|at| now >= at) {
+            lines.room_at = Some(now + ROOM_AFTER);
+            in_want = lines.requests.iter().take_while(|waiting| is_overdue(waiting, ROOM_AFTER)).count();
         }
         lines.is_watched = lines.requests.len() + lines.behind.len() > 0;
         let again_at = lines.is_watched.then(|| now + START_AFTER);
@@ -173,13 +179,6 @@ impl Pool {
             false => Err(io::Error::new(ErrorKind::OutOfMemory, "no address space is left (ulimit -v)")),
         });
         Look { again_at, in_want, started }
-    }
-
-    /// So many others have made room for requests that wait.
-    pub fn note_room(&self, count: usize) {
-        let mut lines = enter(&self.lines);
-        let in_want = lines.requests.iter_mut().filter(|waiting| !waiting.has_room);
-        in_want.take(count).for_each(|waiting| waiting.has_room = true);
     }
 
     /// From now on threads end once the lines are empty.

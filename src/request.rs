@@ -89,14 +89,12 @@ impl Request {
     ///
     /// # Errors
     /// As for [`Request::read`].
-    #[inline(never)] // see conversation.rs: a small stack
     pub fn parse(head: &[u8]) -> Result<Request, Response> {
         let line_end = head.iter().position(|b| *b == b'\n').map_or(head.len(), |lf| lf + 1);
         let (line, lines) = head.split_at(line_end);
         let line = String::from_utf8_lossy(line.strip_suffix(b"\r\n").unwrap_or(line)); // a target has ASCII only
         let RequestLine { method, target, is_http10 } = RequestLine::parse(&line)?;
-        // On the heap: 3 KiB of stack would stay resident with every subscriber.
-        let mut headers = vec![httparse::EMPTY_HEADER; HEADER_LINES];
+        let mut headers = [httparse::EMPTY_HEADER; HEADER_LINES];
         let headers = match httparse::parse_headers(lines, &mut headers) {
             Ok(httparse::Status::Complete((_, headers))) => headers,
             Ok(httparse::Status::Partial) => return refuse(400, "the request's head is not whole"),

@@ -1,7 +1,7 @@
 //! The server around it all: bind, accept, start and stop.
 //!
 //! `std` listens with a backlog of 128, and a crowd that comes back at once must not overflow it: clients would wait
-//! seconds for their next try. So one thread does nothing but accept; it takes no lock, and starts nobody. Another finds
+//! seconds for their next try. So two threads do nothing but accept; they take no lock, and start nobody. Another finds
 //! each newcomer a place and puts it into the line for a thread. Stopping is over within a second, whatever peers and disks
 //! do: first streams are ended in order, then sockets are cut, then lanes and the journal end, each with its share of the
 //! time.
@@ -31,6 +31,8 @@ use std::sync::atomic::Ordering::Relaxed;
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
+/// Threads that accept: while the system lets others run instead of one, there is another.
+const ACCEPTORS: usize = 2;
 /// Connections that were accepted and have no place yet. Beyond them the listener's backlog fills.
 const NEWCOMERS: usize = 1_024;
 /// Without memory or descriptors accepting fails at once, again and again: this keeps it from spinning meanwhile.
@@ -174,11 +176,15 @@ impl Server {
     pub fn spawn(mut self) -> io::Result<Handle> {
         let handle = &mut self.handle;
         let (newcomers, accepted) = bounded(NEWCOMERS);
-        let (shared, listener) = (handle.shared.clone(), handle.listener.clone());
-        let accept = Box::new(move || accept_all(&shared, &listener, &newcomers));
+        for n in 0..ACCEPTORS {
+            let (shared, listener, newcomers) = (handle.shared.clone(), handle.listener.clone(), newcomers.clone());
+            let accept = Box::new(move || accept_all(&shared, &listener, &newcomers));
+            handle.acceptors.push(start_thread(format!("accept {n}"), accept)?);
+        }
+        drop(newcomers); // admitting ends with the last acceptor
         let (shared, space) = (handle.shared.clone(), handle.address_space.clone());
         let admit = Box::new(move || admit_all(&shared, &space, &accepted));
-        handle.acceptors = vec![start_thread("accept".into(), accept)?, start_thread("admit".into(), admit)?];
+        handle.acceptors.push(start_thread("admit".into(), admit)?);
         Ok(self.handle)
     }
 }

@@ -1,6 +1,9 @@
 //! One connection's requests, one after another.
 
 use crate::common::*;
+use brooklet::Config;
+use std::thread;
+use std::time::Duration;
 
 #[test]
 fn pipelined_requests_are_answered_in_their_order() {
@@ -53,4 +56,20 @@ fn silent_and_idle_connections_are_closed_without_a_word() {
     assert_eq!(wire.answer().status, 200);
     assert!(wire.rest().is_empty());
     wait_for_metric(addr, "connections", 1);
+}
+
+#[test]
+fn who_asks_just_when_the_idle_time_ends_is_answered() {
+    let server = serve(Config { idle_time: Duration::from_secs(1), ..Config::default() });
+    let addr = server.addr().unwrap();
+    let ask = |n: u64| {
+        let mut wire = Wire::connect(addr);
+        wire.send(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n");
+        let first = wire.answer();
+        assert_eq!(first.header("Keep-Alive"), Some("timeout=1"));
+        thread::sleep(Duration::from_millis(980 + n)); // from just before its end to just after
+        wire.send(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n");
+        assert_eq!(wire.answer().status, 200);
+    };
+    thread::scope(|all| (0..40).for_each(|n| drop(all.spawn(move || ask(n)))));
 }

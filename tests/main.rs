@@ -21,6 +21,7 @@ mod log;
 mod metrics;
 mod minimal;
 mod places;
+mod pool;
 mod power;
 mod request;
 mod response;

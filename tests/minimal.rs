@@ -12,7 +12,6 @@ use std::time::{Duration, Instant};
 #[path = "../src/minimal.rs"]
 mod one_file;
 
-const STREAMS: usize = 1_000;
 const CONNECTIONS: usize = 1_100;
 const KEPT_BYTES: usize = 16 * 1024 * 1024;
 
@@ -83,7 +82,7 @@ fn events_of_several_publishers_come_once_and_in_order_however_the_stream_is_cut
 fn a_slow_reader_is_cut_off_and_comes_back_to_what_it_missed() {
     let process = Process::minimal();
     both::a_slow_reader_is_cut_off_and_comes_back_to_what_it_missed(&process);
-    process.wait_for_log(" closed: nothing was taken for 10 s");
+    process.wait_for_log(" closed: a write failed: Resource temporarily unavailable");
     process.finish();
 }
 
@@ -201,59 +200,72 @@ fn each_bad_request_gets_one_line_that_says_what_is_wrong() {
     let from =
         |host: &str, origin: &str| format!("POST /events/a HTTP/1.1\r\nHost: {host}\r\nOrigin: {origin}\r\n\r\n");
     let table = [
-        (404, "there are /, /test, and /events/NAME", to("GET", "/nothing")),
+        (404, "GET and POST /events/NAME", to("GET", "/nothing")),
         (404, "with 1 to 64 of A-Z a-z 0-9 . _ ~ -", to("GET", "/events/")),
-        (404, "there are", to("GET", "/events/a,b")),
-        (404, "there are", to("GET", "/events/a/b")),
-        (404, "there are", to("POST", "/events/a%20b")),
-        (404, "there are", to("POST", &format!("/events/{}", "n".repeat(65)))),
-        (404, "there are", to("GET", "events/a")),
-        (405, "GET this, or POST to it", to("PUT", "/events/a")),
-        (405, "GET this, or POST to it", to("BREW", "/events/a")),
-        (405, "GET this", to("POST", "/test")),
-        (405, "GET this", to("DELETE", "/")),
-        (400, "Host is missing", "GET / HTTP/1.1\r\n\r\n".into()),
-        (400, "Host was sent twice", head("Host: localhost\r\n")),
-        (400, "Host was sent twice", head("host: evil.example\r\n")),
+        (404, "there are GET /", to("GET", "/events/a,b")),
+        (404, "there are GET /", to("GET", "/events/a/b")),
+        (404, "there are GET /", to("POST", "/events/a%20b")),
+        (404, "there are GET /", to("POST", &format!("/events/{}", "n".repeat(65)))),
+        (404, "there are GET /", to("GET", "events/a")),
+        (404, "there are GET /", to("POST", "/test")),
+        (404, "there are GET /", to("POST", "/")),
+        (501, "there are GET and POST", to("PUT", "/events/a")),
+        (501, "there are GET and POST", to("BREW", "/events/a")),
+        (501, "there are GET and POST", to("DELETE", "/")),
+        (400, "one Host", "GET / HTTP/1.1\r\n\r\n".into()),
+        (400, "one Host", head("Host: localhost\r\n")),
+        (400, "one Host", head("host: evil.example\r\n")),
         (400, "no request of HTTP/1.1", head("Folded: a\r\n b\r\n")),
         (400, "no request of HTTP/1.1", head("Space : a\r\n")),
         (400, "no request of HTTP/1.1", head("Nul: a\0b\r\n")),
         (400, "no request of HTTP/1.1", "\x16\x03\x01\0\x05\x01\0\0\x01\0\r\n\r\n".into()),
-        (505, "this is HTTP/1.1", "GET / HTTP/2.0\r\nHost: localhost\r\n\r\n".into()),
-        (431, "16 KiB and 64 fields", head(&"X: y\r\n".repeat(64))),
-        (431, "16 KiB and 64 fields", head(&format!("X: {}\r\n", "y".repeat(16 * 1024)))),
-        (431, "16 KiB and 64 fields", format!("GET /{}", "y".repeat(20_000))),
+        (400, "invalid HTTP version", "GET / HTTP/2.0\r\nHost: localhost\r\n\r\n".into()),
+        (400, "too many headers", head(&"X: y\r\n".repeat(64))),
+        (431, "a head is 16 KiB", head(&format!("X: {}\r\n", "y".repeat(16 * 1024)))),
+        (431, "a head is 16 KiB", format!("GET /{}", "y".repeat(20_000))),
         (413, "64 KiB", body("Content-Length: 65537\r\n", &"x".repeat(65_537))),
-        (413, "64 KiB", body("Content-Length: 99999999999999999999\r\nExpect: 100-continue\r\n", "")),
-        (400, "is not a number", body("Content-Length: +5\r\n", "hello")),
-        (400, "is not a number", body("Content-Length: 5, 5\r\n", "hello")),
-        (400, "is not a number", body("Content-Length: \r\n", "hello")),
-        (400, "Content-Length was sent twice", body("Content-Length: 5\r\nContent-Length: 5\r\n", "hello")),
+        (413, "64 KiB", body("Content-Length: 9999999999\r\nExpect: 100-continue\r\n", "")),
+        (400, "65536 at most", body("Content-Length: 99999999999999999999\r\n", "")),
+        (400, "must be a number", body("Content-Length: +5\r\n", "hello")),
+        (400, "must be a number", body("Content-Length: 5, 5\r\n", "hello")),
+        (400, "must be a number", body("Content-Length: \r\n", "hello")),
+        (400, "must be a number", body("Content-Length: 5\r\nContent-Length: 5\r\n", "hello")),
         (501, "send a Content-Length", body("Transfer-Encoding: chunked\r\n", "5\r\nhello\r\n0\r\n\r\n")),
         (501, "send a Content-Length", body("Content-Length: 5\r\nTransfer-Encoding: chunked\r\n", "hello")),
+        (501, "send a Content-Length", body("Content-Length: 5\r\nTransfer-Encoding:\r\n", "hello")),
         (417, "send the body at once", body("Content-Length: 5\r\nExpect: 100-continue\r\n", "")),
-        (403, "this Host is not loopback", "GET / HTTP/1.1\r\nHost: evil.example\r\n\r\n".into()),
-        (403, "this Host is not loopback", "GET /test HTTP/1.1\r\nHost: localhost.evil.example:3000\r\n\r\n".into()),
-        (403, "this Host is not loopback", "GET / HTTP/1.1\r\nHost: 10.0.0.1\r\n\r\n".into()),
+        (400, "of loopback: localhost or 127.0.0.1", "GET / HTTP/1.1\r\nHost: evil.example\r\n\r\n".into()),
+        (400, "of loopback", "GET /test HTTP/1.1\r\nHost: localhost.evil.example:3000\r\n\r\n".into()),
+        (400, "of loopback", "GET / HTTP/1.1\r\nHost: 10.0.0.1\r\n\r\n".into()),
         (403, "pages of another origin", from("localhost:3000", "http://evil.example")),
         (403, "pages of another origin", from("localhost:3000", "http://localhost:3001")),
         (403, "pages of another origin", from("localhost:3000", "https://localhost:3000")),
         (403, "pages of another origin", from("localhost:3000", "null")),
-        (403, "this Host is not loopback", from("evil.example", "http://evil.example")),
+        (
+            403,
+            "pages of another origin",
+            from("localhost:3000", "http://localhost:3000\r\nOrigin: http://localhost:3000"),
+        ),
+        (400, "of loopback", from("evil.example", "http://evil.example")),
     ];
     let mut stream = Wire::stream(process.addr, "/events/a", "");
     both::each_bad_request_gets_its_answer(process.addr, &table, |after| {
         assert_eq!(get(process.addr, "/").status, 200, "after {after:?}");
     });
-    for request in
-        [&b"POST /events/a HTTP/1.1\r\nHost: localhost\r\nContent-Length: 4\r\n\r\nab\xff\xfe"[..], b"GET / HT"]
-    {
+    for (request, status, said) in [
+        (
+            &b"POST /events/a HTTP/1.1\r\nHost: localhost\r\nContent-Length: 4\r\n\r\nab\xff\xfe"[..],
+            400,
+            "is not UTF-8\n",
+        ),
+        (b"GET / HT", 408, "did not come whole within 10 s\n"),
+        (b"", 408, "did not come whole within 10 s\n"),
+    ] {
         let mut wire = Wire::connect(process.addr);
         wire.send(request);
         wire.socket.shutdown(Shutdown::Write).unwrap();
         let answer = wire.answer();
-        assert_eq!(answer.status, 400, "{answer:?}");
-        assert!(["the body is not UTF-8\n", "the request ended early\n"].contains(&&*answer.body), "{answer:?}");
+        assert!(answer.status == status && answer.body.ends_with(said), "{answer:?}");
     }
     for host in ["localhost", "LOCALHOST:9", "127.0.0.1", "127.1.2.3:80", "[::1]:3000", "[::1]"] {
         let answer = Wire::ask(process.addr, &from(host, &format!("http://{host}")));
@@ -271,14 +283,18 @@ fn for_a_while_after_a_refusal_what_is_still_sent_is_taken() {
     wire.send(b"POST /events/a HTTP/1.1\r\nHost: localhost\r\nContent-Length: 70000\r\n\r\n");
     assert_eq!(wire.answer().status, 413);
     let answered = Instant::now();
-    let is_taken = (0..7).all(|_| wire.socket.write_all(&[b'x'; 10_000]).is_ok());
-    assert!(is_taken || answered.elapsed() > Duration::from_millis(400), "it was cut off at once");
-    assert!(wire.rest().is_empty());
+    assert!(wire.rest().is_empty(), "the answer is followed by the end");
+    let is_taken = (0..100).all(|_| {
+        thread::sleep(Duration::from_millis(2)); // so that a reset would have come back
+        wire.socket.write_all(&[b'x'; 700]).is_ok()
+    });
+    assert!(is_taken || answered.elapsed() > Duration::from_secs(9), "it was cut off at once");
     process.finish();
 }
 
+/// An answer to `HEAD` may have no body, not even one that says why.
 #[test]
-fn head_answers_with_the_head_alone_and_a_query_changes_nothing() {
+fn a_query_changes_nothing_and_head_is_refused_without_a_body() {
     let process = Process::minimal();
     for (target, kind) in [
         ("/", "text/html; charset=utf-8"),
@@ -287,14 +303,13 @@ fn head_answers_with_the_head_alone_and_a_query_changes_nothing() {
         ("/events/a?_=1", "text/event-stream"),
         ("/nothing?/events/a", "text/plain; charset=utf-8"),
     ] {
+        let mut get = Wire::connect(process.addr);
+        get.send(format!("GET {target} HTTP/1.1\r\nHost: localhost\r\n\r\n").as_bytes());
+        assert_eq!(header(&get.head(), "content-type"), Some(kind), "{target}");
         let mut wire = Wire::connect(process.addr);
         wire.send(format!("HEAD {target} HTTP/1.1\r\nHost: localhost\r\n\r\n").as_bytes());
         let head = wire.head();
-        assert_eq!(header(&head, "content-type"), Some(kind), "{target}");
-        assert!(wire.rest().is_empty(), "{target}");
-        let mut get = Wire::connect(process.addr);
-        get.send(format!("GET {target} HTTP/1.1\r\nHost: localhost\r\n\r\n").as_bytes());
-        assert_eq!(get.head(), head, "{target}");
+        assert!(head.starts_with("HTTP/1.1 501 ") && wire.rest().is_empty(), "{target}: {head}");
     }
     process.finish();
 }
@@ -393,7 +408,7 @@ fn a_request_that_does_not_come_whole_in_ten_seconds_is_refused() {
         }
         for wire in &mut wires {
             let answer = wire.answer();
-            assert_eq!((answer.status, &*answer.body), (408, "a whole request must come within 10 s\n"));
+            assert_eq!((answer.status, &*answer.body), (408, "the request did not come whole within 10 s\n"));
             let _ = wire.socket.shutdown(Shutdown::Both);
         }
     });
@@ -402,15 +417,16 @@ fn a_request_that_does_not_come_whole_in_ten_seconds_is_refused() {
 }
 
 #[test]
-fn a_thousand_streams_get_everything_and_who_comes_then_is_told_when_to_come_back() {
-    alone("minimal::a_thousand_streams_get_everything_and_who_comes_then_is_told_when_to_come_back", || {
+fn a_thousand_streams_get_everything_and_a_connection_too_many_is_closed_without_a_word() {
+    alone("minimal::a_thousand_streams_get_everything_and_a_connection_too_many_is_closed_without_a_word", || {
+        const STREAMS: usize = 1_000;
         if !may_open(CONNECTIONS + 100) {
             left_out("1,200 descriptors (ulimit -n)");
             return;
         }
         let process = Process::minimal();
         let (addr, before) = (process.addr, process.at_rest());
-        let mut crowd = press_in(addr, STREAMS + 5);
+        let mut crowd = press_in(addr, STREAMS);
         assert_eq!(crowd.members.len(), STREAMS);
         for n in 0..10 {
             publish(addr, "/events/a", &format!("{n} to all"));
@@ -418,7 +434,7 @@ fn a_thousand_streams_get_everything_and_who_comes_then_is_told_when_to_come_bac
         crowd.read_until(10);
         process.wait_until_at_most((before.0 + STREAMS, before.1 + STREAMS));
         let silent: Vec<Wire> = (STREAMS..CONNECTIONS).map(|_| Wire::connect(addr)).collect();
-        assert!(Wire::connect(addr).rest().is_empty(), "one connection too many is closed without a word");
+        assert!(Wire::connect(addr).rest().is_empty(), "it has an answer");
         drop(silent);
         process.wait_until_at_most((before.0 + STREAMS, before.1 + STREAMS));
         publish(addr, "/events/a", "10 to all");
@@ -490,22 +506,6 @@ fn nobody_need_read_what_it_says() {
 }
 
 #[test]
-fn a_second_ctrl_c_ends_it_at_once() {
-    let mut process = Process::minimal();
-    let before = process.descriptors();
-    let _silent = Wire::connect(process.addr); // for which the first one would wait
-    wait_for("it to be accepted", || (process.descriptors() > before).then_some(()));
-    process.signal("INT");
-    let started = Instant::now();
-    let status = wait_for("its end", || {
-        shell(&format!("kill -INT {} 2>/dev/null", process.child.id()));
-        process.child.try_wait().unwrap()
-    });
-    let was_late = started.elapsed() > Duration::from_millis(500); // so that the first one had been enough
-    assert!(status.code() == Some(130) || was_late, "{status}");
-}
-
-#[test]
 fn an_address_that_cannot_be_served_is_named_with_the_reason() {
     let process = Process::minimal();
     let taken = process.addr.to_string();
@@ -516,13 +516,12 @@ fn an_address_that_cannot_be_served_is_named_with_the_reason() {
         (&["127.0.0.1:99999"], "invalid port value"),
         (&["--help"], "invalid socket address"),
         (&[""], "invalid socket address"),
-        (&["127.0.0.1:0", "more"], "cannot serve \"127.0.0.1:0 more\": invalid"),
         (&[&taken], "Address already in use"),
     ] {
         let output = output(Command::new(MINIMAL).args(arguments));
         let said = String::from_utf8(output.stderr).unwrap();
-        assert_eq!(output.status.code(), Some(2), "{arguments:?}: {said}");
-        assert!(said.contains(reason) && said.contains("such as 127.0.0.1:8080"), "{arguments:?}: {said}");
+        assert_eq!(output.status.code(), Some(1), "{arguments:?}: {said}");
+        assert!(said.contains(reason) && said.contains("try 127.0.0.1:8080"), "{arguments:?}: {said}");
         assert!(said.lines().count() == 1 && output.stdout.is_empty(), "{said}");
     }
     process.finish();

@@ -4,6 +4,7 @@ use crate::common::*;
 use brooklet::{Config, Event};
 use std::io::ErrorKind;
 use std::sync::mpsc;
+use std::time::Duration;
 
 #[test]
 fn a_handlers_stream_gets_its_head_at_once_and_nothing_its_handler_did_not_write() {
@@ -58,4 +59,34 @@ fn a_gap_is_the_servers_own_word_on_a_handlers_stream_too() {
     let rest = Wire::stream(server.addr().unwrap(), "/gap", "").rest();
     assert_eq!(String::from_utf8(rest).unwrap(), "event: gaps\ndata: y\n\n");
     assert_eq!(errors.recv().unwrap(), ErrorKind::InvalidInput);
+}
+
+#[test]
+fn while_a_handler_waits_for_something_else_heartbeats_go_out_and_closing_is_noticed() {
+    let server = bind(Config { heartbeat: Duration::from_millis(3_500), ..Config::default() }).unwrap();
+    let (go_on, news) = mpsc::channel::<()>();
+    let (sender, errors) = mpsc::channel();
+    let news = std::sync::Mutex::new(news);
+    server
+        .stream("/waits", move |stream| {
+            stream.send(&Event::new("first"))?;
+            news.lock().unwrap().recv().unwrap();
+            let sent = stream.send(&Event::new("second"));
+            sender.send(sent.as_ref().err().map(ToString::to_string)).unwrap();
+            sent
+        })
+        .unwrap();
+    let server = server.spawn().unwrap();
+    let mut stream = Wire::stream(server.addr().unwrap(), "/waits", "");
+    assert_eq!(stream.event().unwrap().data(), "first");
+    assert_eq!(stream.take_until(b":\n").unwrap(), b":\n", "a heartbeat, though the handler is elsewhere");
+    go_on.send(()).unwrap();
+    assert_eq!(stream.event().unwrap().data(), "second");
+    assert_eq!(errors.recv().unwrap(), None);
+    let mut stream = Wire::stream(server.addr().unwrap(), "/waits", "");
+    assert_eq!(stream.event().unwrap().data(), "first");
+    stream.close();
+    std::thread::sleep(Duration::from_millis(2_500)); // more than a sweep, in which it is noticed
+    go_on.send(()).unwrap();
+    assert_eq!(errors.recv().unwrap().as_deref(), Some("the peer closed the connection"), "the first write fails");
 }

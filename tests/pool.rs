@@ -1,0 +1,120 @@
+//! Threads for those who must be waited for, and who goes first.
+
+use crate::common::*;
+use brooklet::Config;
+use std::net::Shutdown;
+use std::thread;
+use std::time::{Duration, Instant};
+
+#[test]
+fn a_live_subscriber_has_no_thread() {
+    let process = Process::start(&["--log", "off"]);
+    let mut crowd = Crowd::subscribe(process.addr, "/events/a", 1_000);
+    post(process.addr, "/events/a", "0 to all");
+    crowd.read_until(1);
+    assert_eq!(metric(process.addr, "live"), 1_000);
+    wait_for("threads to end", || (process.status("Threads") < 20).then_some(()));
+    post(process.addr, "/events/a", "1 to all");
+    crowd.read_until(2);
+    assert!(process.status("Threads") < 20, "{} threads", process.status("Threads"));
+}
+
+/// Slow readers of one topic, far behind; and healthy ones of another.
+#[test]
+fn a_crowd_that_is_behind_keeps_nobody_out_and_each_of_it_catches_up() {
+    let process = Process::start(&["--threads", "8", "--log", "off", "--stall-time", "60s"]);
+    let addr = process.addr;
+    let body = "x".repeat(2_000);
+    let mut slow: Vec<Wire> = (0..40).map(|_| narrow(addr, 4_096, Some(1_448))).collect();
+    slow.iter_mut().for_each(|wire| open(wire, "/events/slow"));
+    wait_for_metric(addr, "subscribers", 40);
+    let mut healthy = Crowd::subscribe(addr, "/events/healthy", 20);
+    (0..100).for_each(|_| drop(publish(addr, "/events/slow", &body)));
+    wait_for("more to be behind than there are threads", || (metric(addr, "queued") >= 20).then_some(()));
+    assert!(process.status("Threads") < 8 + 10, "{} threads", process.status("Threads"));
+    for n in 0..10 {
+        let asked = Instant::now();
+        assert_eq!(get(addr, "/health").status, 200);
+        assert!(asked.elapsed() < PROBE_TIME, "{:?}", asked.elapsed());
+        publish(addr, "/events/healthy", &format!("{n} on time"));
+        healthy.read_until(n + 1);
+    }
+    assert!(metric(addr, "queued") > 0, "nobody waited any more: the test shows nothing");
+    for wire in &mut slow {
+        (0..100).for_each(|_| assert_eq!(wire.event().unwrap().data(), body));
+    }
+    wait_for_metric(addr, "live", 60);
+}
+
+#[test]
+fn handlers_have_a_share_of_the_threads_and_whoever_finds_none_is_told_when_to_come_back() {
+    let process = Process::start(&["--threads", "8", "--log", "off"]);
+    let mut streams: Vec<Wire> = (0..2).map(|_| Wire::stream(process.addr, "/test", "")).collect();
+    streams.iter_mut().for_each(|stream| assert_eq!(stream.event().unwrap().data(), "0"));
+    for _ in 0..3 {
+        let rest = String::from_utf8(Wire::stream(process.addr, "/test", "").rest()).unwrap();
+        assert!(rest.starts_with(": no thread for another stream of a handler\nretry: "), "{rest:?}");
+    }
+    let (mut wire, _) = Wire::subscribe(process.addr, "/events/a", "");
+    publish(process.addr, "/events/a", "topics have their own share");
+    assert_eq!(wire.event().unwrap().data(), "topics have their own share");
+    drop(streams);
+    wait_for("a thread for a handler", || {
+        Wire::stream(process.addr, "/test", "").event().filter(|event| event.event.is_some())
+    });
+}
+
+#[test]
+fn a_crowd_of_slow_heads_makes_room_for_those_that_wait_for_a_thread() {
+    let process = Process::start(&["--threads", "8", "--log", "off"]);
+    let crowd: Vec<Wire> = (0..60)
+        .map(|_| {
+            let mut wire = Wire::connect(process.addr);
+            wire.send(b"GET /hea");
+            wire
+        })
+        .collect();
+    for _ in 0..5 {
+        let asked = Instant::now();
+        assert_eq!(get(process.addr, "/health").status, 200);
+        assert!(asked.elapsed() < 5 * PROBE_TIME, "{:?}", asked.elapsed());
+    }
+    drop(crowd);
+}
+
+#[test]
+fn who_ends_only_its_sending_side_keeps_its_stream() {
+    let server = serve(Config { heartbeat: Duration::from_secs(4), ..Config::default() });
+    let addr = server.addr().unwrap();
+    let (mut half, _) = Wire::subscribe(addr, "/events/a", "");
+    let (whole, _) = Wire::subscribe(addr, "/events/a", "");
+    half.socket.shutdown(Shutdown::Write).unwrap();
+    drop(whole);
+    // Where the closed one is noticed, the other one was looked at, too.
+    wait_for_metric(addr, "subscribers", 1);
+    for n in 0..3 {
+        publish(addr, "/events/a", &n.to_string());
+        assert_eq!(half.event().unwrap().data(), n.to_string());
+        thread::sleep(Duration::from_secs(2)); // longer than a sweep
+    }
+    assert!(half.take_until(b":\n").is_some(), "heartbeats go on");
+    drop(half);
+    wait_for_metric(addr, "subscribers", 0);
+}
+
+#[test]
+fn a_lifetime_ends_in_time_also_where_the_reader_takes_nothing() {
+    let process = Process::start(&["--lifetime", "4s", "--stall-time", "30s"]);
+    let mut stuck = narrow(process.addr, 4_096, Some(1_448));
+    let opened = Instant::now();
+    open(&mut stuck, "/events/a");
+    wait_for_metric(process.addr, "subscribers", 1);
+    let body = "x".repeat(60_000);
+    (0..60).for_each(|_| drop(publish(process.addr, "/events/a", &body)));
+    wait_for_metric(process.addr, "subscribers", 0);
+    let took = opened.elapsed();
+    // Without the bound it is the stall time.
+    assert!(took < Duration::from_secs(20), "{took:?}");
+    let line = process.wait_for_log("closed peer=");
+    assert!(line.contains("reason=\"the time is over, in the middle of a write\""), "{line}");
+}
