@@ -40,7 +40,10 @@ fn who_is_slow_and_whose_life_ends_hears_each_event_once_when_it_comes_back() {
                 spawn("reader", move || persist(&server, "/events/a?since=earliest", capacity, at_once, 5))
             })
             .collect();
+        let quiet = get(&server, "/events/quiet", ROOMY);
+        let ending = spawn("reader", move || Seen::default().read(&quiet, ROOMY, 1));
         let published = publisher(&server, 5, Duration::from_millis(600)).join().unwrap();
+        ending.join().unwrap(); // whether or not anything comes
         readers.into_iter().for_each(|reader| assert_eq!(reader.join().unwrap(), published));
         stop(Arc::into_inner(server).unwrap());
     });
