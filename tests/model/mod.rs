@@ -20,8 +20,8 @@ mod journal;
 mod live;
 mod threads;
 
-/// Longer than anybody waits in a model; the clerk sleeps for a minute.
-const PATIENCE: Duration = Duration::from_secs(300);
+/// Longer than anybody waits in a model, and less than the minute that the clerk sleeps where nobody rings.
+const PATIENCE: Duration = Duration::from_secs(50);
 
 /// Enough for any answer.
 const ROOMY: usize = 1 << 20;

@@ -19,10 +19,14 @@ const TIME: usize = 1;
 const MOST_POINTS: usize = 300_000;
 const STACK_BYTES: usize = 256 * 1024;
 
-/// Runs the model in many schedules: `SCHEDULES` of them, or as many as fit into `MODEL_SECONDS`. `SEED` repeats one. Fails
-/// where the model does, where all sleep, or where somebody still waits after `limit` of the model's time.
+/// Runs the model in many schedules: `SCHEDULES` of them, or as many as fit into `MODEL_SECONDS`. `SEED` repeats one, and
+/// `MODEL` leaves the others out. Fails where the model does, where all sleep, or where somebody still waits after `limit`
+/// of the model's time.
 pub fn check(name: &'static str, limit: Duration, model: impl Fn() + Send + Sync + 'static) {
     let number = |name| env::var(name).ok().and_then(|text| text.parse::<u64>().ok());
+    if env::var("MODEL").is_ok_and(|wanted| !wanted.is_empty() && wanted != name) {
+        return;
+    }
     let seed = number("SEED");
     let most = if seed.is_some() { 1 } else { number("SCHEDULES").unwrap_or(u64::MAX) };
     let mut config = Config::new();
