@@ -77,8 +77,8 @@
 #![forbid(unsafe_code)]
 #![warn(missing_docs)]
 
-#[cfg(shuttle)]
-extern crate model_std as std; // whose locks, threads, clocks and sockets `make model` runs in all orders
+#[cfg(shuttle)] // `make model`: locks, threads, time and sockets that run in many orders
+extern crate model_std as std;
 
 mod server; // bind, accept, start and stop
 mod clerk; // what lanes and acceptors may not do, since they never wait

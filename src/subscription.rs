@@ -17,6 +17,8 @@
 //! 5. A lane skips what is not newer than the cursor (`Worker::write_run`, `Connection::deliver`): what was replayed and
 //!    still stands in the queue does not come twice.
 //!
+//! `make model` runs this in many orders of the threads, and `make model-broken` with one of the legs left out.
+//!
 //! The way back: whoever falls behind does so under the state's lock, with the cursor at the last whole event and the
 //! next one unfinished (`Connection::deliver`). What the lane passes over from then on is kept, or a gap tells of it.
 //!

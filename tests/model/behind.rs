@@ -2,20 +2,8 @@
 
 use super::*;
 
-/// Publishes so many events to topic `a`, with a pause after each. Returns those that were published.
-fn publisher(server: &Handle, count: usize, pause: Duration) -> JoinHandle<Vec<(Id, String)>> {
-    let hub = server.hub();
-    let publish = move |n: usize| {
-        let data = format!("event {n}");
-        let id = hub.publish("a", Event::new(&data)).ok()?;
-        thread::sleep(pause);
-        Some((id, data))
-    };
-    spawn("publisher", move || (0..count).map_while(publish).collect())
-}
-
 /// Reads streams, one after another, each from where the one before ended, until it has heard so many events.
-fn persist(server: &Handle, path: &str, capacity: usize, at_once: usize, count: usize) -> Vec<(Id, String)> {
+fn persist(server: &Handle, path: &str, capacity: usize, at_once: usize, count: usize) -> Vec<Heard> {
     let (mut heard, mut last) = (Vec::new(), None);
     while heard.len() < count {
         let fields = last.map_or(String::new(), |id| format!("Last-Event-ID: {id}\r\n"));
@@ -42,7 +30,7 @@ fn who_is_slow_and_whose_life_ends_hears_each_event_once_when_it_comes_back() {
             .collect();
         let quiet = get(&server, "/events/quiet", ROOMY);
         let ending = spawn("reader", move || Seen::default().read(&quiet, ROOMY, 1));
-        let published = publisher(&server, 5, Duration::from_millis(600)).join().unwrap();
+        let published = publisher(&server, "event", 5, Duration::from_millis(600)).join().unwrap();
         ending.join().unwrap(); // whether or not anything comes
         readers.into_iter().for_each(|reader| assert_eq!(reader.join().unwrap(), published));
         stop(Arc::into_inner(server).unwrap());
@@ -57,7 +45,7 @@ fn polls_that_end_while_others_publish_hear_each_event_once() {
             let server = server.clone();
             spawn("reader", move || persist(&server, "/events/a?since=earliest&poll=1s", ROOMY, ROOMY, 4))
         };
-        let published = publisher(&server, 4, Duration::from_millis(500)).join().unwrap();
+        let published = publisher(&server, "event", 4, Duration::from_millis(500)).join().unwrap();
         assert_eq!(reader.join().unwrap(), published);
         stop(Arc::into_inner(server).unwrap());
     });
@@ -78,9 +66,10 @@ fn what_a_stopping_server_has_not_sent_stands_after_the_last_id_that_it_gives() 
                 })
             })
             .collect();
-        let publishing = publisher(&server, 6, Duration::ZERO);
+        let publishing = publisher(&server, "event", 6, Duration::ZERO);
         let others = server.hub();
         let quiet = spawn("publisher", move || _ = others.publish("b", Event::new("of another topic")));
+        dawdle();
         stop(server);
         quiet.join().unwrap();
         let published = publishing.join().unwrap();

@@ -3,7 +3,12 @@
 # find it. `--check` only looks whether all patches still apply; VARIANTS names some of them.
 set -eu
 cd "$(dirname "$0")/../.."
-copy=$PWD/target/model/broken
+if ! command -v patch >/dev/null; then
+    echo "the models' faults left out: patch is missing (\`make setup\` installs it)" >&2
+    [ "${CI:-}" != true ]
+    exit
+fi
+copy=$PWD/target/model/broken${1:-}
 mkdir -p "$copy"
 
 lay_out() { # so that only what a patch changes is compiled again

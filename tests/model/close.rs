@@ -12,9 +12,9 @@ fn wait_for_streams(server: &Handle, count: &str) -> String {
         }
         peer.close();
         let text = String::from_utf8_lossy(&bytes).into_owned();
-        let value = |name: &str| text.lines().find_map(|line| line.strip_prefix(name)).map(|value| value.trim().to_string());
-        if value("brooklet_subscribers ").as_deref() == Some(count) {
-            return value("brooklet_topics ").unwrap();
+        let value = |name: &str| text.lines().find_map(|line| line.strip_prefix(name)).unwrap_or_default().to_string();
+        if value("brooklet_subscribers ") == count {
+            return value("brooklet_topics ");
         }
         thread::sleep(Duration::from_millis(500));
     }
@@ -26,11 +26,7 @@ fn whoever_vanishes_is_noted_once_and_nothing_is_left_of_it() {
         let server = start(Config { log: Log::Info, ..Config::default() });
         let path = "/events/a,quiet?since=earliest";
         let peers = [get(&server, path, 400), get(&server, path, ROOMY), get(&server, path, 500)];
-        let hub = server.hub();
-        let publisher = spawn("publisher", move || {
-            let publish = |n: usize| (hub.publish("a", Event::new(format!("event {n}"))).unwrap(), format!("event {n}"));
-            (0..4).map(publish).collect::<Vec<_>>()
-        });
+        let publishing = publisher(&server, "event", 4, Duration::ZERO);
         let vanish = |peer: &Peer, how: fn(&Peer)| {
             let peer = peer.clone();
             spawn("peer", move || {
@@ -43,7 +39,7 @@ fn whoever_vanishes_is_noted_once_and_nothing_is_left_of_it() {
         peers[2].end();
         let mut seen = Seen::default();
         seen.read(&peers[2], 100, 4);
-        assert_eq!(seen.heard(), publisher.join().unwrap());
+        assert_eq!(seen.heard(), publishing.join().unwrap());
         vanishing.into_iter().for_each(|thread| thread.join().unwrap());
         wait_for_streams(&server, "1");
         peers[2].close();

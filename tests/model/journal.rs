@@ -7,7 +7,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::PathBuf;
 use std::sync::Mutex;
 use std::time::Instant;
-use std::{below, env, process};
+use std::{env, process};
 
 /// A journal's path, of which nothing is left afterwards, also where the model fails.
 struct Place(PathBuf);
@@ -46,7 +46,7 @@ enum Told {
 const WAKE_TIME: Duration = Duration::from_millis(500);
 
 /// Publishes. With a disk that works, and nobody slow, no time passes meanwhile: else nobody was woken.
-fn publisher(server: &Handle, name: usize, is_watched: bool) -> JoinHandle<Vec<(String, Told)>> {
+fn try_publishing(server: &Handle, name: usize, is_watched: bool) -> JoinHandle<Vec<(String, Told)>> {
     let hub = server.hub();
     let publish = move |n: usize| {
         let data = format!("{name}.{n}");
@@ -88,7 +88,7 @@ fn run(trouble: Disk) {
     if lasts {
         set_disk(trouble);
     }
-    let publishers: Vec<_> = (0..3).map(|name| publisher(&server, name, is_watched)).collect();
+    let publishers: Vec<_> = (0..3).map(|name| try_publishing(&server, name, is_watched)).collect();
     let troubling = (!lasts).then(|| {
         spawn("trouble", move || {
             set_disk(trouble);
@@ -98,6 +98,7 @@ fn run(trouble: Disk) {
     });
     let mut told: Vec<_> = Vec::new();
     if stops_at_once {
+        dawdle();
         stop(server);
         publishers.into_iter().for_each(|thread| told.extend(thread.join().unwrap()));
     } else {

@@ -17,15 +17,7 @@ fn who_turns_live_while_others_publish_hears_each_event_once_and_in_order() {
                 })
             })
             .collect();
-        let publishers: Vec<_> = (0..2)
-            .map(|n| {
-                let hub = server.hub();
-                spawn("publisher", move || {
-                    let publish = |k| hub.publish("a", Event::new(format!("{n}.{k}"))).unwrap();
-                    (0..2).map(|k| (publish(k), format!("{n}.{k}"))).collect::<Vec<_>>()
-                })
-            })
-            .collect();
+        let publishers = ["one", "other"].map(|name| publisher(&server, name, 2, Duration::ZERO));
         let mut published: Vec<_> = publishers.into_iter().flat_map(|thread| thread.join().unwrap()).collect();
         published.sort();
         for reader in readers {

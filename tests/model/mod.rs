@@ -13,6 +13,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU16, Ordering::SeqCst};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, be_punctual};
+use std::{below, point};
 
 mod behind;
 mod close;
@@ -69,6 +70,26 @@ fn spawn<T: Send + 'static>(name: &str, work: impl FnOnce() -> T + Send + 'stati
     thread::Builder::new().name(name.into()).spawn(work).unwrap()
 }
 
+/// Lets others go on for a while, so that what comes next meets them anywhere.
+fn dawdle() {
+    (0..below(100)).for_each(|_| point());
+}
+
+/// An event that was published, or heard: its id and data.
+type Heard = (Id, String);
+
+/// Publishes so many events to topic `a`, with a pause after each. Returns those that were published.
+fn publisher(server: &Handle, name: &'static str, count: usize, pause: Duration) -> JoinHandle<Vec<Heard>> {
+    let hub = server.hub();
+    let publish = move |n: usize| {
+        let data = format!("{name} {n}");
+        let id = hub.publish("a", Event::new(&data)).ok()?;
+        thread::sleep(pause);
+        Some((id, data))
+    };
+    spawn("publisher", move || (0..count).map_while(publish).collect())
+}
+
 /// What a subscriber has read.
 #[derive(Default)]
 struct Seen {
@@ -102,7 +123,7 @@ impl Seen {
         assert!(head.contains("Transfer-Encoding: chunked"), "{head}");
         let mut body = String::new();
         while let Some((size, chunk)) = rest.split_once("\r\n") {
-            let size = usize::from_str_radix(size, 16).unwrap_or_else(|_| panic!("no size of a chunk: {size:?} in {text:?}"));
+            let Ok(size) = usize::from_str_radix(size, 16) else { panic!("no size of a chunk: {size:?} in {text:?}") };
             let Some(end) = chunk.get(size..size + 2) else { break };
             assert_eq!(end, "\r\n", "a chunk's end in {text:?}");
             body += &chunk[..size];
@@ -122,8 +143,8 @@ impl Seen {
         self.blocks().into_iter().filter(|block| block.data.is_some()).collect()
     }
 
-    /// The events that were published: their ids and data.
-    fn heard(&self) -> Vec<(Id, String)> {
+    /// The events, of which none may say that there is a gap.
+    fn heard(&self) -> Vec<Heard> {
         let heard = |event: Block| {
             assert_eq!(event.name, None, "{:?}", self.body());
             (event.id.expect("an event has an id"), event.data.unwrap_or_default())
@@ -133,6 +154,7 @@ impl Seen {
 }
 
 fn block(text: &str) -> Block {
-    let field = |name: &str| text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(": ")).map(String::from);
-    Block { id: field("id").map(|id| id.parse().unwrap()), name: field("event"), data: field("data") }
+    let value = |name: &str| text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(": "));
+    let own = |name| value(name).map(String::from);
+    Block { id: value("id").map(|id| id.parse().unwrap()), name: own("event"), data: own("data") }
 }

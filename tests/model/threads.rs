@@ -9,9 +9,7 @@ fn a_crowd_that_is_behind_shares_few_threads_and_loses_nobody() {
         let server = Arc::new(start_with(config, |server| {
             server.stream("/panic", |_| std::panic::on_purpose()).unwrap();
         }));
-        let hub = server.hub();
-        let publish = |n: usize| (hub.publish("a", Event::new(format!("event {n}"))).unwrap(), format!("event {n}"));
-        let published: Vec<_> = (0..3).map(publish).collect();
+        let published = publisher(&server, "event", 3, Duration::ZERO).join().unwrap();
         let panicking = get(&server, "/panic", ROOMY);
         // Each takes a little, pauses for longer than a turn lasts, and takes the rest.
         let readers: Vec<_> = (0..4)

@@ -17,6 +17,8 @@ use shuttle::{Config, FailurePersistence, MaxSteps, Runner};
 const TIME: usize = 1;
 /// More points than any schedule has that comes to an end.
 const MOST_POINTS: usize = 300_000;
+/// So many of the last points are reported where a model fails.
+const TRAIL: usize = 40;
 const STACK_BYTES: usize = 256 * 1024;
 
 /// Runs the model in many schedules: `SCHEDULES` of them, or as many as fit into `MODEL_SECONDS`. `SEED` repeats one, and
@@ -33,7 +35,8 @@ pub fn check(name: &'static str, limit: Duration, model: impl Fn() + Send + Sync
     config.stack_size = STACK_BYTES;
     config.failure_persistence = FailurePersistence::None;
     config.max_steps = MaxSteps::FailAfter(MOST_POINTS);
-    config.max_time = Some(Duration::from_secs(number("MODEL_SECONDS").unwrap_or(5)));
+    let seconds = number("MODEL_SECONDS").or((most == u64::MAX).then_some(5));
+    config.max_time = seconds.map(Duration::from_secs);
     config.silence_warnings = true;
     let (explorer, started) = (Explorer::new(name, seed.unwrap_or(0), most), Instant::now());
     let schedules = Runner::new(explorer, config).run(move || {
@@ -63,8 +66,12 @@ struct Explorer {
     points: u64,
     /// One of so many choices lets time jump though others can go on; 0 for none.
     early: u64,
-    /// Who went on last, for a report.
-    trail: VecDeque<(usize, String)>,
+    /// Of all choices of this schedule, and of the first one, which is run twice.
+    hash: u64,
+    first: Option<u64>,
+    /// Who went on last, and what everybody is called, for the report.
+    trail: VecDeque<usize>,
+    names: HashMap<usize, String>,
 }
 
 /// SplitMix64.
@@ -87,8 +94,25 @@ impl Random {
 impl Explorer {
     fn new(name: &'static str, next_seed: u64, left: u64) -> Explorer {
         let (started, random) = (Instant::now(), Random(0));
-        let (priorities, changes, explored, lowest, points, early) = (None, Vec::new(), 0, 0, 0, 0);
-        Explorer { name, started, next_seed, left, explored, random, priorities, changes, lowest, points, early, trail: VecDeque::new() }
+        let (priorities, changes, trail, names) = (None, Vec::new(), VecDeque::new(), HashMap::new());
+        let (explored, lowest, points, early, hash, first) = (0, 0, 0, 0, 0, None);
+        Explorer {
+            name,
+            started,
+            next_seed,
+            left,
+            explored,
+            random,
+            priorities,
+            changes,
+            lowest,
+            points,
+            early,
+            hash,
+            first,
+            trail,
+            names,
+        }
     }
 
     fn fall_behind(&mut self, thread: usize) {
@@ -100,26 +124,44 @@ impl Explorer {
 
 impl Scheduler for Explorer {
     fn new_execution(&mut self) -> Option<Schedule> {
+        match (self.explored, self.first) {
+            (1, None) => (self.first, self.next_seed) = (Some(self.hash), self.next_seed - 1),
+            (2, Some(first)) => assert_eq!(self.hash, first, "the seed of a schedule must say all: it was run twice"),
+            _ => {}
+        }
         self.left = self.left.checked_sub(1)?;
         let seed = self.next_seed;
         self.next_seed += 1;
+        self.hash = 0;
         self.explored += 1;
         self.random = Random(seed);
         self.random.next();
         self.priorities = (seed % 2 == 1).then(HashMap::new);
         // Few, and as often among the first ten points as among the next hundred.
         let count = self.random.below(5);
-        self.changes = (0..count).map(|_| { let scale = self.random.below(13); self.random.below(1 << scale) }).collect();
+        self.changes = (0..count)
+            .map(|_| {
+                let scale = self.random.below(13);
+                self.random.below(1 << scale)
+            })
+            .collect();
         (self.lowest, self.points) = (0, 0);
+        self.trail.clear();
+        self.names.clear();
         self.early = [0, 20, 100, 500][self.random.below(4) as usize];
         Some(Schedule::new(seed))
     }
 
     fn next_task(&mut self, runnable: &[&Task], current: Option<TaskId>, is_yielding: bool) -> Option<TaskId> {
         let chosen = self.choose(runnable, current, is_yielding)?;
-        let name = runnable.iter().find(|task| task.id() == chosen).map(|t| t.display_name()).unwrap_or_default();
-        self.trail.push_back((chosen.into(), name));
-        if self.trail.len() > 60 { self.trail.pop_front(); }
+        self.hash = self.hash.wrapping_mul(31).wrapping_add(usize::from(chosen) as u64);
+        if self.trail.len() == TRAIL {
+            self.trail.pop_front();
+        }
+        self.trail.push_back(chosen.into());
+        if let Some(task) = runnable.iter().find(|task| task.id() == chosen) {
+            self.names.entry(chosen.into()).or_insert_with(|| task.display_name());
+        }
         Some(chosen)
     }
 
@@ -163,7 +205,8 @@ impl Drop for Explorer {
         if ::std::thread::panicking() {
             let (name, explored, seconds) = (self.name, self.explored, self.started.elapsed().as_secs_f64());
             let seed = self.next_seed - 1;
-            eprintln!("last: {:?}", self.trail);
+            let trail: Vec<_> = self.trail.iter().map(|thread| self.names[thread].as_str()).collect();
+            eprintln!("who went on at the last points: {}", trail.join(", "));
             eprintln!("model {name}: found in schedule {explored}, after {seconds:.1} s; again with SEED={seed}");
         }
     }

@@ -72,7 +72,11 @@ impl Condvar {
         }
     }
 
-    fn wait_until<'a, T>(&self, guard: MutexGuard<'a, T>, until: Option<Instant>) -> (LockResult<MutexGuard<'a, T>>, bool) {
+    fn wait_until<'a, T>(
+        &self,
+        guard: MutexGuard<'a, T>,
+        until: Option<Instant>,
+    ) -> (LockResult<MutexGuard<'a, T>>, bool) {
         let mutex = guard.mutex;
         drop(guard); // has its point before the lock is free and none after: nobody can wake this thread before it sleeps
         let is_late = self.0.sleep(until);
