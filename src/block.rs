@@ -85,7 +85,7 @@ fn id_of(frame: &str) -> Option<(Id, bool)> {
 
 /// A block of these fields, those that have a value, and this frame, with its sum.
 pub fn encode_block(id: Id, fields: &[(&str, Option<&str>)], frame: &str) -> Encoded {
-    let mut block = String::with_capacity(frame.len() + 96);
+    let mut block = String::with_capacity(256); // the frame is not in it
     for (field, value) in fields {
         if let Some(value) = value {
             block.extend([field, ": ", value, "\n"]);

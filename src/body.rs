@@ -80,7 +80,8 @@ impl Body {
         // What came with the head is used first; `unread` may also hold the next request, so only `left` bytes are
         // taken.
         if reader.unread().is_empty() {
-            reader.fill_body()?;
+            self.left -= reader.read_body(out, self.left)? as u64;
+            return Ok(true);
         }
         let taken = usize::try_from(self.left).unwrap_or(usize::MAX).min(reader.unread().len());
         out.extend_from_slice(&reader.unread()[..taken]);

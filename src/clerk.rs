@@ -6,7 +6,7 @@
 
 use crate::subscription::Streams;
 use crate::sync::start_thread;
-use crate::system::AddressSpace;
+use crate::system::{AddressSpace, Room};
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
@@ -18,7 +18,7 @@ const SLEEP_TIME: Duration = Duration::from_secs(60);
 /// How long it waits before it asks for a thread again where the system has none to give.
 const NO_THREAD_PAUSE: Duration = Duration::from_millis(20);
 
-/// Starts the clerk. It ends once its desk is closed and empty.
+/// Starts the clerk. It ends once its desk is closed.
 ///
 /// # Errors
 /// No thread can be started.
@@ -40,7 +40,7 @@ fn work(streams: &Arc<Streams>, space: &AddressSpace) {
 
 /// Starts the threads that are missing, and makes room where none may be started. Returns when to look again.
 fn look_at_threads(streams: &Streams, space: &AddressSpace) -> Instant {
-    let look = streams.pool.look(|| space.has_room());
+    let look = streams.pool.look(|| space.look() >= Room::Threads);
     for _ in 0..look.in_want {
         streams.places.free_thread();
     }

@@ -83,7 +83,8 @@ pub struct Config {
     pub retry: Duration,
     /// Newest events kept of each topic (1,000).
     pub keep_events: usize,
-    /// Bytes kept of all topics together (64 MiB), each event counted with 136 bytes of bookkeeping.
+    /// Bytes kept of all topics together (64 MiB), counted as the memory that they take: an event with its bookkeeping is
+    /// cut into pieces of 128 bytes, which take 140 each. So a small event counts as some 150 bytes.
     pub keep_bytes: usize,
     /// How long an event is kept (24 h).
     pub keep_age: Duration,

@@ -164,19 +164,19 @@ impl Connection {
     /// The connection is closed.
     pub fn deliver(&self, state: &mut State, run: &Run, now: Instant) -> Result<u64, Reason> {
         // Leg 5 of the proof in `subscription.rs`: what was replayed and still stood in the queue is skipped.
-        let first = run.events.partition_point(|(event, _)| event.id <= state.cursor);
+        let first = run.events.partition_point(|(id, _)| *id <= state.cursor);
         let start = run.end_of(first);
         let reached = start + self.write_some(state, &run.bytes[start..])?;
         // The cursor moves by whole events only: what was begun is finished from `unfinished`, never replayed.
         let whole = run.events.partition_point(|(_, end)| *end <= reached);
         if whole > first {
-            state.cursor = run.events[whole - 1].0.id;
+            state.cursor = run.events[whole - 1].0;
             state.sent += (whole - first) as u64;
             state.wrote = now;
             state.stalled = Duration::ZERO;
         }
-        if let Some((event, _)) = run.events.get(whole) {
-            let (what, offset) = (Outgoing::Event(event.clone()), reached - run.end_of(whole));
+        if whole < run.events.len() {
+            let (what, offset) = (Outgoing::Event(run.event(whole)), reached - run.end_of(whole));
             state.unfinished = Some(Unfinished { what, offset });
         }
         Ok((whole - first) as u64)
@@ -282,12 +282,12 @@ impl Connection {
         drop(state); // the write may take a while
         let bytes = what.bytes(framing);
         let mut reached = offset + write_now(&self.socket, &bytes[offset..])?;
-        if reached < bytes.len() {
+        if reached == bytes.len() {
+            stalled = Duration::ZERO;
+        } else if may_wait() {
             self.set_nonblocking(false)?;
             reached += self.write_waiting(&bytes[reached..], deadline, &mut stalled, may_wait)?;
             self.set_nonblocking(true)?;
-        } else {
-            stalled = Duration::ZERO;
         }
         let is_whole = reached == bytes.len();
         let mut state = enter(&self.state);

@@ -44,7 +44,7 @@ impl History {
     /// From that long ago. By moments, not ids; only what the gap says of it is by the clock on the wall.
     fn start_ago(&self, names: &[Arc<str>], time: Duration) -> (Id, Option<Encoded>) {
         let limit_ms = self.ago_ms(time);
-        let first = self.topics(names).filter_map(|topic| topic.first_since(limit_ms)).min();
+        let first = self.topics(names).filter_map(|topic| self.first_since(topic, limit_ms)).min();
         let cursor = first.map_or(self.newest(), Id::before);
         if self.newest_forgotten_of(names).moment_ms < limit_ms {
             return (cursor, None);
@@ -86,14 +86,13 @@ impl History {
             return Next::Gap(self.gap(names, Some(cursor), cursor));
         }
         let mut run = Run::new(framing);
-        let mut heads: Vec<_> = self.topics(names).map(|topic| topic.after(cursor)).collect();
-        // In each topic the ids rise, so the next of all is the lowest of the topics' next ones.
-        let id_ahead = |event: Option<&Encoded>| event.map_or(Id::MAX, |event| event.id);
-        while let Some(head) = heads.iter_mut().min_by_key(|head| id_ahead((**head).clone().next())) {
-            match head.next() {
-                Some(event) if run.has_room_for(event) => run.push(event),
-                _ => break,
-            }
+        let mut heads: Vec<_> = self.topics(names).map(|topic| self.after(topic, cursor).peekable()).collect();
+        loop {
+            // In each topic the ids rise, so the next of all is the lowest of the topics' next ones.
+            let ahead = heads.iter_mut().filter_map(|head| Some((head.peek()?.0.point, head)));
+            let Some((_, head)) = ahead.min_by_key(|(point, _)| *point) else { break };
+            let Some((entry, chain)) = head.next_if(|(entry, _)| run.has_room_for(entry.layout)) else { break };
+            run.append(entry.point.id, |bytes| self.copy(chain, entry.layout.wire(framing), bytes));
         }
         if run.bytes.is_empty() { Next::Nothing } else { Next::Events(run) }
     }
@@ -104,7 +103,7 @@ impl History {
     }
 
     fn oldest_after(&self, names: &[Arc<str>], cursor: Id) -> Option<Id> {
-        self.topics(names).filter_map(|topic| topic.after(cursor).next()).map(|event| event.id).min()
+        self.topics(names).filter_map(|topic| self.after(topic, cursor).next()).map(|(entry, _)| entry.point.id).min()
     }
 
     /// The event that says that something may be missing between `after`, the id that was asked for, and `oldest`, from

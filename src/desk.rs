@@ -6,10 +6,12 @@
 
 use crate::connection::Connection;
 use crate::sync::{Condvar, Mutex, enter, wait};
-use std::collections::BTreeMap;
-use std::mem::{replace, take};
+use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 use std::time::Instant;
+
+/// What the clerk takes at once: where thousands are let go, it must still look at the threads meanwhile.
+const TAKEN_AT_ONCE: usize = 1_000;
 
 #[derive(Default)]
 pub struct Desk {
@@ -19,7 +21,7 @@ pub struct Desk {
 
 #[derive(Default)]
 struct Papers {
-    let_go: Vec<Arc<Connection>>,
+    let_go: VecDeque<Arc<Connection>>,
     /// When each subscriber's time is over, with its serial number.
     due: BTreeMap<(Instant, u64), Arc<Connection>>,
     /// Somebody has rung.
@@ -39,7 +41,7 @@ impl Desk {
     /// Lays down whom a lane let go. Never waits; may be called under the connection's state.
     pub fn let_go(&self, c: Arc<Connection>) {
         let mut papers = enter(&self.papers);
-        papers.let_go.push(c);
+        papers.let_go.push_back(c);
         if papers.let_go.len() == 1 {
             self.bell.notify_one();
         }
@@ -68,26 +70,29 @@ impl Desk {
         enter(&self.papers).due.remove(&(at, serial));
     }
 
-    /// The clerk is to end once nothing lies here.
+    /// The clerk is to end: the server has stopped, and nobody needs what still lies here.
     pub fn close(&self) {
-        enter(&self.papers).is_closed = true;
+        *enter(&self.papers) = Papers { is_closed: true, ..Papers::default() };
         self.bell.notify_one();
     }
 
-    /// Waits until something is here or due, somebody has rung, or the time has come. None once it is closed and empty.
+    /// Waits until something is here or due, somebody has rung, or the time has come. None once it is closed.
     pub fn wait(&self, until: Instant) -> Option<Work> {
         let mut papers = enter(&self.papers);
         loop {
             let now = Instant::now();
             let due_at = papers.due.first_key_value().map(|((at, _), _)| *at);
             let wake_at = due_at.map_or(until, |at| at.min(until));
-            if !papers.let_go.is_empty() || papers.has_rung || wake_at <= now {
-                papers.has_rung = false;
-                let later = papers.due.split_off(&(now, u64::MAX));
-                let due = replace(&mut papers.due, later).into_values().collect();
-                return Some(Work { let_go: take(&mut papers.let_go), due });
-            } else if papers.is_closed {
+            if papers.is_closed {
                 return None;
+            } else if !papers.let_go.is_empty() || papers.has_rung || wake_at <= now {
+                papers.has_rung = false;
+                let mut due = Vec::new();
+                while let Some(first) = papers.due.first_entry().filter(|first| first.key().0 <= now) {
+                    due.push(first.remove());
+                }
+                let count = papers.let_go.len().min(TAKEN_AT_ONCE);
+                return Some(Work { let_go: papers.let_go.drain(..count).collect(), due });
             }
             papers = wait(&self.bell, papers, wake_at.duration_since(now));
         }

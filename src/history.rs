@@ -10,28 +10,35 @@
 //! ([`Steady`]). Moments and ids rise together, in each topic and over all. Nothing here waits: the caller has the
 //! lock.
 
+use crate::cells::{Cells, Chain, MOST_BYTES};
 use crate::clock::{Steady, millis};
 use crate::config::Config;
-use crate::encoded::Encoded;
+use crate::encoded::Parts;
+use crate::entry::{Entry, Point};
 use crate::event::Id;
 use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::hash::{BuildHasher, RandomState};
 use std::io::{self, ErrorKind};
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
-
-/// Bytes that a kept event costs beside its own: its part of the queue, its counted pointer, its part of the indexes.
-const EVENT_OVERHEAD: usize = 136;
-/// The same for a key, whose text is counted twice: in the map and in the event.
-const KEY_OVERHEAD: usize = 96;
 
 /// What subscribers ask of it is in `cursor.rs`.
 pub struct History {
     topics: HashMap<Arc<str>, Topic>,
+    /// All kept events (`entry.rs`).
+    cells: Cells,
+    /// The event of each key that is kept, by the hash of its topic's name and the key; forgotten with it. Should two keys
+    /// have one hash, which nobody can bring about, the earlier one is forgotten early.
+    keys: HashMap<u64, Id>,
+    hasher: RandomState,
     /// The oldest event of each topic that keeps any. The first of them is the oldest of all: the next to be forgotten.
     oldest: BTreeMap<Point, Arc<str>>,
     events: usize,
-    /// As [`KeptEvent::cost`] counts; at most `keep_bytes`.
+    /// As [`Entry::cost`] counts; at most `keep_bytes`.
     bytes: usize,
+    /// How many bytes of the journal all kept events take.
+    block_bytes: u64,
     /// The newest id that subscribers may have seen, over all topics.
     newest: Id,
     /// The newest that was forgotten by topics which have left the table; a topic that enters it begins with this.
@@ -46,25 +53,11 @@ pub struct History {
 #[derive(Default)]
 pub struct Topic {
     name: Arc<str>,
-    events: VecDeque<KeptEvent>,
-    /// The event of each key that is kept; forgotten with it.
-    keys: HashMap<Arc<str>, Id>,
+    /// Oldest first.
+    events: VecDeque<Chain>,
     /// The newest that it has forgotten.
     pub newest_forgotten: Point,
     subscribers: usize,
-}
-
-struct KeptEvent {
-    event: Encoded,
-    key: Option<Arc<str>>,
-    moment_ms: u64,
-}
-
-/// An id and its moment.
-#[derive(Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord)]
-pub struct Point {
-    pub id: Id,
-    pub moment_ms: u64,
 }
 
 /// A walk over the kept events, some at a time, so that nobody waits long for the lock meanwhile. What is forgotten
@@ -89,14 +82,18 @@ impl History {
         let clock = Steady::start();
         History {
             topics: HashMap::new(),
+            cells: Cells::new(config.keep_bytes.min(MOST_BYTES)),
+            keys: HashMap::new(),
+            hasher: RandomState::new(),
             oldest: BTreeMap::new(),
             events: 0,
             bytes: 0,
+            block_bytes: 0,
             newest: base,
             newest_forgotten: Point { id: base, moment_ms: clock.before_start(base.ms) },
             clock,
             keep_events: config.keep_events,
-            keep_bytes: config.keep_bytes,
+            keep_bytes: config.keep_bytes.min(MOST_BYTES),
             keep_age: config.keep_age,
             topic_limit: config.topics,
         }
@@ -110,14 +107,16 @@ impl History {
         Totals { topics: self.topics.len(), events: self.events, bytes: self.bytes }
     }
 
-    /// How many bytes of the journal all kept events take, and a little more.
+    /// How many bytes of the journal all kept events take.
     pub fn block_bytes(&self) -> u64 {
-        (self.bytes - EVENT_OVERHEAD * self.events) as u64
+        self.block_bytes
     }
 
     /// The id of the kept event that was published to this topic with this key.
     pub fn id_of_key(&self, name: &str, key: &str) -> Option<Id> {
-        self.topics.get(name)?.keys.get(key).copied()
+        let id = *self.keys.get(&self.hasher.hash_one((name, key)))?;
+        let (entry, chain) = self.after(self.topics.get(name)?, id.before()).next()?;
+        Some(id).filter(|_| entry.point.id == id && entry.key(&self.cells, chain).as_deref() == Some(key))
     }
 
     /// Whether an event may be published to this topic, or all names are in use.
@@ -135,29 +134,33 @@ impl History {
 
     /// Keeps an event that is published now; ids must rise from call to call. Returns its topic's name if anyone
     /// follows it: only then must the lanes know of the event, since whoever follows the topic later finds it kept.
-    pub fn insert(&mut self, name: &str, event: Encoded, key: Option<Arc<str>>) -> Option<Arc<str>> {
+    pub fn insert(&mut self, name: &str, event: &Parts, key: Option<&str>) -> Option<Arc<str>> {
         let moment_ms = self.clock.now_ms();
-        self.keep(name, KeptEvent { event, key, moment_ms })
+        self.keep(name, event, key, moment_ms)
     }
 
     /// Keeps an event of an earlier process. What is too old goes at once, or a long journal would fill memory.
-    pub fn restore(&mut self, name: &str, event: Encoded, key: Option<Arc<str>>) {
+    pub fn restore(&mut self, name: &str, event: &Parts, key: Option<&str>) {
         self.expire();
         let moment_ms = self.clock.before_start(event.id.ms);
-        self.keep(name, KeptEvent { event, key, moment_ms });
+        self.keep(name, event, key, moment_ms);
     }
 
-    fn keep(&mut self, name: &str, kept: KeptEvent) -> Option<Arc<str>> {
+    fn keep(&mut self, name: &str, event: &Parts, key: Option<&str>, moment_ms: u64) -> Option<Arc<str>> {
+        let (entry, chain) = Entry::keep(&mut self.cells, event, key.unwrap_or_default(), moment_ms);
+        if let Some(key) = key.filter(|key| !key.is_empty()) {
+            self.keys.insert(self.hasher.hash_one((name, key)), event.id);
+        }
         let topic = self.topic(name);
-        let (point, is_first, cost) = (kept.point(), topic.events.is_empty(), kept.cost());
-        topic.keys.extend(kept.key.clone().map(|key| (key, point.id)));
-        topic.events.push_back(kept);
+        let is_first = topic.events.is_empty();
+        topic.events.push_back(chain);
         let (name, count, is_followed) = (topic.name.clone(), topic.events.len(), topic.subscribers > 0);
         self.events += 1;
-        self.bytes += cost;
-        self.newest = self.newest.max(point.id);
+        self.bytes += entry.cost();
+        self.block_bytes += entry.layout.block_len() as u64;
+        self.newest = self.newest.max(event.id);
         if is_first {
-            self.oldest.insert(point, name.clone());
+            self.oldest.insert(entry.point, name.clone());
         }
         if count > self.keep_events {
             self.forget_oldest_of(&name);
@@ -239,28 +242,27 @@ impl History {
         Walk { heads, until: self.newest }
     }
 
-    /// The next events of a walk, in the order of their ids, of about `bytes` bytes together. None at its end.
-    pub fn walk_on(&self, walk: &mut Walk, bytes: usize) -> Vec<Encoded> {
-        let (mut events, mut taken) = (Vec::new(), 0);
-        while taken < bytes
+    /// The blocks of a walk's next events, in the order of their ids, about `most` bytes. None at its end.
+    pub fn walk_on(&self, walk: &mut Walk, most: usize) -> Vec<u8> {
+        let mut blocks = Vec::new();
+        while blocks.len() < most
             && let Some((id, name)) = walk.heads.pop_first()
         {
-            let first = |topic: &Topic| topic.events.partition_point(|kept| kept.event.id < id);
-            let rest = self.topics.get(&name).map(|topic| topic.events.range(first(topic)..));
-            for kept in rest.into_iter().flatten() {
-                let id = kept.event.id;
-                let is_next = walk.heads.first_key_value().is_none_or(|(other, _)| id < *other);
-                if id > walk.until {
+            let rest = self.topics.get(&name).map(|topic| self.after(topic, id.before()));
+            for (entry, chain) in rest.into_iter().flatten() {
+                let is_next = walk.heads.first_key_value().is_none_or(|(other, _)| entry.point.id < *other);
+                if entry.point.id > walk.until {
                     break; // this topic's walk is over
-                } else if !is_next || taken >= bytes {
-                    walk.heads.insert(id, name);
+                } else if !is_next || blocks.len() >= most {
+                    walk.heads.insert(entry.point.id, name);
                     break;
                 }
-                taken += kept.cost();
-                events.push(kept.event.clone());
+                for part in entry.layout.block() {
+                    self.copy(chain, part, &mut blocks);
+                }
             }
         }
-        events
+        blocks
     }
 
     /// The newest id that this topic has forgotten, or any other where it is not in the table.
@@ -290,23 +292,36 @@ impl History {
 
     fn forget_oldest_of(&mut self, name: &Arc<str>) {
         let Some(topic) = self.topics.get_mut(name) else { return };
-        let Some(kept) = topic.events.pop_front() else { return };
-        let point = kept.point();
-        self.oldest.remove(&point);
+        let Some(chain) = topic.events.pop_front() else { return };
+        let entry = Entry::of(&self.cells, &chain);
+        self.oldest.remove(&entry.point);
         self.events -= 1;
-        self.bytes -= kept.cost();
-        topic.newest_forgotten = topic.newest_forgotten.max(point);
-        if let Some(key) = kept.key.filter(|key| topic.keys.get(key) == Some(&point.id)) {
-            topic.keys.remove(&key);
-        }
+        self.bytes -= entry.cost();
+        self.block_bytes -= entry.layout.block_len() as u64;
+        topic.newest_forgotten = topic.newest_forgotten.max(entry.point);
         // Room that a busier hour has reserved is given back: the budget does not count it.
         if topic.events.len() * 4 < topic.events.capacity() {
             topic.events.shrink_to(topic.events.len() * 2);
-            topic.keys.shrink_to(topic.keys.len() * 2);
         }
-        match topic.events.front() {
-            Some(next) => drop(self.oldest.insert(next.point(), name.clone())),
+        let next = topic.events.front().map(|next| Entry::of(&self.cells, next).point);
+        if let Some(key) = entry.key(&self.cells, &chain) {
+            self.forget_key(name, &key, entry.point.id);
+        }
+        self.cells.remove(chain);
+        match next {
+            Some(next) => drop(self.oldest.insert(next, name.clone())),
             None => self.remove_if_unused(name),
+        }
+    }
+
+    /// Forgets a key with its event, unless a later one has it.
+    fn forget_key(&mut self, name: &str, key: &str, id: Id) {
+        let hash = self.hasher.hash_one((name, key));
+        if self.keys.get(&hash) == Some(&id) {
+            self.keys.remove(&hash);
+        }
+        if self.keys.len() * 4 < self.keys.capacity() {
+            self.keys.shrink_to(self.keys.len() * 2);
         }
     }
 
@@ -327,28 +342,29 @@ impl History {
     pub fn newest_forgotten_of(&self, names: &[Arc<str>]) -> Point {
         self.topics(names).map(|topic| topic.newest_forgotten).max().unwrap_or(self.newest_forgotten)
     }
-}
 
-impl Topic {
-    /// The kept events after `cursor`, oldest first.
-    pub fn after(&self, cursor: Id) -> impl Iterator<Item = &Encoded> + Clone {
-        let first = self.events.partition_point(|kept| kept.event.id <= cursor);
-        self.events.range(first..).map(|kept| &kept.event)
+    /// The kept events of a topic after `cursor`, oldest first.
+    pub fn after<'a>(&'a self, topic: &'a Topic, cursor: Id) -> impl Iterator<Item = (Entry, &'a Chain)> {
+        self.from(topic, move |point| point.id > cursor)
     }
 
-    /// The first kept event since that moment.
-    pub fn first_since(&self, moment_ms: u64) -> Option<Id> {
-        let first = self.events.partition_point(|kept| kept.moment_ms < moment_ms);
-        self.events.get(first).map(|kept| kept.event.id)
-    }
-}
-
-impl KeptEvent {
-    fn point(&self) -> Point {
-        Point { id: self.event.id, moment_ms: self.moment_ms }
+    /// The first kept event of a topic since that moment.
+    pub fn first_since(&self, topic: &Topic, moment_ms: u64) -> Option<Id> {
+        self.from(topic, |point| point.moment_ms >= moment_ms).next().map(|(entry, _)| entry.point.id)
     }
 
-    fn cost(&self) -> usize {
-        EVENT_OVERHEAD + self.event.memory() + self.key.as_ref().map_or(0, |key| 2 * key.len() + KEY_OVERHEAD)
+    /// The kept events of a topic from the first one on that `is_there`.
+    fn from<'a>(
+        &'a self,
+        topic: &'a Topic,
+        is_there: impl Fn(Point) -> bool,
+    ) -> impl Iterator<Item = (Entry, &'a Chain)> {
+        let first = topic.events.partition_point(|chain| !is_there(Entry::of(&self.cells, chain).point));
+        topic.events.range(first..).map(|chain| (Entry::of(&self.cells, chain), chain))
+    }
+
+    /// Appends a part of a kept event's bytes to `out`.
+    pub fn copy(&self, chain: &Chain, part: Range<usize>, out: &mut Vec<u8>) {
+        Entry::copy(&self.cells, chain, part, out);
     }
 }

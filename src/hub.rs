@@ -11,12 +11,12 @@ use crate::block::{Block, encode_block};
 use crate::clock::now_ms;
 use crate::config::{Config, Log};
 use crate::connection::STOPPING;
-use crate::encoded::Encoded;
+use crate::encoded::{Begun, Parts};
 use crate::event::{Event, Id};
 use crate::history::{History, Totals};
 use crate::journal::Journal;
 use crate::kept::{Kept, restore};
-use crate::lane::Lane;
+use crate::lane::{Ending, Lane};
 use crate::log::Logger;
 use crate::metrics::Counters;
 use crate::rewrite::Snapshot;
@@ -99,6 +99,8 @@ pub struct Core {
     is_journal_failing: AtomicBool,
     /// Locked shortly, under the order lock or alone. A snapshot for the journal has a share of it.
     history: Arc<Mutex<History>>,
+    /// Locked shortly, and nothing is locked under it.
+    pub begun: Mutex<Begun>,
     log: Arc<Logger>,
 }
 
@@ -122,6 +124,7 @@ impl Core {
             turns: Turns { order, ended: Condvar::new(), work: Condvar::new() },
             is_journal_failing: AtomicBool::new(false),
             history,
+            begun: Mutex::default(),
             log: log.clone(),
             config,
         })
@@ -160,10 +163,10 @@ impl Core {
 
     /// Has the lanes end all live streams, once the server stops. Under the order lock, so that each lane has everything
     /// before it that was published, and nothing after.
-    pub fn end_streams(&self) {
+    pub fn end_streams(&self, deadline: Instant) {
         let _order = enter(&self.turns.order);
-        let newest = self.history().newest();
-        self.lanes.iter().for_each(|lane| lane.end_streams(newest, self.config.retry));
+        let ending = Ending { newest: self.history().newest(), retry: self.config.retry, deadline };
+        self.lanes.iter().for_each(|lane| lane.end_streams(ending));
     }
 
     /// The history, without what is too old. Whoever holds it may take a connection's state, but not the order lock.
@@ -253,7 +256,7 @@ impl Core {
         // Both ways make the same event; for the journal, its fields stand before the frame. The id is inside the frame,
         // so whoever numbers events must do so before this.
         if self.config.journal.is_none() {
-            self.hand_out(topic, Encoded::new(id, b"", frame.as_bytes()), key);
+            self.hand_out(topic, &Parts::new(id, b"", frame.as_bytes()), key.as_deref());
             return Ok((id, None));
         }
         let event = encode_block(id, &[("topic", Some(topic)), ("key", key.as_deref())], &frame);
@@ -365,7 +368,7 @@ impl Core {
         }
         for unwritten in order.take(count) {
             if result.is_ok() {
-                self.hand_out(&unwritten.topic, unwritten.event.clone(), unwritten.key.clone());
+                self.hand_out(&unwritten.topic, &unwritten.event.parts(), unwritten.key.as_deref());
             }
             let _ = unwritten.outcome.set(result.clone());
         }
@@ -378,10 +381,11 @@ impl Core {
 
     /// Keeps an event, and then queues it for every lane, in this order: leg 4 of the proof in `subscription.rs`.
     /// Called in the order of the ids, under the order lock; it may wait for room in a queue.
-    fn hand_out(&self, topic: &str, event: Encoded, key: Option<Arc<str>>) {
-        let followed = enter(&self.history).insert(topic, event.clone(), key);
+    fn hand_out(&self, topic: &str, event: &Parts, key: Option<&str>) {
+        let followed = enter(&self.history).insert(topic, event, key);
         self.counters.published.fetch_add(1, Relaxed);
         if let Some(topic) = followed {
+            let event = event.encode();
             self.lanes.iter().for_each(|lane| lane.send(&topic, &event));
         }
     }

@@ -158,7 +158,7 @@ impl Journal {
 
     /// Appends from where on ids are given, as a new file's first block would: or yet another death might repeat them.
     fn note_base(&mut self, take_snapshot: TakeSnapshot) -> io::Result<()> {
-        take_snapshot(None).next().iter().try_for_each(|mark| self.write(&mark.block().concat()))?;
+        self.write(&take_snapshot(None).next())?;
         self.file.sync_data()
     }
 

@@ -6,7 +6,7 @@
 //! publishing and replays wait for that lock.
 
 use crate::block::{Block, encode_block};
-use crate::encoded::Encoded;
+use crate::encoded::Parts;
 use crate::event::Id;
 use crate::history::{History, Walk};
 use crate::rewrite::Snapshot;
@@ -24,7 +24,7 @@ pub fn restore(history: &mut History, block: Block, bytes: &[u8]) {
     match topic {
         Some(name) if !is_mark => {
             let (fields, frame) = bytes.split_at(frame_at);
-            history.restore(name, Encoded::new(id, fields, frame), key.map(Arc::from));
+            history.restore(name, &Parts::new(id, fields, frame), key);
         }
         _ => history.restore_newest_forgotten(topic, id),
     }
@@ -56,19 +56,19 @@ impl Kept {
 }
 
 impl Snapshot for Kept {
-    fn next(&mut self) -> Vec<Encoded> {
+    fn next(&mut self) -> Vec<u8> {
         if let Some(others) = self.others.take() {
-            return vec![mark("boot", self.boot.as_deref(), others)];
+            return mark("boot", self.boot.as_deref(), others);
         }
         let topics: Vec<_> = self.topics[self.marked..].iter().take(STEP_MARKS).collect();
         self.marked += topics.len();
         if !topics.is_empty() {
-            return topics.into_iter().map(|(name, id)| mark("topic", Some(name), *id)).collect();
+            return topics.into_iter().flat_map(|(name, id)| mark("topic", Some(name), *id)).collect();
         }
         enter(&self.history).walk_on(&mut self.walk, STEP_BYTES)
     }
 
-    fn last(&mut self) -> Vec<Encoded> {
+    fn last(&mut self) -> Vec<u8> {
         let history = enter(&self.history);
         // `newest_forgotten` also answers for a topic that has left the table meanwhile.
         let now = |(name, before): &(Arc<str>, Id)| {
@@ -76,11 +76,11 @@ impl Snapshot for Kept {
         };
         let changed: Vec<_> = self.topics.iter().filter_map(now).collect();
         drop(history);
-        changed.iter().map(|(name, id)| mark("topic", Some(name), *id)).collect()
+        changed.iter().flat_map(|(name, id)| mark("topic", Some(name), *id)).collect()
     }
 }
 
 /// A block without data: everything up to `id` is forgotten.
-fn mark(field: &str, value: Option<&str>, id: Id) -> Encoded {
-    encode_block(id, &[(field, value)], &format!("id: {id}\n\n"))
+fn mark(field: &str, value: Option<&str>, id: Id) -> Vec<u8> {
+    encode_block(id, &[(field, value)], &format!("id: {id}\n\n")).block().concat()
 }

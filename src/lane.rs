@@ -62,10 +62,20 @@ enum ToLane {
     Weight,
     /// Somebody leaves, whose socket should be closed soon.
     Change,
-    /// Every live stream ends, after the events before this: the newest of them, and the reconnection time.
-    EndStreams(Id, Duration),
+    /// Every live stream ends, after the events before this.
+    EndStreams(Ending),
     /// The lane ends, whatever stands after this.
     Stop,
+}
+
+/// How live streams end when the server stops.
+#[derive(Clone, Copy)]
+pub struct Ending {
+    /// The newest event that was published.
+    pub newest: Id,
+    pub retry: Duration,
+    /// Whoever was not reached by then is cut.
+    pub deadline: Instant,
 }
 
 enum Change {
@@ -124,10 +134,9 @@ impl Lane {
         let _ = self.queue.try_send(ToLane::Change);
     }
 
-    /// Ends all live streams, after what is queued already. Called with the order lock held, once the server stops:
-    /// `newest` is the newest event that was published.
-    pub fn end_streams(&self, newest: Id, retry: Duration) {
-        let _ = self.queue.send(ToLane::EndStreams(newest, retry));
+    /// Ends all live streams, after what is queued already. Called with the order lock held, once the server stops.
+    pub fn end_streams(&self, ending: Ending) {
+        let _ = self.queue.send(ToLane::EndStreams(ending));
     }
 
     pub fn stop(&self) {
@@ -203,7 +212,7 @@ impl Worker {
         match message {
             ToLane::Event(topic, event) => {
                 // Of another topic, it would go to other subscribers: what there is goes first, which keeps the order.
-                if self.topic_of_run.as_ref() != Some(&topic) || !self.run.has_room_for(&event) {
+                if self.topic_of_run.as_ref() != Some(&topic) || !self.run.has_room_for(event.layout) {
                     self.write_run();
                     self.topic_of_run = Some(topic);
                 }
@@ -211,9 +220,9 @@ impl Worker {
             }
             ToLane::Weight => {}
             ToLane::Change => self.take_changes(),
-            ToLane::EndStreams(newest, retry) => {
+            ToLane::EndStreams(ending) => {
                 self.write_run();
-                self.end_streams(newest, retry);
+                self.end_streams(ending);
             }
             ToLane::Stop => return ControlFlow::Break(()),
         }
@@ -333,8 +342,11 @@ impl Worker {
     }
 
     /// Ends every live stream of topics, whose frame has ended, since it is live. A handler ends its own.
-    fn end_streams(&self, newest: Id, retry: Duration) {
+    fn end_streams(&self, Ending { newest, retry, deadline }: Ending) {
         for c in self.everyone.values() {
+            if Instant::now() >= deadline {
+                return;
+            }
             let mut state = enter(&c.state);
             if state.phase == Phase::Live && state.subscriber.is_some() {
                 c.end_now(&state, STOPPING, spread(retry, 50, 150), Some(newest).filter(|id| *id > state.cursor));

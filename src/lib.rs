@@ -57,7 +57,7 @@
 //! | the order, in `hub` | from numbering an event to the last lane's queue; with a journal twice, to number it and to hand it out, but not while it is written | that ids, kept events, queues have one order; whose turn the journal is |
 //! | the history, in `hub` | shortly; never during I/O once others may look at it | the kept events and the table of topics |
 //! | the state, in `connection` | during one non-blocking write | whose the socket is, and the cursor |
-//! | the changes, in `lane`, and the papers, in `desk` | shortly, and nothing is locked under them | who joins and leaves a lane; whom lanes let go |
+//! | the changes, in `lane`, the papers, in `desk`, and the begun events, in `hub` | shortly, and nothing is locked under them | who joins and leaves a lane; whom lanes let go; the bytes that slow readers share |
 //! | the tables, in `places` and `routes`, and the lines, in `pool` | shortly, under no other lock | which connections are open; what is at a path; who waits for a thread |
 //! | the date of now, in `clock` | shortly, and nothing is locked under it | one line of every response |
 //!
@@ -98,6 +98,8 @@ mod recovery; // reading the journal at the start
 mod block; // what it is made of
 mod cursor; // where a stream starts, what comes next, gaps
 mod history; // kept events, and what was forgotten
+mod entry; // a kept event in its cells
+mod cells; // where the bytes of all of them are
 mod lane; // writing to whoever is live
 mod door; // who may do what: hosts, origins, tokens
 mod lines; // the lines of a PUT
@@ -136,6 +138,10 @@ pub mod fuzzing;
 #[cfg(all(test, not(shuttle)))]
 #[path = "../tests/turn.rs"]
 mod turn;
+
+#[cfg(all(test, not(shuttle)))]
+#[path = "../tests/cells.rs"]
+mod cells_test;
 
 #[cfg(all(test, shuttle))]
 #[path = "../tests/model/mod.rs"]

@@ -12,6 +12,7 @@ use crate::sync::{Condvar, Mutex, enter, wait};
 use std::collections::{BTreeMap, HashMap};
 use std::net::{SocketAddr, TcpStream};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
 /// What a connection's thread finds in `cut` when it was closed for a newcomer.
@@ -37,6 +38,8 @@ pub enum Place {
 pub struct Places {
     stream_limit: usize,
     other_limit: usize,
+    /// No more streams are let in, whatever the limit.
+    is_closed_to_streams: AtomicBool,
     /// Held shortly, and under no other lock.
     table: Mutex<Table>,
     /// Notified when a connection has ended; stopping waits here.
@@ -76,6 +79,7 @@ impl Places {
         Places {
             stream_limit: config.subscribers,
             other_limit: config.connections,
+            is_closed_to_streams: AtomicBool::new(false),
             table: Mutex::new(table),
             somebody_left: Condvar::new(),
             stall_time: config.stall_time,
@@ -133,11 +137,17 @@ impl Places {
     pub fn move_to_streams(&self, place: Place, c: &Connection) -> Option<usize> {
         let mut table = enter(&self.table);
         let streams = table.queue(Place::Stream).len() + table.queue(Place::Handler).len();
-        if streams >= self.stream_limit || !table.move_to(place, c) {
+        let is_full = streams >= self.stream_limit || self.is_closed_to_streams.load(Relaxed);
+        if is_full || !table.move_to(place, c) {
             return None;
         }
         table.streams_opened += 1;
         Some(table.streams_opened)
+    }
+
+    /// Lets no more streams in, or lets them in again. Those that are there stay.
+    pub fn close_to_streams(&self, is_closed: bool) {
+        self.is_closed_to_streams.store(is_closed, Relaxed);
     }
 
     /// Gives up the place of a connection that has ended, if it still has one.

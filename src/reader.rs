@@ -8,11 +8,14 @@ use crate::connection::{Connection, LINGER, would_block};
 use crate::response::{Response, refuse};
 use std::borrow::Cow;
 use std::io::{self, ErrorKind, Read};
+use std::mem;
 use std::net::Shutdown;
 use std::time::{Duration, Instant};
 
 /// What one read takes at most: most requests come in one.
 const READ_BYTES: usize = 4096;
+/// The same for a read that is known to be of a body: a large one comes in few.
+const BODY_READ_BYTES: usize = 16 * 1024;
 /// Longest line of the chunked coding: a size with its extensions, or a trailer field. Nobody needs more, and lines
 /// that are thrown away must not be a way to send without end.
 const CHUNK_LINE_BYTES: usize = 256;
@@ -55,11 +58,22 @@ impl<'a> Reader<'a> {
         self.deadline = Some(Instant::now() + time);
     }
 
-    /// One read, which waits until the deadline; it returns how many bytes came, and 0 at the end.
+    /// One read into the buffer, which waits until the deadline; it returns how many bytes came, and 0 at the end.
     ///
     /// # Errors
     /// `WouldBlock` where the deadline has passed; what the system says otherwise.
     pub fn fill(&mut self) -> io::Result<usize> {
+        // Only when more is read: a burst of pipelined requests is not moved for each of them.
+        self.buffer.drain(..self.start);
+        self.start = 0;
+        let mut buffer = mem::take(&mut self.buffer);
+        let read = self.read(&mut buffer, READ_BYTES);
+        self.buffer = buffer;
+        read
+    }
+
+    /// The same, which appends at most `most` bytes to `out`.
+    fn read(&mut self, out: &mut Vec<u8>, most: usize) -> io::Result<usize> {
         let left = self.deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
         if left.is_some_and(|left| left.is_zero()) {
             return Err(ErrorKind::WouldBlock.into());
@@ -70,26 +84,37 @@ impl<'a> Reader<'a> {
             self.c.socket.set_read_timeout(timeout)?;
             self.timeout = Some(timeout);
         }
-        // Only when more is read: a burst of pipelined requests is not moved for each of them.
-        self.buffer.drain(..self.start);
-        self.start = 0;
-        let old = self.buffer.len();
-        self.buffer.resize(old + READ_BYTES, 0);
+        let old = out.len();
+        out.resize(old + most, 0);
         let read = loop {
-            match (&self.c.socket).read(&mut self.buffer[old..]) {
+            match (&self.c.socket).read(&mut out[old..]) {
                 Err(error) if error.kind() == ErrorKind::Interrupted => {}
                 read => break read,
             }
         };
-        self.buffer.truncate(old + read.as_ref().unwrap_or(&0));
+        out.truncate(old + read.as_ref().unwrap_or(&0));
         read
     }
 
-    /// The same in the middle of a body, where the end is an error, too: 400, or 408 when it took too long.
-    pub fn fill_body(&mut self) -> Result<(), Response> {
-        match self.fill() {
+    /// Appends what comes of a body to `out`, without a copy in the buffer; nothing may be unread. `left` is how much of it
+    /// may come. Returns how many bytes came.
+    pub fn read_body(&mut self, out: &mut Vec<u8>, left: u64) -> Result<usize, Response> {
+        let most = usize::try_from(left).map_or(BODY_READ_BYTES, |left| left.min(BODY_READ_BYTES));
+        let read = self.read(out, most);
+        Reader::in_body(read)
+    }
+
+    /// One read into the buffer, in the middle of a body.
+    fn fill_body(&mut self) -> Result<(), Response> {
+        let read = self.fill();
+        Reader::in_body(read).map(drop)
+    }
+
+    /// In the middle of a body the end is an error, too: 400, or 408 when it took too long.
+    fn in_body(read: io::Result<usize>) -> Result<usize, Response> {
+        match read {
             Ok(0) => refuse(400, "the connection ended before the body did"),
-            Ok(_) => Ok(()),
+            Ok(read) => Ok(read),
             Err(error) if would_block(&error) => refuse(408, "the body took too long"),
             Err(error) => refuse(400, format!("the body could not be read: {error}")),
         }

@@ -153,6 +153,7 @@ impl Request {
         if self.body.left <= limit as u64 {
             self.invite_body(reader)?;
             reader.wait_at_most(config.body_time);
+            body.reserve_exact(if is_wanted { self.body.left as usize } else { 0 }); // not by doubling
             // A chunk says its size before it comes, as a whole body does: too much of it is not waited for.
             while self.body.coming(reader)? <= (limit - length) as u64 {
                 let old = body.len();

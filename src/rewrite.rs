@@ -6,7 +6,6 @@
 //! a gap too many is allowed, a silent hole never. The new file is synced in pieces on the way, so that little is left
 //! when it gets the name. It is locked before that, so that no other server can come in between.
 
-use crate::encoded::Encoded;
 use crate::locked::{is_same, sync_directory_of};
 use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io::{self, ErrorKind, Read, Write};
@@ -26,11 +25,11 @@ const _: () = assert!(LAST_BYTES < SYNC_BYTES && SYNC_BYTES <= STEP_BYTES);
 
 /// What a new file has to hold. The journal asks for it and knows no history, so that another store could give it.
 pub trait Snapshot: Send {
-    /// The first block, then marks, then the kept events, some at a time; none at the end. Takes the history's lock
-    /// shortly.
-    fn next(&mut self) -> Vec<Encoded>;
+    /// The first block, then marks, then the kept events' blocks, some at a time; none at the end. Takes the history's
+    /// lock shortly.
+    fn next(&mut self) -> Vec<u8>;
     /// Marks of what has been forgotten since the snapshot began. Asked for once, when nothing can be published.
-    fn last(&mut self) -> Vec<Encoded>;
+    fn last(&mut self) -> Vec<u8>;
 }
 
 /// Takes a snapshot of what is kept now, for a new file whose first block names this boot.
@@ -125,7 +124,7 @@ impl Rewrite {
         if !self.is_copied {
             let blocks = self.snapshot.next();
             self.is_copied = blocks.is_empty();
-            self.write(&joined(&blocks))?;
+            self.write(&blocks)?;
             self.needed = self.length;
             return Ok(false);
         }
@@ -151,7 +150,7 @@ impl Rewrite {
     /// Ends a new file that has all of the old one's blocks. Nothing may be appended to the old one until this has its
     /// name.
     pub fn finish(&mut self, is_synced: bool) -> io::Result<()> {
-        let marks = joined(&self.snapshot.last());
+        let marks = self.snapshot.last();
         self.write(&marks)?;
         self.needed += marks.len() as u64;
         if is_synced { self.file.sync_all() } else { Ok(()) }
@@ -212,12 +211,6 @@ impl Rewrite {
         self.unsynced += bytes.len() as u64;
         Ok(())
     }
-}
-
-fn joined(blocks: &[Encoded]) -> Vec<u8> {
-    let mut bytes = Vec::with_capacity(blocks.iter().map(Encoded::block_len).sum());
-    blocks.iter().flat_map(Encoded::block).for_each(|part| bytes.extend_from_slice(part));
-    bytes
 }
 
 /// Removes the new file of a process that died half-way. If it died just after giving that file the journal's name,

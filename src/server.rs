@@ -22,7 +22,7 @@ use crate::routes::{Route, Routes};
 use crate::stream::Stream;
 use crate::subscription::Streams;
 use crate::sync::{enter, start_thread};
-use crate::system::{self, AddressSpace};
+use crate::system::{self, AddressSpace, Room};
 use crossbeam_channel::{Receiver, Sender, bounded};
 use std::io::{self, ErrorKind};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
@@ -296,10 +296,12 @@ fn admit_all(shared: &Arc<Shared>, space: &AddressSpace, accepted: &Receiver<(Tc
 /// for the peer.
 fn admit(shared: &Arc<Shared>, space: &AddressSpace, socket: TcpStream, peer: SocketAddr) {
     let Streams { core, places, log, .. } = &*shared.streams;
-    let has_space = space.has_room();
+    let room = space.look();
+    let has_space = room > Room::Nothing;
     if !has_space {
         places.make_room(); // for the next: an ending connection's space is not free at once
     }
+    places.close_to_streams(room < Room::Streams);
     let has_way = has_space && !core.is_stopping();
     let Some(c) = has_way.then(|| places.admit(socket, peer)).flatten() else {
         core.counters.rejected.fetch_add(1, Relaxed);
@@ -312,16 +314,17 @@ fn admit(shared: &Arc<Shared>, space: &AddressSpace, socket: TcpStream, peer: So
 /// Ends every connection: streams with their reconnection time, publishers with their response. Idle ones are cut last,
 /// so that they can still ask for `/health`. Returns how many did not end in time.
 fn end_connections(streams: &Streams, deadline: Instant) -> usize {
-    let (places, started) = (&streams.places, Instant::now());
-    streams.core.end_streams();
+    let (places, grace) = (&streams.places, Instant::now() + STOP_GRACE);
+    streams.core.end_streams(grace);
     for c in places.at_work() {
         enter(&c.state).ending = Some(STOPPING);
         let _ = c.socket.shutdown(Shutdown::Read); // wakes who waits for a body or a handler's timer
     }
-    places.wait_for_work(started + STOP_GRACE);
-    for c in places.everyone() {
-        c.cut(STOPPING); // wakes who waits for a request, or a slow peer
-    }
+    places.wait_for_work(grace);
+    let everyone = places.everyone();
+    // Wakes who waits for a request, or a slow peer. Who is not reached is closed with the process.
+    everyone.iter().take_while(|_| Instant::now() < deadline).for_each(|c| c.cut(STOPPING));
+    drop(everyone);
     let left = places.wait_for_all(deadline);
     if left > 0 {
         let peers: Vec<String> = places.everyone().iter().take(NAMED_PEERS).map(|c| c.peer.to_string()).collect();

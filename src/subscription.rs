@@ -147,13 +147,14 @@ impl Streams {
         Ok(Box::new(Subscriber { names, told, lane, has_joined: false, due, deadline, opened }))
     }
 
-    /// Serves a subscriber that was just opened, on the thread of its request, where there is one for it.
+    /// Serves a subscriber that was just opened, on the thread of its request.
     pub fn start(self: &Arc<Streams>, seat: &mut Seat, c: &Arc<Connection>, subscriber: Box<Subscriber>) {
         let mut served = Served::new(self, c, subscriber);
         match c.set_nonblocking(true) {
             Err(reason) => served.reason = reason,
-            Ok(()) if seat.change_to(Kind::Behind) => served.serve(),
-            Ok(()) => served.queue(),
+            // Where it has no share, because others are slow, it still gets what it takes without waiting: mostly that is
+            // all there is, and it is live.
+            Ok(()) => served.serve(seat.change_to(Kind::Behind)),
         }
     }
 
@@ -196,7 +197,7 @@ impl Streams {
             let Some(subscriber) = state.subscriber.take() else { return };
             state.phase = Phase::Behind;
             drop(state);
-            Served::new(&streams, &c, subscriber).serve();
+            Served::new(&streams, &c, subscriber).serve(true);
         };
         self.pool.hand(Kind::Behind, Box::new(serve));
     }
@@ -231,12 +232,13 @@ impl<'a> Served<'a> {
         Served { streams, c, subscriber: Some(subscriber), reason: "this server panicked: a fault" }
     }
 
-    /// Serves it until it is live, has ended, or others need the thread.
-    fn serve(mut self) {
+    /// Serves it until it is live, has ended, or its turn is over because others need the thread. It may be that the thread
+    /// must not wait for the peer at all.
+    fn serve(mut self, may_wait: bool) {
         let (pool, until) = (&self.streams.pool, Instant::now() + TURN);
-        let may_wait = || pool.is_nobody_waiting() || Instant::now() < until;
+        let may_go_on = || pool.is_nobody_waiting() || Instant::now() < until;
         loop {
-            match self.step(&may_wait) {
+            match self.step(&may_go_on, may_wait) {
                 Step::Again => {}
                 Step::Live => return,
                 Step::Queue => return self.queue(),
@@ -246,11 +248,11 @@ impl<'a> Served<'a> {
     }
 
     /// Finishes what was begun, and takes the next step: a run of events, a gap, or to turn live.
-    fn step(&mut self, may_wait: &dyn Fn() -> bool) -> Step {
+    fn step(&mut self, may_go_on: &dyn Fn() -> bool, may_wait: bool) -> Step {
         let (core, c) = (&*self.streams.core, self.c);
         let Some(subscriber) = &mut self.subscriber else { return Step::Live };
         // First of all: an event or heartbeat that the lane has begun must end before anything else is written.
-        match c.finish(subscriber.deadline, may_wait) {
+        match c.finish(subscriber.deadline, &|| may_wait && may_go_on()) {
             Ok((Written::Whole, finished)) => core.counters.delivered.fetch_add(finished, Relaxed),
             Ok((Written::Part, _)) => return Step::Queue,
             Err(reason) => return Step::End(reason),
@@ -264,7 +266,7 @@ impl<'a> Served<'a> {
             return self.end(STOPPING, spread(core.config.retry, 50, 150));
         } else if let Some(why) = ending.filter(|why| *why != POLL_IS_OVER) {
             return self.end(why, core.config.retry);
-        } else if !may_wait() {
+        } else if !may_go_on() {
             return Step::Queue;
         }
         let history = core.history();
@@ -283,10 +285,14 @@ impl<'a> Served<'a> {
             }
             Next::Events(run) => {
                 drop(history);
-                match c.deliver(&mut enter(&c.state), &run, Instant::now()) {
+                let mut state = enter(&c.state);
+                match c.deliver(&mut state, &run, Instant::now()) {
                     Ok(whole) => core.counters.delivered.fetch_add(whole, Relaxed),
                     Err(reason) => return Step::End(reason),
                 };
+                if let Some(Unfinished { what: Outgoing::Event(event), .. }) = &mut state.unfinished {
+                    *event = enter(&core.begun).share(event);
+                }
                 Step::Again
             }
         }

@@ -6,20 +6,32 @@
 
 use crate::config::{Config, FEWEST_THREADS, Log};
 use crate::log::Logger;
-use crate::sync::STACK_BYTES;
+use crate::sync::{Mutex, STACK_BYTES, enter};
 use std::fs;
 use std::io::{self, ErrorKind};
 use std::path::Path;
 
-/// Where address space is limited (`ulimit -v`), a connection is accepted only while this much is free, in KiB: for its
-/// thread, and for what all others allocate.
-const SPARE_SPACE_KB: usize = 12 * 1024;
+/// Where address space is limited (`ulimit -v`), a connection is accepted only while this much is free, in KiB: for what
+/// all others allocate.
+const LEAST_SPACE_KB: usize = 6 * 1024;
+/// The same for starting a thread.
+const THREADS_SPACE_KB: usize = 12 * 1024;
+/// The same for letting a stream in: what is between the two is for publishing and health, and is room for some forty
+/// threads.
+const STREAMS_SPACE_KB: usize = 18 * 1024;
+/// Held back, in KiB: malloc takes 64 MiB at a time for threads' memory, and may leave next to nothing.
+const RESERVE_KB: usize = 24 * 1024;
 /// Descriptors, tasks and memory mappings that are left for everything but connections: the journal, its lock and its
 /// new file; the threads that accept, log and write; what glibc maps in large pieces.
 const SPARE_FILES: usize = 16;
 const SPARE_TASKS: usize = 16;
 const SPARE_MAPPINGS: usize = 1024;
-const _: () = assert!(SPARE_SPACE_KB * 1024 >= 16 * STACK_BYTES, "several threads may start between two looks");
+const _: () = assert!(
+    (THREADS_SPACE_KB - LEAST_SPACE_KB) * 1024 >= 16 * STACK_BYTES,
+    "several threads may start between two looks"
+);
+const _: () =
+    assert!(THREADS_SPACE_KB < STREAMS_SPACE_KB && STREAMS_SPACE_KB < RESERVE_KB && 2 * RESERVE_KB < 64 * 1024);
 
 /// Lowers the limits on connections to what the system gives this process, and says so in the log. Called once, before
 /// any connection has a thread, and after the listener and the log have what they need.
@@ -42,6 +54,14 @@ pub fn fit(mut config: Config, lanes: usize, log: &Logger) -> io::Result<Config>
             format_args!("room for {subscribers} streams and {connections} connections only: the limit is on {what}");
         log.line(Log::Info, line);
     }
+    if let Some(limit_kb) = space_limit_kb() {
+        let most = limit_kb.saturating_sub(space_taken_kb()) / 2 * 1024; // the other half is for threads, and what they use
+        if config.keep_bytes > most {
+            config.keep_bytes = most;
+            let line = format_args!("room for keeping {most} bytes only: the limit is on address space (ulimit -v)");
+            log.line(Log::Info, line);
+        }
+    }
     let threads = [
         (mappings_left() / mappings_for_each(&config), "memory mappings (vm.max_map_count)"),
         (tasks_left().saturating_sub(lanes + SPARE_TASKS), "tasks in its control group (pids.max)"),
@@ -61,22 +81,60 @@ fn no_room(missing: &str, what: &str) -> io::Error {
     io::Error::new(ErrorKind::QuotaExceeded, format!("no room for {missing}: the limit is on {what}"))
 }
 
-/// The limit on this process's address space, which is read once: only what is in use changes.
+/// The limit on this process's address space, and a part of it that malloc's pieces for threads cannot take: it is held
+/// back until all else is used up.
 pub struct AddressSpace {
     /// None where there is no limit, which is usual; then nothing is read for each connection either.
     limit_kb: Option<usize>,
+    /// One byte with room for more, or with no room where it was given up.
+    reserve: Mutex<Vec<u8>>,
+}
+
+/// What there is address space for. Streams are rejected first: publishing and health work longest.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Room {
+    Nothing,
+    /// Connections that wait for one of the threads that there are.
+    Connections,
+    Threads,
+    Streams,
 }
 
 impl AddressSpace {
     pub fn read() -> AddressSpace {
-        AddressSpace { limit_kb: field_of("/proc/self/limits", "Max address space").map(|bytes| bytes / 1024) }
+        let space = AddressSpace { limit_kb: space_limit_kb(), reserve: Mutex::new(vec![0]) };
+        space.look(); // takes the reserve
+        space
     }
 
-    /// Whether another thread can start. Reads a file of `/proc`, but only where there is a limit.
-    pub fn has_room(&self) -> bool {
-        let Some(limit_kb) = self.limit_kb else { return true };
-        field_of("/proc/self/status", "VmSize:").is_some_and(|taken_kb| taken_kb + SPARE_SPACE_KB <= limit_kb)
+    /// Looks at what is left. Reads a file of `/proc`, but only where there is a limit.
+    pub fn look(&self) -> Room {
+        let Some(limit_kb) = self.limit_kb else { return Room::Streams };
+        let mut reserve = enter(&self.reserve);
+        let left_kb = || limit_kb.saturating_sub(space_taken_kb());
+        let mut left = left_kb();
+        let is_held = reserve.capacity() > 1;
+        if !is_held && left >= 2 * RESERVE_KB {
+            let _ = reserve.try_reserve_exact(RESERVE_KB * 1024);
+        } else if is_held && left < STREAMS_SPACE_KB {
+            reserve.shrink_to(1); // freed whole, it would count for malloc as a usual size
+            left = left_kb();
+        }
+        match left {
+            STREAMS_SPACE_KB.. => Room::Streams,
+            THREADS_SPACE_KB.. => Room::Threads,
+            LEAST_SPACE_KB.. => Room::Connections,
+            _ => Room::Nothing,
+        }
     }
+}
+
+fn space_limit_kb() -> Option<usize> {
+    field_of("/proc/self/limits", "Max address space").map(|bytes| bytes / 1024)
+}
+
+fn space_taken_kb() -> usize {
+    field_of("/proc/self/status", "VmSize:").unwrap_or(usize::MAX)
 }
 
 /// Names this boot of the machine; `None` where the system does not tell. A different one in the journal means that the

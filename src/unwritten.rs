@@ -90,7 +90,7 @@ impl Order {
     pub fn batch(&self) -> (Vec<u8>, usize) {
         let (mut bytes, mut count) = (Vec::new(), 0);
         for unwritten in &self.unwritten {
-            if count > 0 && bytes.len() + unwritten.event.block_len() > WRITE_BYTES {
+            if count > 0 && bytes.len() + unwritten.event.layout.block_len() > WRITE_BYTES {
                 break;
             }
             unwritten.event.block().iter().for_each(|part| bytes.extend_from_slice(part));

@@ -18,6 +18,7 @@ mod hub;
 mod journal;
 mod lane;
 mod log;
+mod memory;
 mod metrics;
 mod minimal;
 mod places;

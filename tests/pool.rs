@@ -39,11 +39,15 @@ fn a_crowd_that_is_behind_keeps_nobody_out_and_each_of_it_catches_up() {
         publish(addr, "/events/healthy", &format!("{n} on time"));
         healthy.read_until(n + 1);
     }
+    // A newcomer that takes what it gets need not stand in their line.
+    let (mut newcomer, _) = Wire::subscribe(addr, "/events/new", "");
+    publish(addr, "/events/new", "at once");
+    assert_eq!(newcomer.event().unwrap().data(), "at once");
     assert!(metric(addr, "queued") > 0, "nobody waited any more: the test shows nothing");
     for wire in &mut slow {
         (0..100).for_each(|_| assert_eq!(wire.event().unwrap().data(), body));
     }
-    wait_for_metric(addr, "live", 60);
+    wait_for_metric(addr, "live", 61);
 }
 
 #[test]

@@ -219,6 +219,33 @@ fn where_address_space_runs_out_it_does_not_abort() {
     }
 }
 
+/// malloc takes 64 MiB of address space at a time for threads, so what it leaves in the end depends on the limit: these go
+/// through all that may be left.
+#[test]
+fn where_address_space_is_short_publishers_and_health_are_answered_beside_the_streams() {
+    for kilobytes in (300_000..370_000).step_by(10_000) {
+        let process = Process::under(&format!("ulimit -v {kilobytes}"), "--keep-bytes 8MiB");
+        let addr = process.addr;
+        let idle = idle_crowd(addr, 100); // each has a thread for a while
+        let mut streams = press_in(addr, 200);
+        for n in 0..10 {
+            let ask = |request: &str| {
+                let mut wire = Wire::connect(addr);
+                wire.send(request.as_bytes());
+                wire.take_until(b"\r\n\r\n").is_some_and(|head| head.starts_with(b"HTTP/1.1 200 "))
+            };
+            let log = || process.log();
+            assert!(ask(HEALTH), "health at {kilobytes}, the {n}th time: {}", log());
+            let request = post_request("/events/a", &format!("{n} {}", "x".repeat(60_000)));
+            assert!(ask(&request), "publishing at {kilobytes}, the {n}th time: {}", log());
+        }
+        println!("{kilobytes} kB: {} of 200 streams", streams.members.len());
+        streams.read_until(10);
+        drop(idle);
+        process.finish();
+    }
+}
+
 /// What each connection may cost at most, all at once. Of 64 MB: 8 MiB of kept events, which are as much again in the lanes'
 /// queues; 100 connections, each with its thread (28 kB in the kernel), its head (16 KiB), and a body or line in two copies
 /// (128 KiB); encoding is one at a time (448 KiB, copied once); and what malloc holds back in its arenas.

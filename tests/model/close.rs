@@ -44,9 +44,12 @@ fn whoever_vanishes_is_noted_once_and_nothing_is_left_of_it() {
         wait_for_streams(&server, "1");
         peers[2].close();
         assert_eq!(wait_for_streams(&server, "0"), "1", "topics in use: nobody follows the quiet one");
+        // Its lane forgets it, too.
+        while !peers.iter().all(Peer::is_closed) {
+            thread::sleep(Duration::from_millis(500));
+        }
         stop(server);
         let ends = take_lines().iter().filter(|line| line.contains("closed peer=")).count();
         assert_eq!(ends, peers.len(), "ends in the log");
-        peers.iter().for_each(|peer| assert!(peer.is_closed(), "somebody has kept a socket"));
     });
 }

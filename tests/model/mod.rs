@@ -5,7 +5,7 @@
 //! which order threads go on is explored by shuttle (`std/src/check.rs`), which runs one thread at a time: so what
 //! processors may do to memory that is shared without a lock is not explored, and every atomic is as if it were `SeqCst`.
 
-use crate::{Config, Event, Handle, Id, Log, Server};
+use crate::{Config, Event, Handle, Id, Log, Server, Stream};
 use std::check::check;
 use std::io::take_lines;
 use std::net::{Peer, pair};
@@ -17,6 +17,7 @@ use std::{below, point};
 
 mod behind;
 mod close;
+mod handlers;
 mod journal;
 mod live;
 mod threads;

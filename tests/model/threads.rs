@@ -8,6 +8,7 @@ fn a_crowd_that_is_behind_shares_few_threads_and_loses_nobody() {
         let config = Config { threads: 4, ..Config::default() };
         let server = Arc::new(start_with(config, |server| {
             server.stream("/panic", |_| std::panic::on_purpose()).unwrap();
+            server.stream("/works", |stream| stream.send(&Event::new("it works"))).unwrap();
         }));
         let published = publisher(&server, "event", 3, Duration::ZERO).join().unwrap();
         let panicking = get(&server, "/panic", ROOMY);
@@ -38,8 +39,18 @@ fn a_crowd_that_is_behind_shares_few_threads_and_loses_nobody() {
         }
         readers.into_iter().for_each(|reader| assert_eq!(reader.join().unwrap(), published));
         while panicking.take(ROOMY).is_some() {}
+        // There is room for one handler, which the other may still have.
+        while !hears_something(&get(&server, "/works", ROOMY)) {
+            thread::sleep(Duration::from_millis(100));
+        }
         stop(Arc::into_inner(server).unwrap());
     });
+}
+
+fn hears_something(peer: &Peer) -> bool {
+    let mut seen = Seen::default();
+    seen.read(peer, ROOMY, 1);
+    seen.events().len() == 1
 }
 
 /// Connects until something comes: whoever has waited too long for a thread makes room for others.

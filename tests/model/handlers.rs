@@ -1,0 +1,37 @@
+//! A handler's stream, to which its lane writes, too.
+
+use super::*;
+
+#[test]
+fn a_handler_and_its_lane_write_whole_frames_and_a_closed_page_ends_both() {
+    check("a handler", PATIENCE, || {
+        let config = Config { heartbeat: Duration::from_millis(3_500), log: Log::Info, ..Config::default() };
+        let server = start_with(config, |server| {
+            let write = |stream: &mut Stream| {
+                for n in 0..4 {
+                    stream.send(&Event::new(format!("event {n}")))?;
+                    stream.sleep(Duration::from_secs(2))?;
+                }
+                Ok(())
+            };
+            server.stream("/handler", write).unwrap();
+        });
+        let closing = get(&server, "/handler", 300);
+        let peer = get(&server, "/handler", 30);
+        let mut seen = Seen::default();
+        // Frames and heartbeats do not fit, since it pauses.
+        while seen.read_some(&peer, 20) {
+            thread::sleep(Duration::from_millis([0, 0, 0, 700][below(4)]));
+            if seen.events().len() == 2 {
+                closing.close();
+            }
+        }
+        let data: Vec<_> = seen.events().into_iter().filter_map(|event| event.data).collect();
+        assert_eq!(data, ["event 0", "event 1", "event 2", "event 3"]);
+        assert!(seen.bytes.ends_with(b"0\r\n\r\n"), "it ends in order");
+        stop(server);
+        let ends = take_lines().iter().filter(|line| line.contains("closed peer=")).count();
+        assert_eq!(ends, 2, "ends in the log");
+        assert!(closing.is_closed() && peer.is_closed(), "somebody has kept a socket");
+    });
+}
