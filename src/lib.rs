@@ -139,7 +139,7 @@ pub mod fuzzing;
 #[path = "../tests/turn.rs"]
 mod turn;
 
-#[cfg(all(test, not(shuttle)))]
+#[cfg(test)]
 #[path = "../tests/cells.rs"]
 mod cells_test;
 
