@@ -52,8 +52,8 @@ clients: build
 bench: need-cargo
 	ulimit -n $$(ulimit -Hn); cargo bench --bench bench
 
-# Who owns a socket, and who writes the journal, in many orders of the threads: ten models, a minute each, or SCHEDULES=5000 of
-# each. What fails says how to repeat it: make model MODEL='turning live' SEED=17.
+# Who owns a socket, and who writes the journal, in many orders of the threads: a minute for each model, or
+# SCHEDULES=5000 of each. What fails says how to repeat it: make model MODEL='turning live' SEED=17.
 model: need-cargo
 	MODEL_SECONDS=$(or $(MODEL_SECONDS),$(if $(SCHEDULES),,60)) sh tests/model/run.sh
 

@@ -62,7 +62,7 @@ fn what_a_stopping_server_has_not_sent_stands_after_the_last_id_that_it_gives() 
                 spawn("reader", move || {
                     let mut seen = Seen::default();
                     seen.read(&peer, at_once, usize::MAX);
-                    seen
+                    (seen, capacity)
                 })
             })
             .collect();
@@ -74,13 +74,15 @@ fn what_a_stopping_server_has_not_sent_stands_after_the_last_id_that_it_gives() 
         quiet.join().unwrap();
         let published = publishing.join().unwrap();
         for reader in readers {
-            let seen = reader.join().unwrap();
+            let (seen, capacity) = reader.join().unwrap();
             let heard = seen.heard();
             assert_eq!(heard, published[..heard.len()], "the first of them, each once");
             let last = seen.blocks().iter().rev().find_map(|block| block.id).unwrap_or_default();
             let passed_over = published[heard.len()..].iter().filter(|(id, _)| *id <= last).count();
             assert_eq!(passed_over, 0, "events that nobody will ask for: {:?} after {heard:?}", seen.body());
-            assert!(seen.bytes.is_empty() || seen.bytes.ends_with(b"0\r\n\r\n"), "{:?} ends in order", seen.body());
+            // What does not fit into a socket is not waited for.
+            let ends_in_order = seen.bytes.is_empty() || seen.bytes.ends_with(b"0\r\n\r\n");
+            assert!(ends_in_order || capacity < ROOMY, "{:?} ends in order", seen.body());
         }
     });
 }

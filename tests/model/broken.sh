@@ -15,7 +15,7 @@ lay_out() { # so that only what a patch changes is compiled again
     rm -rf "$copy/src" "$copy/tests"
     mkdir -p "$copy/tests"
     cp -pR src "$copy"
-    cp -pR tests/model "$copy/tests"
+    cp -pR tests/*.rs tests/model "$copy/tests"
 }
 
 for variant in ${VARIANTS:-$(cd tests/model/broken && ls | sed -n 's/\.patch$//p')}; do

@@ -1,6 +1,7 @@
 //! The journal's elected writer: against a disk that fails or is stuck, a writer that panics, and stopping.
 
 use super::*;
+use crate::hub::STOP_WAIT;
 use crate::sync::enter;
 use std::fs::{self, Disk, set_disk};
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -45,8 +46,11 @@ enum Told {
 /// The journal's own thread takes a turn each second, after which everybody looks again.
 const WAKE_TIME: Duration = Duration::from_millis(500);
 
+/// What was published, what its publisher was told, and when.
+type Answer = (String, Told, Instant);
+
 /// Publishes. With a disk that works, and nobody slow, no time passes meanwhile: else nobody was woken.
-fn try_publishing(server: &Handle, name: usize, is_watched: bool) -> JoinHandle<Vec<(String, Told)>> {
+fn try_publishing(server: &Handle, name: usize, is_watched: bool) -> JoinHandle<Vec<Answer>> {
     let hub = server.hub();
     let publish = move |n: usize| {
         let data = format!("{name}.{n}");
@@ -58,7 +62,7 @@ fn try_publishing(server: &Handle, name: usize, is_watched: bool) -> JoinHandle<
             Ok(Err(error)) if error.to_string().contains("may be published") => Told::Unknown,
             _ => Told::Refused,
         };
-        (data, told)
+        (data, told, Instant::now())
     };
     spawn("publisher", move || (0..2).map(publish).collect())
 }
@@ -99,11 +103,15 @@ fn run(trouble: Disk) {
     let mut told: Vec<_> = Vec::new();
     if stops_at_once {
         dawdle();
+        be_punctual();
+        let stopping = Instant::now();
         stop(server);
         publishers.into_iter().for_each(|thread| told.extend(thread.join().unwrap()));
+        let latest = told.iter().map(|(_, _, at)| at.duration_since(stopping)).max().unwrap_or_default();
+        assert!(!lasts || latest < STOP_WAIT + WAKE_TIME / 2, "the last answer came {latest:?} after stopping");
     } else {
         publishers.into_iter().for_each(|thread| told.extend(thread.join().unwrap()));
-        let published = told.iter().filter(|(_, told)| matches!(told, Told::Published(_))).count();
+        let published = told.iter().filter(|(_, told, _)| matches!(told, Told::Published(_))).count();
         while enter(&live).len() < published {
             thread::sleep(Duration::from_millis(100));
         }
@@ -128,7 +136,7 @@ fn run(trouble: Disk) {
     let kept = kept.heard();
     assert!(kept.is_sorted() && live.is_sorted(), "in the order of the ids");
     assert_eq!(*live, kept[..live.len()], "who was live has heard the first of them, each once");
-    for (data, told) in told {
+    for (data, told, _) in told {
         let found = kept.iter().find(|(_, other)| *other == data).map(|(id, _)| *id);
         match told {
             Told::Published(id) => assert_eq!(found, Some(id), "{data} was published"),

@@ -137,7 +137,7 @@ impl Scheduler for Explorer {
         self.random = Random(seed);
         self.random.next();
         self.priorities = (seed % 2 == 1).then(HashMap::new);
-        // Few, and as often among the first ten points as among the next hundred.
+        // Few, and as often among the first ten points as among the next hundred; a thread that falls asleep keeps its own.
         let count = self.random.below(5);
         self.changes = (0..count)
             .map(|_| {
@@ -186,7 +186,7 @@ impl Explorer {
         }
         self.points += u64::from(threads.len() > 1);
         if let Some(current) = current.map(usize::from)
-            && (is_yielding || threads.len() > 1 && self.changes.contains(&self.points))
+            && (is_yielding && threads.contains(&current) || threads.len() > 1 && self.changes.contains(&self.points))
         {
             self.fall_behind(current);
         }
