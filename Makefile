@@ -1,5 +1,5 @@
 # brooklet: `make run` and `make test` are all a newcomer needs.
-.PHONY: run minimal setup test smoke siege doctor doctor-test clients bench model model-broken fuzz power build fmt clean need-cargo
+.PHONY: run minimal setup test smoke siege doctor doctor-test clients redis-test redis-load bench model model-broken fuzz power build fmt clean need-cargo
 
 # Builds, then serves on http://127.0.0.1:3000 until Ctrl-C.
 run: need-cargo
@@ -14,8 +14,8 @@ setup:
 	sh tests/setup.sh
 
 # Formatting, lints, all tests, some orders of threads, the consoles of the README, a short siege, the doctor, other people's
-# clients, proxies, a browser. Some tests open a thousand connections at once; most wait more than they work, so two run for each
-# core. What a part needs and is not there leaves that part out, and says so.
+# clients, proxies, a browser, Redis. Some tests open a thousand connections at once; most wait more than they work, so two run for
+# each core. What a part needs and is not there leaves that part out, and says so.
 test: need-cargo
 	cargo fmt --check
 	cargo clippy --all-targets -- --deny warnings
@@ -27,6 +27,7 @@ test: need-cargo
 	ulimit -n $$(ulimit -Hn); SIEGE=short sh tests/siege.sh
 	$(MAKE) --no-print-directory doctor-test
 	$(MAKE) --no-print-directory clients
+	$(MAKE) --no-print-directory redis-test
 
 # Every console block of the README, word for word, against a server on a free port.
 smoke: build
@@ -48,6 +49,15 @@ doctor-test: build
 clients: build
 	sh tests/clients/run.sh
 
+# Three servers that share a real Redis, which is hurt in every way we know: a minute, with redis-server.
+redis-test: need-cargo
+	cargo clippy --all-targets --features redis -- --deny warnings
+	ulimit -n $$(ulimit -Hn); RUST_TEST_THREADS=$$((2 * $$(getconf _NPROCESSORS_ONLN))) cargo test --features redis --test redis
+
+# Sixty million deliveries through it, and what it costs: some minutes.
+redis-load: need-cargo
+	ulimit -n $$(ulimit -Hn); cargo test --release --features redis --test redis -- --ignored --nocapture --test-threads 1
+
 # What a delivery costs beside what the kernel charges for it, and in the server in one file: tables and a plot, in three minutes.
 bench: need-cargo
 	ulimit -n $$(ulimit -Hn); cargo bench --bench bench
@@ -61,7 +71,7 @@ model: need-cargo
 model-broken: need-cargo
 	sh tests/model/broken.sh
 
-# Fuzzes all that reads bytes from outside: five targets, a minute each (SECONDS_EACH=60), with a C++ compiler.
+# Fuzzes all that reads bytes from outside: six targets, a minute each (SECONDS_EACH=60), with a C++ compiler.
 fuzz: need-cargo
 	sh tests/fuzz/run.sh
 

@@ -26,6 +26,20 @@ pub fn split_port(authority: &str) -> (&str, Option<&str>) {
     }
 }
 
+/// Whether the authority of an allowed origin names this one: it is the same, or `*.example.com` stands for every name
+/// below example.com, at the same port; not for example.com itself.
+pub fn covers(known: &str, authority: &str) -> bool {
+    let ((known_host, known_port), (host, port)) = (split_port(known), split_port(authority));
+    known_port == port && covers_host(known_host, host)
+}
+
+/// The same for hosts alone. Names do not differ in small and capital letters.
+pub fn covers_host(known: &str, host: &str) -> bool {
+    let Some(above) = known.strip_prefix('*') else { return known.eq_ignore_ascii_case(host) };
+    let below = host.len().checked_sub(above.len()).and_then(|at| host.split_at_checked(at));
+    below.is_some_and(|(label, rest)| !label.is_empty() && rest.eq_ignore_ascii_case(above) && is_authority(host))
+}
+
 /// Whether a host, in brackets if it is an IPv6 address, always means this machine. `localhost` and every name below it
 /// do (RFC 6761 §6.3), and so do the IPv4 addresses of loopback mapped into IPv6.
 pub fn is_loopback(host: &str) -> bool {

@@ -3,8 +3,9 @@
 //! Its first lines are fields that readers of event streams ignore, as the standard demands of unknown ones: the topic,
 //! perhaps the key, and a checksum of everything else. Then come the very bytes that go out on the wire. A block
 //! without data is a mark: it says up to which id a topic has forgotten; without a topic, it speaks of every topic that
-//! is not in the file, and perhaps names the boot. A block whose sum does not fit is never taken: half-written bytes
-//! must not become an event.
+//! is not in the file, and perhaps names the boot. An event that was published to several topics at once is one block,
+//! with their names between commas and the first one's id; the others' ids follow on (`ids_from`). A block whose sum
+//! does not fit is never taken: half-written bytes must not become an event.
 //! <https://html.spec.whatwg.org/multipage/server-sent-events.html#event-stream-interpretation>
 
 use crate::encoded::Encoded;
@@ -21,6 +22,7 @@ pub struct Block<'a> {
     pub id: Id,
     /// The boot of the machine that the file was begun in (`journal.rs`).
     pub boot: Option<&'a str>,
+    /// Several names, with commas between them, of an event that was published to all of them at once.
     pub topic: Option<&'a str>,
     pub key: Option<&'a str>,
     /// It has no data: everything up to its id is forgotten.
@@ -65,22 +67,23 @@ impl Block<'_> {
         if sum? != format!("{:08x}", crc32([&bytes[..before_sum], frame.as_bytes()])) && !cfg!(fuzzing) {
             return None;
         }
-        let (id, is_mark) = id_of(frame)?;
+        let (id, is_mark, is_last) = id_of(frame)?;
         let frame_at = text.len() - frame.len();
         // Only a mark without a topic names the boot, and it has no key.
         let good = if topic.is_some() { boot.is_none() } else { is_mark && key.is_none() };
+        let can_be_parted = is_last || topic.is_none_or(|names| !names.contains(','));
         let ids_may_follow = id.seq <= u64::MAX / 2; // as many as will ever be published
-        Some(Block { id, boot, topic, key, is_mark, frame_at }).filter(|_| good && ids_may_follow)
+        Some(Block { id, boot, topic, key, is_mark, frame_at }).filter(|_| good && can_be_parted && ids_may_follow)
     }
 }
 
-/// The id of a frame, and whether there is nothing else in it. In an event the id is the last line; older journals have
-/// it before the data.
-fn id_of(frame: &str) -> Option<(Id, bool)> {
+/// The id of a frame, whether there is nothing else in it, and whether it is the last line, as in an event. Older
+/// journals have it before the data.
+fn id_of(frame: &str) -> Option<(Id, bool, bool)> {
     let (first, rest) = field(field(frame, "event: ").1, "id: ");
     let last = || frame.strip_suffix("\n\n")?.rsplit_once('\n')?.1.strip_prefix("id: ");
     let id = first.or_else(last)?.parse().ok()?;
-    Some((id, first.is_some() && rest == "\n"))
+    Some((id, first.is_some() && rest == "\n", first.is_none()))
 }
 
 /// A block of these fields, those that have a value, and this frame, with its sum.
@@ -94,6 +97,11 @@ pub fn encode_block(id: Id, fields: &[(&str, Option<&str>)], frame: &str) -> Enc
     let sum = crc32([block.as_bytes(), frame.as_bytes()]);
     let _ = writeln!(block, "sum: {sum:08x}");
     Encoded::new(id, block.as_bytes(), frame.as_bytes())
+}
+
+/// A mark: everything up to `id` is forgotten, of one topic, or of all that are not in the file.
+pub fn mark(field: &str, value: Option<&str>, id: Id) -> Encoded {
+    encode_block(id, &[(field, value)], &format!("id: {id}\n\n"))
 }
 
 /// Reads up to and with the next blank line, and returns how many bytes that was; `None` where the file ends before. Of

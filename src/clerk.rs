@@ -48,7 +48,6 @@ fn look_at_threads(streams: &Streams, space: &AddressSpace) -> Instant {
         Ok(()) => look.again_at.unwrap_or_else(|| Instant::now() + SLEEP_TIME),
         Err(error) => {
             streams.log.warn(format_args!("no thread for those who wait: {error}"));
-            streams.places.free_thread();
             Instant::now() + NO_THREAD_PAUSE
         }
     }

@@ -8,9 +8,11 @@
 use crate::authority::{is_authority, split_port};
 use crate::text::{LONGEST, invalid, quoted};
 use std::fmt;
-use std::io;
+use std::io::{self, Write};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::PathBuf;
 use std::str::FromStr;
+use std::sync::Arc;
 use std::time::Duration;
 
 /// How often a lane looks at its subscribers, so that a closed tab is noticed within two seconds. A look costs about
@@ -24,10 +26,11 @@ const _: () =
     assert!(SWEEP.as_millis() == 1_750 && MOST_LANES == 256 && FEWEST_THREADS == 4, "`Config::check` names all");
 
 /// Every limit of a [`Server`](crate::Server); each is a flag of the command, too. [`Config::default`] has the defaults
-/// named here.
+/// named here. More fields may come, so end the list with `..Config::default()`, or set the fields of a default one.
 ///
 /// ```
-/// let small = brooklet::Config { subscribers: 100, keep_bytes: 1024 * 1024, ..Default::default() };
+/// # use brooklet::Config;
+/// let small = Config { subscribers: 100, keep_bytes: 1024 * 1024, ..Config::default() };
 /// assert_eq!(small.heartbeat.as_secs(), 15);
 /// ```
 #[derive(Clone, Debug)]
@@ -37,10 +40,17 @@ pub struct Config {
     /// Any of these lets its holder publish (none: no token is needed). Several, so that they can be changed without a
     /// gap.
     pub publish_tokens: Vec<Token>,
-    /// Any of these lets its holder read streams and `/metrics` (none: no token is needed).
+    /// Any of these lets its holder read streams, `/topics` and `/metrics` (none: no token is needed).
     pub subscribe_tokens: Vec<Token>,
-    /// Origins whose pages may read and publish, with the browser's cookies: `https://app.example`, `null` for pages
-    /// from files; `*` lets all others read, without cookies (none).
+    /// A file of tokens with rights to some topics each, read again whenever it changes (none). One right a line: a token,
+    /// `publish`, `subscribe` or `both`, topics with commas between them (names, or beginnings that end in `*`), and
+    /// perhaps `until=` with a Unix time in seconds. With it, everybody needs a token. Handlers' streams, `/metrics` and
+    /// `/topics` need a right to `*`.
+    pub tokens: Option<PathBuf>,
+    /// Readers may show their token as `?access_token=`, too (no): URLs stand in logs and histories.
+    pub query_tokens: bool,
+    /// Origins whose pages may read and publish, with the browser's cookies: `https://app.example`,
+    /// `https://*.app.example` for all names below it (but not for itself), `null` for pages from files; `*` lets all others read, without cookies (none).
     pub allow_origins: Vec<String>,
     /// Streams at once (100,000). Each takes a descriptor and some 2 kB; lowered at the start where the system gives fewer
     /// descriptors.
@@ -100,8 +110,14 @@ pub struct Config {
     /// too, and every event wakes all lanes. One for each core reaches the last of a crowd sooner, for 15 % more
     /// processor time.
     pub lanes: usize,
-    /// What is written to stderr (nothing; the command's default is `info`).
+    /// What is logged (nothing; the command's default is `info`).
     pub log: Log,
+    /// Where the lines of the log go (stderr).
+    pub log_to: LogTo,
+    /// More fields may come without breaking a program: one that does not name this must say `..Config::default()`.
+    /// (`#[non_exhaustive]` would forbid just that.)
+    #[doc(hidden)]
+    pub and_more: (),
 }
 
 impl Default for Config {
@@ -111,6 +127,8 @@ impl Default for Config {
             open: false,
             publish_tokens: Vec::new(),
             subscribe_tokens: Vec::new(),
+            tokens: None,
+            query_tokens: false,
             allow_origins: Vec::new(),
             subscribers: 100_000,
             connections: 1_000,
@@ -134,6 +152,8 @@ impl Default for Config {
             fsync: false,
             lanes: 0,
             log: Log::Off,
+            log_to: LogTo::default(),
+            and_more: (),
         }
     }
 }
@@ -200,10 +220,12 @@ fn check_origin(origin: &str) -> io::Result<()> {
     let small = origin.to_ascii_lowercase();
     let (scheme, rest) = small.split_once("://").unwrap_or_default();
     let authority = rest.split('/').next().unwrap_or_default();
+    // Names below one: its own name must have a dot, or it would be everything below com.
+    let below = authority.strip_prefix("*.").filter(|name| name.contains('.') || split_port(name).0 == "localhost");
     let is_scheme = !scheme.is_empty() && scheme.bytes().all(|b| b.is_ascii_alphanumeric() || b"+-.".contains(&b));
-    if !is_scheme || !is_authority(authority) {
+    if !is_scheme || !is_authority(below.unwrap_or(authority)) {
         return invalid(format!(
-            "allow_origins: {} is no origin: write https://app.example, null or *",
+            "allow_origins: {} is no origin: write https://app.example, https://*.app.example, null or *",
             quoted(origin)
         ));
     }
@@ -230,7 +252,7 @@ fn check_origin(origin: &str) -> io::Result<()> {
 pub struct Token(String);
 
 impl Token {
-    /// Whether this is the token that was presented. Takes the same time wherever the two differ, or the time would
+    /// Whether this is the token that was presented: see [`Request::shows`](crate::Request::shows) for routes. Takes the same time wherever the two differ, or the time would
     /// tell an attacker how many of the first characters were right.
     pub(crate) fn is(&self, presented: &str) -> bool {
         // `black_box` keeps the compiler from leaving the loop early. Only the length shows, which is no secret.
@@ -258,7 +280,7 @@ impl fmt::Debug for Token {
     }
 }
 
-/// How much is written to stderr.
+/// How much is logged.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Log {
     /// Nothing: a library stays silent unless it is asked.
@@ -268,4 +290,40 @@ pub enum Log {
     Info,
     /// Every request, too.
     Debug,
+}
+
+/// Where the lines of the log go: to stderr, or line by line to the program.
+///
+/// ```
+/// use brooklet::{Config, Log, LogTo};
+/// let log_to = LogTo::lines(|line| println!("sse: {line}"));
+/// let config = Config { log: Log::Info, log_to, ..Config::default() };
+/// ```
+#[derive(Clone, Default)]
+pub struct LogTo(Option<Arc<LogLines>>);
+
+type LogLines = dyn Fn(&str) + Send + Sync;
+
+impl LogTo {
+    /// Calls `take` with each line, without the line's end, one after another on a thread of the log's own. So it may take
+    /// its time: lines wait, 1,024 of them, and then are left out and counted. What it panics with is left out, too.
+    pub fn lines(take: impl Fn(&str) + Send + Sync + 'static) -> LogTo {
+        LogTo(Some(Arc::new(take)))
+    }
+
+    /// Writes one line. An error of stderr is ignored: there is nowhere left to report it.
+    pub(crate) fn write(&self, mut line: String) {
+        if let Some(take) = &self.0 {
+            let _ = catch_unwind(AssertUnwindSafe(|| take(&line)));
+            return;
+        }
+        line.push('\n');
+        let _ = io::stderr().write_all(line.as_bytes()); // one write, so that no other's line comes in between
+    }
+}
+
+impl fmt::Debug for LogTo {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(if self.0.is_some() { "LogTo(lines)" } else { "LogTo(stderr)" })
+    }
 }

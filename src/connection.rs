@@ -11,8 +11,11 @@
 
 use crate::encoded::{Encoded, Framing, Run};
 use crate::event::Id;
+use crate::rights::Pass;
 use crate::subscriber::Subscriber;
 use crate::sync::{Mutex, enter};
+use crossbeam_channel::Sender;
+use std::convert::Infallible;
 use std::io::{self, ErrorKind, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpStream};
 use std::sync::OnceLock;
@@ -38,6 +41,7 @@ const HEARTBEAT: &[u8] = b":\n";
 /// Why something about a connection ended, for the log and for a handler. Never text from outside.
 pub type Reason = &'static str;
 pub const STOPPING: Reason = "the server is stopping";
+pub const WITHDRAWN: Reason = "the right of its token has ended";
 const CLOSED: Reason = "the peer closed the connection";
 
 /// Shared by whoever serves it, its lane and the table in `places.rs`; the socket closes when the last of them drops it.
@@ -66,6 +70,8 @@ pub struct State {
     pub unfinished: Option<Unfinished>,
     /// Why it is to end as soon as a frame has ended, if it is.
     pub ending: Option<Reason>,
+    /// What its right to a stream rests on, where that may be withdrawn.
+    pub pass: Option<Box<Pass>>,
     /// A poll is not written to by its lane: the first event queues it for a thread, which replays and ends.
     pub is_poll: bool,
     /// When anything was last written: from then on silence counts, for the heartbeat.
@@ -78,6 +84,8 @@ pub struct State {
     pub stray: usize,
     /// The peer has ended its sending side: it is not read again.
     pub has_said_all: bool,
+    /// Of a handler's stream, while it is open. Dropping it tells the handler that waits for something else.
+    pub open: Option<Sender<Infallible>>,
 }
 
 /// Who owns the socket.
@@ -135,12 +143,14 @@ impl Connection {
             cursor: Id::default(),
             unfinished: None,
             ending: None,
+            pass: None,
             is_poll: false,
             wrote: Instant::now(),
             stalled: Duration::ZERO,
             sent: 0,
             stray: 0,
             has_said_all: false,
+            open: None,
         };
         Connection { serial, peer, socket, stall_time, state: Mutex::new(state), cut: OnceLock::new() }
     }
@@ -173,6 +183,8 @@ impl Connection {
             state.cursor = run.events[whole - 1].0;
             state.sent += (whole - first) as u64;
             state.wrote = now;
+        }
+        if reached > start {
             state.stalled = Duration::ZERO;
         }
         if whole < run.events.len() {
@@ -210,6 +222,10 @@ impl Connection {
     /// # Errors
     /// The connection is closed.
     pub fn look(&self, state: &mut State) -> Result<bool, Reason> {
+        // A handler's stream may have the rest of a heartbeat, which nobody else goes on with.
+        if let Some(Unfinished { what: Outgoing::Other(bytes), offset }) = state.unfinished.take() {
+            self.write_or_leave(state, bytes[offset..].to_vec())?;
+        }
         if !state.has_said_all {
             let got = self.read_stray()?;
             return self.note_stray(state, got);
@@ -282,9 +298,10 @@ impl Connection {
         drop(state); // the write may take a while
         let bytes = what.bytes(framing);
         let mut reached = offset + write_now(&self.socket, &bytes[offset..])?;
-        if reached == bytes.len() {
+        if reached > offset {
             stalled = Duration::ZERO;
-        } else if may_wait() {
+        }
+        if reached < bytes.len() && may_wait() {
             self.set_nonblocking(false)?;
             reached += self.write_waiting(&bytes[reached..], deadline, &mut stalled, may_wait)?;
             self.set_nonblocking(true)?;
@@ -344,16 +361,17 @@ impl Connection {
         stalled: &mut Duration,
         may_wait: &dyn Fn() -> bool,
     ) -> Result<usize, Reason> {
-        let mut written = 0;
+        let (mut written, patience) = (0, PATIENCE.min(self.stall_time));
+        let set_timeout = |time| self.socket.set_write_timeout(Some(time)).map_err(|error| reason_of(&error));
+        let mut is_shortened = false;
         while written < bytes.len() {
             let began = Instant::now();
             let left = deadline.saturating_duration_since(began);
             if left.is_zero() {
                 return Err("the time is over, in the middle of a write");
-            } else if left < PATIENCE {
-                // Rounded up, since the kernel takes no timeout at all for 0.
-                let left = left + Duration::from_millis(1);
-                self.socket.set_write_timeout(Some(left)).map_err(|error| reason_of(&error))?;
+            } else if left < patience {
+                set_timeout(left.max(Duration::from_millis(1)))?; // 0 would be none
+                is_shortened = true;
             }
             match (&self.socket).write(&bytes[written..]) {
                 Ok(count) => {
@@ -365,10 +383,21 @@ impl Connection {
                 Err(error) => return Err(reason_of(&error)),
             }
             if *stalled >= self.stall_time {
-                return Err("the peer took nothing in the stall time");
+                // Once more without waiting: in the last wait it may have taken less than wakes a writer.
+                self.set_nonblocking(true)?;
+                let last = write_now(&self.socket, &bytes[written..])?;
+                self.set_nonblocking(false)?;
+                if last == 0 {
+                    return Err("the peer took nothing in the stall time");
+                }
+                written += last;
+                *stalled = Duration::ZERO;
             } else if !may_wait() {
                 break;
             }
+        }
+        if is_shortened {
+            set_timeout(patience)?;
         }
         Ok(written)
     }

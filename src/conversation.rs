@@ -9,16 +9,17 @@ use crate::clock::spread;
 use crate::config::{Config, Log};
 use crate::connection::{AWAKE_TIME, Connection, LINGER, Reason, STOPPING};
 use crate::encoded::Framing;
+use crate::handler::Outcome;
 use crate::log::OncePerSecond;
 use crate::places::{MADE_ROOM, Place, Places};
 use crate::pool::{Kind, Seat};
 use crate::reader::Reader;
 use crate::request::Request;
 use crate::response::{Response, stream_head};
-use crate::routes::{Reply, Routes, Source};
+use crate::routes::{Reply, Routes};
 use crate::subscriber::Opened;
-use crate::subscription::{NO_ROOM, NO_THREAD, Streams};
-use crate::sync::enter;
+use crate::subscription::{NO_ROOM, NO_THREAD, Streams, Wanted};
+use crate::sync::{Mutex, enter};
 use crate::text::quoted;
 use std::borrow::Cow;
 use std::net::Shutdown;
@@ -51,20 +52,22 @@ struct Conversation {
     is_over: bool,
 }
 
-/// A stream that a request has asked for, and all that is kept of the request.
+/// A stream of topics that a request has asked for, and all that is kept of the request.
 struct Opening {
     path: String,
     framing: Framing,
     head: String,
-    source: Source,
+    wanted: Wanted,
 }
 
 /// What comes of one request.
 enum AfterRequest {
     /// Both parts are written, one after the other; then the next request is read, or the connection ends.
     Respond { parts: (Vec<u8>, Arc<[u8]>), close: bool },
-    /// No more requests: the connection becomes a stream.
+    /// No more requests: the connection becomes a stream of topics.
     Open(Opening),
+    /// It was a handler's stream, and is over for this reason.
+    Ended(Opened, Cow<'static, str>),
     /// Nothing is answered: the peer has gone, or has made room.
     End,
 }
@@ -83,12 +86,14 @@ impl Conversation {
         if !self.places().move_to(Place::Idle, c) || c.prepare().is_err() {
             return; // it has made room, or gone, already
         }
-        if let Some(Opening { path, framing, head, source }) = self.answer_requests() {
-            enter(&self.c.state).framing = framing;
-            self.opened = Some(Opened { path: path.into(), at: Instant::now() });
-            // For the log, should the call after this panic.
-            self.reason = "the handler panicked".into();
-            self.reason = self.stream(seat, &head, source);
+        match self.answer_requests(seat) {
+            AfterRequest::Open(Opening { path, framing, head, wanted }) => {
+                enter(&self.c.state).framing = framing;
+                let opened = Opened { path: path.into(), at: Instant::now() };
+                self.stream(seat, &head, wanted, opened);
+            }
+            AfterRequest::Ended(opened, reason) => (self.opened, self.reason) = (Some(opened), reason),
+            AfterRequest::Respond { .. } | AfterRequest::End => {}
         }
     }
 
@@ -100,8 +105,9 @@ impl Conversation {
         &self.shared.streams.places
     }
 
-    /// Answers requests until the connection ends, or asks for a stream. The reader's buffer goes with this frame.
-    fn answer_requests(&self) -> Option<Opening> {
+    /// Answers requests until the connection ends, or asks for a stream; returns what came of the last. The reader's
+    /// buffer goes with this frame.
+    fn answer_requests(&self, seat: &mut Seat) -> AfterRequest {
         let (c, places, config) = (&*self.c, self.places(), self.config());
         let mut reader = Reader::new(c);
         reader.wait_at_most(config.head_time);
@@ -111,20 +117,19 @@ impl Conversation {
             let is_keen = answered.elapsed() < 2 * AWAKE_TIME; // also the first one, which comes at once
             let after = match request {
                 Ok(None) => AfterRequest::End,
-                Ok(Some(request)) => self.answer(&mut reader, request),
+                Ok(Some(request)) => self.answer(seat, &mut reader, request),
                 Err(refusal) => self.refuse(&reader, &refusal),
             };
             match after {
-                AfterRequest::End => return None,
-                AfterRequest::Open(opening) => return Some(opening),
+                AfterRequest::Open(_) | AfterRequest::Ended(..) | AfterRequest::End => return after,
                 AfterRequest::Respond { parts: (first, rest), close } => {
                     // A response gets as long as a body does: some are a page of many KiB over a slow link.
                     let deadline = Instant::now() + config.body_time;
                     if c.write_whole(&first, deadline).and_then(|()| c.write_whole(&rest, deadline)).is_err() {
-                        return None;
+                        return AfterRequest::End;
                     } else if close {
                         reader.linger();
-                        return None;
+                        return AfterRequest::End;
                     }
                 }
             }
@@ -133,36 +138,58 @@ impl Conversation {
             // burn the processor for nothing. What has come already is not waited for.
             let stays_awake = is_keen && reader.unread().is_empty();
             if !places.move_to(Place::Idle, c) || stays_awake && c.stay_awake().is_err() {
-                return None;
+                return AfterRequest::End;
             }
             answered = Instant::now();
         }
     }
 
     /// Answers one request. Where it lost its place to a newcomer meanwhile, its socket is shut down already.
-    fn answer(&self, reader: &mut Reader, mut request: Request) -> AfterRequest {
+    fn answer(&self, seat: &mut Seat, reader: &mut Reader, mut request: Request) -> AfterRequest {
         if !self.places().move_to(Place::Busy, &self.c) {
             return AfterRequest::End;
         }
         let is_head = request.method == "HEAD";
         let (framing, cors) = (request.framing, self.shared.routes.door.cors(&request));
-        let mut response = match self.shared.routes.reply(reader, &mut request) {
-            Ok(Reply::Response(response)) | Err(response) => response,
-            Ok(Reply::Stream(_)) if is_head => {
+        let at = Instant::now();
+        let outcome = match self.shared.routes.reply(reader, &mut request) {
+            Ok(Reply::Response(response)) | Err(response) => Outcome::Respond(response),
+            Ok(Reply::Topics(wanted)) => Outcome::Follow(wanted),
+            Ok(Reply::Handler(handled)) => {
+                reader.give_up_memory(); // a handler's stream may last
+                let seat = Mutex::new(seat); // a request may be lent to other threads
+                handled.run(&self.shared.streams.core, &self.c, &|| self.open(&mut enter(&seat), framing, &cors))
+            }
+        };
+        let mut response = match outcome {
+            Outcome::Respond(response) => response,
+            Outcome::Failed(error) => {
+                let response = self.shared.routes.failed(&error);
+                if response.status >= 500 {
+                    let path = quoted(&request.path);
+                    self.shared.streams.log.warn(format_args!("the handler of {path} failed: {error}"));
+                }
+                response
+            }
+            Outcome::Ended(reason) => return AfterRequest::Ended(Opened { path: request.path.into(), at }, reason),
+            Outcome::Follow(wanted) if !is_head => {
+                let head = stream_head(framing, &cors);
+                return AfterRequest::Open(Opening { path: request.path, framing, head, wanted });
+            }
+            Outcome::Follow(_) | Outcome::Head => {
                 self.log_request(&request, 200);
                 let head = stream_head(framing, &cors).into_bytes();
                 return AfterRequest::Respond { parts: (head, Arc::default()), close: true };
-            }
-            Ok(Reply::Stream(source)) => {
-                let head = stream_head(framing, &cors);
-                return AfterRequest::Open(Opening { path: request.path, framing, head, source });
             }
         };
         response.fields += &cors; // refusals, too: without these lines no page of another origin could read why
         self.log_request(&request, response.status);
         // A body that was not read whole stands before the next request, which nobody could find.
-        let close =
-            request.close || response.close || !request.body.is_over() || self.shared.streams.core.is_stopping();
+        let close = request.close
+            || response.close
+            || !request.body.is_over()
+            || self.shared.streams.core.is_stopping()
+            || self.shared.streams.pool.is_crowded();
         if !close {
             let idle_time = self.config().idle_time.as_secs();
             response.fields += &format!("Connection: keep-alive\r\nKeep-Alive: timeout={idle_time}\r\n");
@@ -186,40 +213,49 @@ impl Conversation {
         }
     }
 
-    /// Finds a place among the streams, and serves a handler's to its end, or gives a subscriber away. Returns why the
-    /// stream ended, if it did.
-    fn stream(&mut self, seat: &mut Seat, head: &str, source: Source) -> Cow<'static, str> {
+    /// Finds a stream of topics its place, and gives the subscriber away.
+    fn stream(&mut self, seat: &mut Seat, head: &str, wanted: Wanted, opened: Opened) {
         let (c, streams) = (self.c.clone(), self.shared.streams.clone());
-        let place = if source.is_handler() { Place::Handler } else { Place::Stream };
-        let count = streams.places.move_to_streams(place, &c);
-        // Checked after the move: a server that begins to stop from here on finds this connection among its streams.
-        if streams.core.is_stopping() {
-            return self.reject(head, STOPPING).into();
-        }
-        let Some(count) = count else {
-            let was_cut = c.cut.get(); // since its request was read
-            return was_cut.copied().unwrap_or_else(|| self.reject(head, NO_ROOM)).into();
+        let lane = match self.take_place(Place::Stream, head) {
+            Ok(lane) => lane,
+            Err(reason) => return (self.opened, self.reason) = (Some(opened), reason.into()),
         };
-        // The lanes take turns.
-        let lane = count % streams.core.lanes.len();
-        match source {
-            Source::Topics(wanted) => {
-                let Some(opened) = self.opened.take() else { return "".into() };
-                match streams.open(&c, lane, wanted, head, opened) {
-                    Ok(subscriber) => {
-                        self.is_over = true;
-                        streams.start(seat, &c, subscriber);
-                        "".into()
-                    }
-                    Err((reason, opened)) => {
-                        self.opened = Some(opened);
-                        self.reject(head, reason).into()
-                    }
-                }
+        match streams.open(&c, lane, wanted, head, opened) {
+            Ok(subscriber) => {
+                self.is_over = true;
+                streams.core.presence.note_begin(&subscriber.names, c.peer);
+                streams.start(seat, &c, subscriber);
             }
-            Source::Handler(_) if !seat.change_to(Kind::Handler) => self.reject(head, NO_THREAD).into(),
-            Source::Handler(handled) => handled.serve(&streams.core, &c, lane, head),
+            Err((reason, opened)) => {
+                (self.opened, self.reason) = (Some(opened), self.reject(head, reason).into());
+            }
         }
+    }
+
+    /// Opens a handler's stream: its place, its thread's share, its head. Returns its lane.
+    fn open(&self, seat: &mut Seat, framing: Framing, cors: &str) -> Result<usize, Reason> {
+        enter(&self.c.state).framing = framing;
+        let head = stream_head(framing, cors);
+        let lane = self.take_place(Place::Handler, &head)?;
+        if !seat.change_to(Kind::Handler) {
+            return Err(self.reject(&head, NO_THREAD));
+        }
+        self.c.write_whole(head.as_bytes(), Instant::now() + self.config().body_time)?;
+        self.c.set_nonblocking(true)?;
+        Ok(lane)
+    }
+
+    /// Finds a place among the streams, and a lane: they take turns. Or rejects the stream.
+    fn take_place(&self, place: Place, head: &str) -> Result<usize, Reason> {
+        let core = &self.shared.streams.core;
+        let count = self.places().move_to_streams(place, &self.c);
+        // Checked after the move: a server that begins to stop from here on finds this connection among its streams.
+        if core.is_stopping() {
+            return Err(self.reject(head, STOPPING));
+        }
+        let was_cut = self.c.cut.get().copied(); // since its request was read
+        let count = count.ok_or_else(|| was_cut.unwrap_or_else(|| self.reject(head, NO_ROOM)))?;
+        Ok(count % core.lanes.len())
     }
 
     /// Rejects a stream in a way that a browser comes back from: it is opened, told when to come back, and ended. The

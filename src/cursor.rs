@@ -9,6 +9,7 @@ use crate::clock::{millis, now_ms};
 use crate::encoded::{Encoded, Framing, Run};
 use crate::event::{Event, Id};
 use crate::history::History;
+use std::slice;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -58,7 +59,8 @@ impl History {
         // An id later than both the newest id and the clock can only be from before this server's history was lost: all
         // that is kept is new to its owner. An id between the two means "from now on", which is after the newest: if
         // the clock is set back, ids up to the asked one are still to come.
-        let is_known = |asked: &Id| *asked <= self.newest() || asked.ms <= now_ms();
+        // With an engine, ids are its alone, and it has been asked (`feed::reach`): nobody has given a later one.
+        let is_known = |asked: &Id| *asked <= self.newest() || !self.is_fed() && asked.ms <= now_ms();
         let known = asked.filter(is_known).map(|asked| asked.min(self.newest()));
         match known {
             Some(cursor) if cursor >= self.newest_forgotten_of(names).id => (cursor, None),
@@ -97,6 +99,11 @@ impl History {
         if run.bytes.is_empty() { Next::Nothing } else { Next::Events(run) }
     }
 
+    /// Which of these topics keeps the event of this id.
+    pub fn topic_of(&self, names: &[Arc<str>], id: Id) -> Option<Arc<str>> {
+        names.iter().find(|name| self.oldest_after(slice::from_ref(*name), id.before()) == Some(id)).cloned()
+    }
+
     /// The newest id that each of these topics has forgotten: kept by a subscriber that has just been told of a gap.
     pub fn told(&self, names: &[Arc<str>]) -> Vec<Id> {
         self.topics(names).map(|topic| topic.newest_forgotten.id).collect()
@@ -106,13 +113,18 @@ impl History {
         self.topics(names).filter_map(|topic| self.after(topic, cursor).next()).map(|(entry, _)| entry.point.id).min()
     }
 
+    /// The first event after the cursor from which on all of these topics are whole.
+    pub fn whole_from(&self, names: &[Arc<str>], cursor: Id) -> Option<Id> {
+        self.oldest_after(names, cursor.max(self.newest_forgotten_of(names).id))
+    }
+
     /// The event that says that something may be missing between `after`, the id that was asked for, and `oldest`, from
     /// which on all of these topics are whole. Its own id is just before all that is kept after the cursor, so whoever
     /// resumes from it gets all of that, though one topic may keep what is older than something that another forgot.
     fn gap(&self, names: &[Arc<str>], asked: Option<Id>, cursor: Id) -> Encoded {
         let newest_forgotten = self.newest_forgotten_of(names).id;
         let id = self.oldest_after(names, cursor).map_or(newest_forgotten, Id::before);
-        let oldest = self.oldest_after(names, cursor.max(newest_forgotten));
+        let oldest = self.whole_from(names, cursor);
         let json = |id: Option<Id>| id.map_or("null".into(), |id| format!("\"{id}\""));
         let data = format!("{{\"after\":{},\"oldest\":{}}}", json(asked), json(oldest));
         Encoded::new(id, b"", Event::new(data).name("gap").encode_with_id(id).as_bytes())

@@ -6,6 +6,7 @@
 //! has the order of the article that this server is born from.
 //! <https://html.spec.whatwg.org/multipage/server-sent-events.html#event-stream-interpretation>
 
+use crate::config::Config;
 use crate::text::{invalid, quoted, with_lf};
 use std::fmt::{self, Write as _};
 use std::io;
@@ -14,6 +15,9 @@ use std::time::Duration;
 
 /// A name is a word for `addEventListener`, not a place for data: beside the data, this bounds an event's bytes.
 const EVENT_NAME_BYTES: usize = 256;
+/// A key is kept as long as its event. The ids of relayed streams are keys, and those of some public ones are JSON of
+/// some hundred bytes.
+const KEY_BYTES: usize = 1024;
 
 /// One event, to be published to a topic or sent on a handler's stream.
 ///
@@ -56,7 +60,7 @@ impl Event {
         self
     }
 
-    /// Makes publishing repeatable: a second event of the same topic with this key (1 to 128 bytes without CR, LF or
+    /// Makes publishing repeatable: a second event of the same topic with this key (1 to 1,024 bytes without CR, LF or
     /// NUL) is not published, and gets the first one's id, for as long as the first is kept.
     pub fn key(mut self, key: impl Into<String>) -> Event {
         self.key = Some(key.into());
@@ -83,6 +87,24 @@ impl Event {
             }
         }
         Ok(())
+    }
+
+    /// Whether this event may be published to a topic. Its data may still be missing: queries are checked before bodies
+    /// are read.
+    pub(crate) fn check_for_topic(&self, config: &Config) -> io::Result<()> {
+        self.check()?;
+        let limit = config.data_bytes();
+        if self.id.is_some() {
+            return invalid("a topic numbers its events itself: leave the id out");
+        } else if self.data.len() > limit {
+            return invalid(format!("{} bytes of data, where at most {limit} are taken", self.data.len()));
+        }
+        match self.key.as_ref().map(String::len) {
+            Some(length) if !(1..=KEY_BYTES).contains(&length) => {
+                invalid(format!("a key of {length} bytes, where 1 to {KEY_BYTES} are taken"))
+            }
+            _ => Ok(()),
+        }
     }
 
     /// The bytes of a handler's event: `event`, `id`, `data`, `retry`.
@@ -161,6 +183,12 @@ impl Id {
             seq => Id { ms: self.ms, seq: seq - 1 },
         }
     }
+}
+
+/// The ids of events that are published together, from the first one on. A journal names the first alone, so that these
+/// must not depend on the clock.
+pub fn ids_from(first: Id) -> impl Iterator<Item = Id> {
+    std::iter::successors(Some(first), |id| Some(id.next(0)))
 }
 
 impl fmt::Display for Id {

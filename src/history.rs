@@ -44,6 +44,10 @@ pub struct History {
     /// The newest that was forgotten by topics which have left the table; a topic that enters it begins with this.
     newest_forgotten: Point,
     clock: Steady,
+    /// An engine gives the ids, and not this server's clock.
+    is_fed: bool,
+    /// The newest moment of all events.
+    moment_ms: u64,
     keep_events: usize,
     keep_bytes: usize,
     keep_age: Duration,
@@ -55,6 +59,8 @@ pub struct Topic {
     name: Arc<str>,
     /// Oldest first.
     events: VecDeque<Chain>,
+    /// What they cost.
+    bytes: usize,
     /// The newest that it has forgotten.
     pub newest_forgotten: Point,
     subscribers: usize,
@@ -68,6 +74,22 @@ pub struct Walk {
     until: Id,
 }
 
+/// What there is of one topic: see [`Hub::topics`](crate::Hub::topics).
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct TopicOverview {
+    /// Its name.
+    pub name: Arc<str>,
+    /// How many follow it now.
+    pub subscribers: usize,
+    /// How many events it keeps.
+    pub events: usize,
+    /// What they take of [`Config::keep_bytes`](crate::Config::keep_bytes), with bookkeeping.
+    pub bytes: usize,
+    /// The id of the newest event that is kept.
+    pub newest: Option<Id>,
+}
+
 /// How much is kept.
 pub struct Totals {
     pub topics: usize,
@@ -78,7 +100,7 @@ pub struct Totals {
 
 impl History {
     /// Nothing is kept, and everything up to `base` counts as forgotten.
-    pub fn new(base: Id, config: &Config) -> History {
+    pub fn new(base: Id, is_fed: bool, config: &Config) -> History {
         let clock = Steady::start();
         History {
             topics: HashMap::new(),
@@ -92,6 +114,8 @@ impl History {
             newest: base,
             newest_forgotten: Point { id: base, moment_ms: clock.before_start(base.ms) },
             clock,
+            is_fed,
+            moment_ms: 0,
             keep_events: config.keep_events,
             keep_bytes: config.keep_bytes.min(MOST_BYTES),
             keep_age: config.keep_age,
@@ -103,6 +127,10 @@ impl History {
         self.newest
     }
 
+    pub fn is_fed(&self) -> bool {
+        self.is_fed
+    }
+
     pub fn totals(&self) -> Totals {
         Totals { topics: self.topics.len(), events: self.events, bytes: self.bytes }
     }
@@ -112,6 +140,23 @@ impl History {
         self.block_bytes
     }
 
+    /// What is in the table, in no order.
+    pub fn overview(&self) -> Vec<TopicOverview> {
+        let overview = |topic: &Topic| TopicOverview {
+            name: topic.name.clone(),
+            subscribers: topic.subscribers,
+            events: topic.events.len(),
+            bytes: topic.bytes,
+            newest: topic.events.back().map(|chain| Entry::of(&self.cells, chain).point.id),
+        };
+        self.topics.values().map(overview).collect()
+    }
+
+    /// The newest event that a topic keeps.
+    pub fn newest_of(&self, name: &str) -> Option<Id> {
+        self.topics.get(name)?.events.back().map(|chain| Entry::of(&self.cells, chain).point.id)
+    }
+
     /// The id of the kept event that was published to this topic with this key.
     pub fn id_of_key(&self, name: &str, key: &str) -> Option<Id> {
         let id = *self.keys.get(&self.hasher.hash_one((name, key)))?;
@@ -119,13 +164,14 @@ impl History {
         Some(id).filter(|_| entry.point.id == id && entry.key(&self.cells, chain).as_deref() == Some(key))
     }
 
-    /// Whether an event may be published to this topic, or all names are in use.
-    pub fn check_room(&self, name: &str) -> io::Result<()> {
-        self.check_room_within(self.topic_limit, name)
+    /// Whether an event may be published to all of these topics, or too many names are in use.
+    pub fn check_room(&self, names: &[&str]) -> io::Result<()> {
+        self.check_room_within(self.topic_limit, names)
     }
 
-    fn check_room_within(&self, limit: usize, name: &str) -> io::Result<()> {
-        if self.topics.len() >= limit && !self.topics.contains_key(name) {
+    fn check_room_within(&self, limit: usize, names: &[&str]) -> io::Result<()> {
+        let new = names.iter().filter(|name| !self.topics.contains_key(**name)).count();
+        if new > 0 && self.topics.len() + new > limit {
             let reason = format!("all {limit} topic names are in use: use one of them, or try again later");
             return Err(io::Error::new(ErrorKind::QuotaExceeded, reason));
         }
@@ -135,8 +181,32 @@ impl History {
     /// Keeps an event that is published now; ids must rise from call to call. Returns its topic's name if anyone
     /// follows it: only then must the lanes know of the event, since whoever follows the topic later finds it kept.
     pub fn insert(&mut self, name: &str, event: &Parts, key: Option<&str>) -> Option<Arc<str>> {
-        let moment_ms = self.clock.now_ms();
+        let moment_ms = if self.is_fed { self.moment_of(event.id) } else { self.clock.now_ms() };
         self.keep(name, event, key, moment_ms)
+    }
+
+    /// When an event was published that an engine shows, perhaps long after: at its start, or after it was away. Moments
+    /// rise as ids do, and none is in the future.
+    fn moment_of(&mut self, id: Id) -> u64 {
+        self.moment_ms = id.ms.min(self.clock.now_ms()).max(self.moment_ms);
+        self.moment_ms
+    }
+
+    /// Notes an id that belongs to no event here.
+    pub fn reach(&mut self, id: Id) {
+        self.newest = self.newest.max(id);
+    }
+
+    /// Counts everything up to `id` as forgotten by the topics that are not in the table.
+    pub fn pass_over(&mut self, id: Id) {
+        self.reach(id);
+        self.newest_forgotten = Point { id: self.newest, moment_ms: self.moment_of(id) };
+    }
+
+    /// Counts everything up to `id` as forgotten, in every topic, where an engine has said so.
+    pub fn miss_up_to(&mut self, id: Id) {
+        self.pass_over(id);
+        self.topics.values_mut().for_each(|topic| topic.newest_forgotten = self.newest_forgotten);
     }
 
     /// Keeps an event of an earlier process. What is too old goes at once, or a long journal would fill memory.
@@ -154,6 +224,7 @@ impl History {
         let topic = self.topic(name);
         let is_first = topic.events.is_empty();
         topic.events.push_back(chain);
+        topic.bytes += entry.cost();
         let (name, count, is_followed) = (topic.name.clone(), topic.events.len(), topic.subscribers > 0);
         self.events += 1;
         self.bytes += entry.cost();
@@ -170,6 +241,20 @@ impl History {
             self.forget_oldest_of(&name);
         }
         is_followed.then_some(name)
+    }
+
+    /// Forgets what a topic keeps up to `id`, at most `most` events; false once that is all. Whoever resumes from before the
+    /// newest of it hears a gap, and nobody else: what was not kept any more was forgotten before.
+    pub fn forget(&mut self, name: &str, id: Id, most: usize) -> bool {
+        let Some(name) = self.topics.get(name).map(|topic| topic.name.clone()) else { return false };
+        for _ in 0..most {
+            let oldest = self.topics.get(&name).and_then(|topic| topic.events.front());
+            if oldest.is_none_or(|chain| Entry::of(&self.cells, chain).point.id > id) {
+                return false;
+            }
+            self.forget_oldest_of(&name);
+        }
+        true
     }
 
     /// Forgets what is too old. Whoever looks at the history calls this first (`Core::history`).
@@ -189,7 +274,7 @@ impl History {
         let limit = self.topic_limit - self.topic_limit / 4;
         let mut taken: Vec<Arc<str>> = Vec::with_capacity(names.len());
         for name in names {
-            if let Err(full) = self.check_room_within(limit, name) {
+            if let Err(full) = self.check_room_within(limit, &[name]) {
                 self.unsubscribe(&taken);
                 return Err(full);
             }
@@ -209,8 +294,12 @@ impl History {
         }
     }
 
-    /// Notes what an earlier process has forgotten: of one topic, or of all that are not in the table.
+    /// Notes what an earlier process has forgotten: of one topic, or of all that are not in the table. What was restored
+    /// of that topic, up to this id, was deleted.
     pub fn restore_newest_forgotten(&mut self, name: Option<&str>, id: Id) {
+        if let Some(name) = name {
+            self.forget(name, id, usize::MAX);
+        }
         let point = Point { id, moment_ms: self.clock.before_start(id.ms) };
         match name {
             None => self.newest_forgotten = self.newest_forgotten.max(point),
@@ -297,6 +386,7 @@ impl History {
         self.oldest.remove(&entry.point);
         self.events -= 1;
         self.bytes -= entry.cost();
+        topic.bytes -= entry.cost();
         self.block_bytes -= entry.layout.block_len() as u64;
         topic.newest_forgotten = topic.newest_forgotten.max(entry.point);
         // Room that a busier hour has reserved is given back: the budget does not count it.

@@ -5,46 +5,38 @@
 //! journal idle writes it for all who wait, so that they share the cost and nobody is woken to write. With `--fsync`
 //! the journal's own thread writes, which costs little beside a sync: a disk that is stuck never holds a publisher, who
 //! can be answered when the server stops. A lane takes neither the order lock nor that of the history, so a publisher
-//! that waits for room in its queue always gets it.
+//! that waits for room in its queue always gets it. An engine does all of that in its own way: it is asked without any
+//! lock, and what it has taken is handed out when it comes back (`feed.rs`).
 
-use crate::block::{Block, encode_block};
+use crate::bell::Bells;
+use crate::block::{encode_block, mark};
 use crate::clock::now_ms;
-use crate::config::{Config, Log};
+use crate::config::Config;
 use crate::connection::STOPPING;
-use crate::encoded::{Begun, Parts};
-use crate::event::{Event, Id};
-use crate::history::{History, Totals};
+use crate::encoded::{Begun, Encoded, Parts};
+use crate::engine::{self, Engine, Entry};
+use crate::event::{Event, Id, ids_from};
+use crate::history::{History, TopicOverview};
 use crate::journal::Journal;
-use crate::kept::{Kept, restore};
-use crate::lane::{Ending, Lane};
+use crate::kept::{Kept, open_journal};
+use crate::lane::Lane;
 use crate::log::Logger;
 use crate::metrics::Counters;
+use crate::names::check_topic;
+use crate::presence::PresenceHook;
 use crate::rewrite::Snapshot;
-use crate::sync::{enter, start_thread};
-use crate::text::{invalid, quoted};
-use crate::unwritten::{Numbered, Order, Outcome, Turn, Turns, Unwritten};
-use crate::watch::LOOK_TIME;
+use crate::sync::enter;
+use crate::unwritten::{Change, Numbered, Order, Turn, Turns, Waits};
 use std::io::{self, ErrorKind};
-use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
-use std::thread;
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
-/// A name stands in paths, logs and the journal, and is kept for as long as it is in use.
-const TOPIC_NAME_BYTES: usize = 64;
-/// A key is kept as long as its event.
-const KEY_BYTES: usize = 128;
-/// What waits for the journal takes at most this much memory (and one event for each publisher), so that a stuck disk
-/// does not fill it.
-const UNWRITTEN_BYTES: usize = 16 * 1024 * 1024;
+/// A topic may keep a million events, and to forget one takes some 100 ns with the history's lock held.
+const FORGOTTEN_AT_ONCE: usize = 1_000;
 /// When stopping, publishers whose events the disk has not taken are told so after this time, which leaves enough for
 /// the answer to go out.
 pub const STOP_WAIT: Duration = Duration::from_millis(400);
-/// Longer than the kernel keeps written data before it begins to write it to the disk, which is some 30 s; in ms.
-/// <https://docs.kernel.org/admin-guide/sysctl/vm.html#dirty-expire-centisecs>
-const HELD_BACK_MS: u64 = 60_000;
 
 /// Said instead of a plain refusal: nobody knows yet, and only a key makes it safe to try again.
 const NOT_TAKEN: &str =
@@ -66,7 +58,8 @@ impl Hub {
     /// [`ErrorKind::StorageFull`] when the journal cannot be written (the message has the system's reason),
     /// [`ErrorKind::NotConnected`] once the server is stopping. Nothing is published then, with one exception: if the
     /// disk had not answered when the server stopped, the event may be published, and the message says so. With the
-    /// same [`key`](Event::key), publishing it again is safe.
+    /// same [`key`](Event::key), publishing it again is safe. Where an [`Engine`] numbers the events, its errors come here
+    /// as they are, and `Ok` means that it has the event.
     ///
     /// ```
     /// # fn main() -> std::io::Result<()> {
@@ -80,7 +73,10 @@ impl Hub {
     /// ```
     pub fn publish(&self, topic: &str, event: Event) -> io::Result<Id> {
         let core = &*self.core;
-        let numbered = core.number(&mut enter(&core.turns.order), topic, event)?;
+        if core.engine.is_some() {
+            return Ok(core.publish_outside(vec![Entry::new(topic, event)])?[0]);
+        }
+        let numbered = core.number(&mut enter(&core.turns.order), topic, &event)?;
         core.settle(numbered)
     }
 }
@@ -91,17 +87,23 @@ pub struct Core {
     pub config: Config,
     pub lanes: Vec<Lane>,
     pub counters: Arc<Counters>,
+    /// Who in the program waits for a topic.
+    pub bells: Bells,
+    /// Who is told of subscribers that come and go.
+    pub presence: Arc<PresenceHook>,
     /// Set without any lock: stopping must not stand in line behind all who want to publish.
     stopped_at: OnceLock<Instant>,
     /// The outermost lock, and the events that wait for the journal.
-    turns: Turns,
+    pub turns: Turns,
     /// The last try to write the journal has failed.
     is_journal_failing: AtomicBool,
     /// Locked shortly, under the order lock or alone. A snapshot for the journal has a share of it.
     history: Arc<Mutex<History>>,
     /// Locked shortly, and nothing is locked under it.
     pub begun: Mutex<Begun>,
-    log: Arc<Logger>,
+    /// Numbers the events in our place, and shows them to us through a `Feed`.
+    pub engine: Option<Arc<dyn Engine>>,
+    pub log: Arc<Logger>,
 }
 
 impl Core {
@@ -109,10 +111,18 @@ impl Core {
     ///
     /// # Errors
     /// The journal cannot be used: see [`Server::bind`](crate::Server::bind).
-    pub fn new(config: Config, lanes: Vec<Lane>, counters: Arc<Counters>, log: &Arc<Logger>) -> io::Result<Core> {
-        // Ids begin above those of the journal; without one, whatever an earlier process had counts as forgotten.
-        let base = if config.journal.is_none() { Id { ms: now_ms(), seq: 0 } } else { Id::default() };
-        let history = Arc::new(Mutex::new(History::new(base, &config)));
+    pub fn new(
+        config: Config,
+        lanes: Vec<Lane>,
+        counters: Arc<Counters>,
+        log: &Arc<Logger>,
+        engine: Option<Arc<dyn Engine>>,
+    ) -> io::Result<Core> {
+        // Ids begin above those of the journal, and an engine says itself what is missing. With neither, whatever an earlier
+        // process had counts as forgotten.
+        let begins_anew = config.journal.is_none() && engine.is_none();
+        let base = if begins_anew { Id { ms: now_ms(), seq: 0 } } else { Id::default() };
+        let history = Arc::new(Mutex::new(History::new(base, engine.is_some(), &config)));
         let journal = config.journal.as_deref().map(|path| open_journal(path, &history, &config, log)).transpose()?;
         counters.journal_bytes.store(journal.as_ref().map_or(0, Journal::length), Relaxed);
         let newest = enter(&history).newest(); // the next id is above all that the journal knows of
@@ -120,26 +130,17 @@ impl Core {
         Ok(Core {
             lanes,
             counters,
+            bells: Bells::default(),
+            presence: Arc::default(),
             stopped_at: OnceLock::new(),
-            turns: Turns { order, ended: Condvar::new(), work: Condvar::new() },
+            turns: Turns::new(order),
             is_journal_failing: AtomicBool::new(false),
             history,
+            engine,
             begun: Mutex::default(),
             log: log.clone(),
             config,
         })
-    }
-
-    /// Starts the journal's own thread, if there is a journal. It ends once the server has stopped and nothing waits.
-    ///
-    /// # Errors
-    /// No thread can be started.
-    pub fn start_journal_thread(self: &Arc<Core>) -> io::Result<()> {
-        if self.config.journal.is_some() {
-            let core = self.clone();
-            start_thread("journal".into(), Box::new(move || core.tend_journal()))?;
-        }
-        Ok(())
     }
 
     /// Whether the server is stopping. It never starts again.
@@ -147,9 +148,21 @@ impl Core {
         self.stopped_at.get().is_some()
     }
 
+    /// # Errors
+    /// [`ErrorKind::NotConnected`]: it is stopping.
+    pub fn check_running(&self) -> io::Result<()> {
+        if self.is_stopping() { Err(io::Error::new(ErrorKind::NotConnected, STOPPING)) } else { Ok(()) }
+    }
+
     /// Whether the last try to write the journal failed, so that publishing would be refused: then `/health` is 503.
     pub fn is_journal_failing(&self) -> bool {
         self.is_journal_failing.load(Relaxed)
+    }
+
+    /// Notes whether the journal can be written, and its length.
+    pub fn note_journal(&self, is_failing: bool, length: u64) {
+        self.is_journal_failing.store(is_failing, Relaxed);
+        self.counters.journal_bytes.store(length, Relaxed);
     }
 
     /// From here on no event gets an id. False if the server was stopping already.
@@ -158,15 +171,16 @@ impl Core {
         drop(enter(&self.turns.order)); // or whoever has just looked, and is falling asleep, would miss it
         self.turns.ended.notify_all();
         self.turns.work.notify_one();
+        self.bells.close();
         is_first
     }
 
     /// Has the lanes end all live streams, once the server stops. Under the order lock, so that each lane has everything
     /// before it that was published, and nothing after.
-    pub fn end_streams(&self, deadline: Instant) {
+    pub fn end_streams(&self) {
         let _order = enter(&self.turns.order);
-        let ending = Ending { newest: self.history().newest(), retry: self.config.retry, deadline };
-        self.lanes.iter().for_each(|lane| lane.end_streams(ending));
+        let newest = self.history().newest();
+        self.lanes.iter().for_each(|lane| lane.end_streams(newest));
     }
 
     /// The history, without what is too old. Whoever holds it may take a connection's state, but not the order lock.
@@ -176,17 +190,55 @@ impl Core {
         history
     }
 
+    /// Publishes one event to each of these topics (each named once): to all of them, with neighbouring ids, or to none.
+    /// A topic that keeps an event with this key stays as it is, and its id is that event's. Returns an id for each.
+    ///
+    /// # Errors
+    /// As for [`Hub::publish`].
+    pub fn publish_each(&self, topics: &[&str], event: &Event) -> io::Result<Vec<Id>> {
+        if self.engine.is_some() {
+            return self.publish_outside(topics.iter().map(|topic| Entry::new(*topic, event.clone())).collect());
+        }
+        let numbered = self.number_each(&mut enter(&self.turns.order), topics, event)?;
+        numbered.into_iter().map(|event| self.settle(event)).collect()
+    }
+
+    /// Forgets what a topic keeps, in the order of the ids: what is published before this, and nothing after. Streams go
+    /// on; whoever resumes from before the newest of it hears a gap. Returns the id of that newest event, if there was
+    /// any, once the journal has it.
+    ///
+    /// # Errors
+    /// As for [`Hub::publish`]. Nothing is forgotten then.
+    pub fn forget(&self, topic: &str) -> io::Result<Option<Id>> {
+        if self.engine.is_some() {
+            return Ok(self.publish_outside(vec![Entry::forget(topic)])?.pop());
+        }
+        let numbered = self.number_forgetting(&mut enter(&self.turns.order), topic)?;
+        numbered.map(|up_to| self.settle(up_to)).transpose()
+    }
+
+    /// All topics that are in use, in the order of their names.
+    pub fn topics(&self) -> Vec<TopicOverview> {
+        let mut topics = self.history().overview();
+        topics.sort_by(|a, b| a.name.cmp(&b.name)); // without the lock
+        topics
+    }
+
     /// Publishes events that follow one another, as the lines of a `PUT` do. Where one cannot be published, those after
     /// it are not either. Returns the ids of those that were.
     ///
     /// # Errors
     /// As for [`Hub::publish`], for the first that was not.
     pub fn publish_all(&self, topic: &str, events: Vec<Event>) -> (Vec<Id>, io::Result<()>) {
+        if self.engine.is_some() {
+            let published = self.publish_outside(events.into_iter().map(|event| Entry::new(topic, event)).collect());
+            return published.map_or_else(|error| (Vec::new(), Err(error)), |ids| (ids, Ok(())));
+        }
         let (mut numbered, mut published) = (Vec::new(), Vec::new());
-        let number_all = || {
+        let mut number_all = || {
             // Held throughout: a failing journal then refuses the last of them, never one between two others.
             let mut order = enter(&self.turns.order);
-            for event in events {
+            for event in &events {
                 numbered.push(self.number(&mut order, topic, event)?);
             }
             Ok(())
@@ -197,24 +249,6 @@ impl Core {
             Ok(())
         });
         (published, all_settled.and(all_numbered))
-    }
-
-    /// Whether this event may be published to a topic. Its data may still be missing: queries are checked before bodies
-    /// are read.
-    pub fn check(&self, event: &Event) -> io::Result<()> {
-        event.check()?;
-        let limit = self.config.data_bytes();
-        if event.id.is_some() {
-            return invalid("a topic numbers its events itself: leave the id out");
-        } else if event.data.len() > limit {
-            return invalid(format!("{} bytes of data, where at most {limit} are taken", event.data.len()));
-        }
-        match event.key.as_ref().map(String::len) {
-            Some(length) if !(1..=KEY_BYTES).contains(&length) => {
-                invalid(format!("a key of {length} bytes, where 1 to {KEY_BYTES} are taken"))
-            }
-            _ => Ok(()),
-        }
     }
 
     /// Waits until the journal is closed, which it is once nothing waits for it. Then another server may have it,
@@ -233,41 +267,98 @@ impl Core {
 
     /// Gives an event its id. Without a journal, it is published at once; else it waits, and the caller must
     /// [`Core::settle`] it.
-    fn number(&self, order: &mut Order, topic: &str, event: Event) -> io::Result<Numbered> {
-        if self.is_stopping() {
-            return Err(stopped());
-        }
+    fn number(&self, order: &mut Order, topic: &str, event: &Event) -> io::Result<Numbered> {
+        self.check_open(event)?;
         check_topic(topic)?;
-        self.check(&event)?;
         let key: Option<Arc<str>> = event.key.as_deref().map(Arc::from);
         // Under the order lock: of two publishers with one key, the second sees the first one's event.
         let history = self.history();
         if let Some(first) = key.as_ref().and_then(|key| order.find_key(&history, topic, key)) {
             return Ok(first);
         }
-        history.check_room(topic)?;
+        history.check_room(&[topic])?;
         drop(history);
-        if order.unwritten_bytes > UNWRITTEN_BYTES {
-            return Err(io::Error::new(ErrorKind::ResourceBusy, "the disk is too slow for what waits for the journal"));
+        self.turns.check_disk(order, self.config.threads / 4)?;
+        Ok(self.place(order, topic, event, key))
+    }
+
+    /// The same for one event in several topics, in all of them or in none. Nothing may fail once the first is placed.
+    fn number_each(&self, order: &mut Order, topics: &[&str], event: &Event) -> io::Result<Vec<Numbered>> {
+        self.check_open(event)?;
+        topics.iter().try_for_each(|topic| check_topic(topic))?;
+        let key: Option<Arc<str>> = event.key.as_deref().map(Arc::from);
+        let history = self.history();
+        let find = |topic: &&str| key.as_ref().and_then(|key| order.find_key(&history, topic, key));
+        let found: Vec<Option<Numbered>> = topics.iter().map(find).collect();
+        let new = topics.iter().zip(&found).filter(|(_, found)| found.is_none()).map(|(topic, _)| *topic);
+        let new: Vec<&str> = new.collect();
+        history.check_room(&new)?;
+        drop(history);
+        self.turns.check_disk(order, self.config.threads / 4)?;
+        let mut placed = match self.config.journal.is_some() && new.len() > 1 {
+            true => self.place_together(order, &new, event, key),
+            false => new.iter().map(|topic| self.place(order, topic, event, key.clone())).collect(),
         }
+        .into_iter();
+        Ok(found.into_iter().filter_map(|found| found.or_else(|| placed.next())).collect())
+    }
+
+    /// Places an event that may be published.
+    fn place(&self, order: &mut Order, topic: &str, event: &Event, key: Option<Arc<str>>) -> Numbered {
         let id = order.newest.next(now_ms());
         order.newest = id;
-        let frame = event.encode_with_id(id);
         // Both ways make the same event; for the journal, its fields stand before the frame. The id is inside the frame,
         // so whoever numbers events must do so before this.
         if self.config.journal.is_none() {
+            let frame = event.encode_with_id(id);
             self.hand_out(topic, &Parts::new(id, b"", frame.as_bytes()), key.as_deref());
-            return Ok((id, None));
+            return (id, None);
         }
-        let event = encode_block(id, &[("topic", Some(topic)), ("key", key.as_deref())], &frame);
-        let outcome = Arc::new(Outcome::new());
-        order.push(Unwritten { topic: topic.into(), event, key, outcome: outcome.clone() });
-        Ok((id, Some(outcome)))
+        let block = block_of(id, topic, event);
+        (id, Some(order.push(Change::Publish { events: vec![(topic.into(), block.clone())], key }, block)))
+    }
+
+    /// Places an event in several topics. One block of the journal holds all of them, so that no crash can part them: it
+    /// has the first one's id, from which the others are counted on (`kept.rs`).
+    fn place_together(
+        &self,
+        order: &mut Order,
+        topics: &[&str],
+        event: &Event,
+        key: Option<Arc<str>>,
+    ) -> Vec<Numbered> {
+        let ids: Vec<Id> = ids_from(order.newest.next(now_ms())).take(topics.len()).collect();
+        order.newest = ids.last().copied().unwrap_or(order.newest);
+        let block = block_of(ids[0], &topics.join(","), event);
+        let events = ids.iter().zip(topics).map(|(id, topic)| (topic.to_string(), block_of(*id, topic, event)));
+        let outcome = order.push(Change::Publish { events: events.collect(), key }, block);
+        ids.into_iter().map(|id| (id, Some(outcome.clone()))).collect()
+    }
+
+    /// Gives the forgetting of a topic its place in the order: just after the topic's newest event.
+    fn number_forgetting(&self, order: &mut Order, topic: &str) -> io::Result<Option<Numbered>> {
+        check_topic(topic)?;
+        self.check_running()?;
+        let newest = order.find_newest(&self.history(), topic);
+        let Some((up_to, None)) = newest else { return Ok(newest) };
+        if self.config.journal.is_none() {
+            self.hand_out_forgetting(topic, up_to);
+            return Ok(newest);
+        }
+        self.turns.check_disk(order, self.config.threads / 4)?;
+        let change = Change::Forget { topic: topic.into(), up_to };
+        Ok(Some((up_to, Some(order.push(change, mark("topic", Some(topic), up_to))))))
+    }
+
+    fn check_open(&self, event: &Event) -> io::Result<()> {
+        self.check_running()?;
+        event.check_for_topic(&self.config)
     }
 
     /// Waits until an event is in the journal and handed out, writing the journal itself where nobody else does.
     fn settle(&self, (id, outcome): Numbered) -> io::Result<Id> {
         let Some(outcome) = outcome else { return Ok(id) };
+        let _waits = Waits::new(&self.turns.waiting);
         let mut order = enter(&self.turns.order);
         while outcome.get().is_none() {
             // The lock is held from here until this thread sleeps: otherwise a turn could end in between, and nobody
@@ -296,155 +387,75 @@ impl Core {
         }
     }
 
-    /// The journal's own thread. With `--fsync` it does all of the writing; else only what no publisher should have to
-    /// wait for: it checks the file's name, writes a new one step by step, and closes it.
-    fn tend_journal(&self) {
-        let (mut look_at, mut failed) = (Instant::now() + LOOK_TIME, None);
-        while !enter(&self.turns.order).is_closed {
-            let tended = catch_unwind(AssertUnwindSafe(|| self.take_turn(&mut look_at, &mut failed)));
-            if tended.is_err() {
-                self.log.line(Log::Info, format_args!("the journal's thread has panicked, and goes on"));
-                thread::sleep(LOOK_TIME); // what made it panic may do so again: not in a loop
-            }
-        }
-    }
-
-    /// One turn of the journal's own thread. `failed` is what went wrong since the last one, when it had no journal.
-    fn take_turn(&self, look_at: &mut Instant, failed: &mut Option<io::Error>) {
-        let mut turn = Turn::new(&self.turns, self.wait_for_turn(*look_at));
-        self.write_batch(&mut turn);
-        if *look_at <= Instant::now() {
-            *look_at = Instant::now() + LOOK_TIME;
-            let looked = turn.journal().look_after(self.is_journal_failing(), &|boot| self.snapshot(boot));
-            self.is_journal_failing.store(looked.is_err(), Relaxed);
-        }
-        if let Some(error) = failed.take() {
-            turn.journal().abandon(&error);
-        }
-        let pause = turn.journal().step(&|boot| self.snapshot(boot));
-        self.counters.journal_bytes.store(turn.journal().length(), Relaxed);
-        let has_ended = self.is_stopping() && enter(&self.turns.order).unwritten.is_empty();
-        if has_ended {
-            return turn.close();
-        }
-        drop(turn); // the pause may take a while, in which others append
-        *failed = pause.pass().err();
-    }
-
-    /// Waits until there is something to do, claims the next turn, and waits for the journal.
-    fn wait_for_turn(&self, look_at: Instant) -> Journal {
-        let mut order = enter(&self.turns.order);
-        loop {
-            let left = look_at.saturating_duration_since(Instant::now());
-            let wants_step = order.journal.as_ref().is_some_and(Journal::wants_step);
-            let has_events = self.config.fsync && !order.unwritten.is_empty();
-            let has_work = wants_step || has_events || left.is_zero() || self.is_stopping();
-            if has_work && let Some(journal) = order.journal.take() {
-                order.is_claimed = false;
-                return journal;
-            }
-            // Somebody is writing: claimed, the journal is ours next, and the end of that turn wakes us.
-            order.is_claimed |= has_work;
-            let left = if has_work { LOOK_TIME } else { left };
-            order = self.turns.work.wait_timeout(order, left).unwrap_or_else(PoisonError::into_inner).0;
-        }
-    }
-
     /// Writes what waits, one batch, and settles it. Numbering goes on meanwhile, for the order lock is not held while
     /// the disk works.
-    fn write_batch(&self, turn: &mut Turn) {
+    pub fn write_batch(&self, turn: &mut Turn) {
         let (bytes, mut count) = enter(&self.turns.order).batch();
         if count == 0 {
             return;
         }
         let kept_bytes = enter(&self.history).block_bytes(); // tells the journal whether it has grown too large
         let result = turn.journal().append(&bytes, kept_bytes, &|boot| self.snapshot(boot));
-        self.is_journal_failing.store(result.is_err(), Relaxed);
+        self.note_journal(result.is_err(), turn.journal().length());
         let result = result.map_err(|error| error.to_string());
-        self.counters.journal_bytes.store(turn.journal().length(), Relaxed);
         let mut order = enter(&self.turns.order);
         if result.is_err() {
             count = order.unwritten.len(); // all that wait: none may be published after one that was refused
         }
         for unwritten in order.take(count) {
             if result.is_ok() {
-                self.hand_out(&unwritten.topic, &unwritten.event.parts(), unwritten.key.as_deref());
+                self.make_happen(&unwritten.change);
             }
             let _ = unwritten.outcome.set(result.clone());
         }
     }
 
     /// What a new journal has to hold, as it is kept now.
-    fn snapshot(&self, boot: Option<&str>) -> Box<dyn Snapshot> {
+    pub fn snapshot(&self, boot: Option<&str>) -> Box<dyn Snapshot> {
         Box::new(Kept::new(&self.history, boot))
+    }
+
+    /// Publishes through the engine. Returns once it has the entries; they are shown when they come back from it.
+    fn publish_outside(&self, entries: Vec<Entry>) -> io::Result<Vec<Id>> {
+        for entry in &entries {
+            check_topic(&entry.topic)?;
+            self.check_open(entry.event.as_ref().unwrap_or(&Event::default()))?;
+        }
+        let published: Vec<_> = entries.iter().filter(|entry| !entry.is_forget()).map(Entry::topic).collect();
+        self.history().check_room(&published)?;
+        self.engine.as_ref().map_or(Ok(Vec::new()), |engine| engine::publish(&**engine, &entries))
+    }
+
+    /// Called in the order of the changes, under the order lock.
+    fn make_happen(&self, change: &Change) {
+        match change {
+            Change::Publish { events, key } => {
+                events.iter().for_each(|(topic, event)| self.hand_out(topic, &event.parts(), key.as_deref()));
+            }
+            Change::Forget { topic, up_to } => self.hand_out_forgetting(topic, *up_to),
+        }
+    }
+
+    /// Forgets what a topic keeps up to `id`. What stands in a lane's queue goes out all the same; whoever falls behind
+    /// before it has that hears a gap.
+    pub fn hand_out_forgetting(&self, topic: &str, id: Id) {
+        while enter(&self.history).forget(topic, id, FORGOTTEN_AT_ONCE) {} // others may have the lock in between
     }
 
     /// Keeps an event, and then queues it for every lane, in this order: leg 4 of the proof in `subscription.rs`.
     /// Called in the order of the ids, under the order lock; it may wait for room in a queue.
-    fn hand_out(&self, topic: &str, event: &Parts, key: Option<&str>) {
+    pub fn hand_out(&self, topic: &str, event: &Parts, key: Option<&str>) {
         let followed = enter(&self.history).insert(topic, event, key);
         self.counters.published.fetch_add(1, Relaxed);
         if let Some(topic) = followed {
             let event = event.encode();
             self.lanes.iter().for_each(|lane| lane.send(&topic, &event));
+            self.bells.ring(&topic);
         }
     }
 }
 
-/// Topic names need no escaping in paths, in lists with commas, in logs or in the journal.
-pub fn check_topic(name: &str) -> io::Result<()> {
-    let fits = |b: u8| b.is_ascii_alphanumeric() || b"._~-".contains(&b);
-    if (1..=TOPIC_NAME_BYTES).contains(&name.len()) && name.bytes().all(fits) {
-        return Ok(());
-    }
-    invalid(format!("{} is no topic name: that is 1 to {TOPIC_NAME_BYTES} of A-Z a-z 0-9 . _ ~ -", quoted(name)))
-}
-
-fn stopped() -> io::Error {
-    io::Error::new(ErrorKind::NotConnected, STOPPING)
-}
-
-/// Takes a journal into use, and fills the history with what is in it.
-fn open_journal(path: &Path, history: &Arc<Mutex<History>>, config: &Config, log: &Arc<Logger>) -> io::Result<Journal> {
-    let named = |error: io::Error| io::Error::new(error.kind(), format!("the journal {}: {error}", path.display()));
-    recover(path, history, config, log).map_err(named)
-}
-
-/// Restores the history from the journal, then makes the file fit to be appended to.
-fn recover(path: &Path, shared: &Arc<Mutex<History>>, config: &Config, log: &Arc<Logger>) -> io::Result<Journal> {
-    let mut history = enter(shared);
-    let (mut newest_event, mut newest_mark) = (Id::default(), Id::default());
-    let mut take = |block: Block, bytes: &[u8]| {
-        let newest = if block.is_mark { &mut newest_mark } else { &mut newest_event };
-        *newest = block.id.max(*newest);
-        restore(&mut history, block, bytes);
-    };
-    let (mut journal, found) = Journal::open(path, config, log, &mut take)?;
-    history.remove_unused();
-    if found.may_lack_events() {
-        history.count_as_forgotten(after_what_is_lost(newest_event, newest_mark));
-    }
-    // The lock is given up before the file is repaired: a snapshot takes it.
-    let Totals { topics, events, .. } = history.totals();
-    log.line(Log::Info, format_args!("kept {events} events of {topics} topics"));
-    let kept_bytes = history.block_bytes();
-    drop(history);
-    journal.repair(&found, kept_bytes, &|boot| Box::new(Kept::new(shared, boot)))?;
-    Ok(journal)
-}
-
-/// An id above every event that may have been published and lost. All of them were published before now; so it is the
-/// time of now, unless the clock was set back. Then the newest event in the file tells the time, and what was lost came
-/// within `HELD_BACK_MS` of it.
-///
-/// A start that uses this puts ids ahead of the clock: its mark has such an id, and so have all events until the clock
-/// passes it. If the next start added `HELD_BACK_MS` to that again, ids would run further ahead each time. So where no
-/// event is later than the newest mark, the time is added to the clock, and the id need only be above the mark.
-fn after_what_is_lost(newest_event: Id, newest_mark: Id) -> Id {
-    let now = now_ms();
-    let lost_until = match newest_event.ms > newest_mark.ms {
-        true => newest_event.ms.saturating_add(HELD_BACK_MS),
-        false => newest_mark.ms.min(now).saturating_add(HELD_BACK_MS).max(newest_mark.ms.saturating_add(1)),
-    };
-    Id { ms: now.max(lost_until), seq: 0 }
+/// What the journal has of an event in this topic, or in several with commas between them.
+fn block_of(id: Id, topics: &str, event: &Event) -> Encoded {
+    encode_block(id, &[("topic", Some(topics)), ("key", event.key.as_deref())], &event.encode_with_id(id))
 }

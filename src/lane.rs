@@ -23,8 +23,8 @@ use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::io;
 use std::mem::take;
 use std::ops::ControlFlow;
-use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
+use std::sync::{Arc, OnceLock};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
@@ -62,19 +62,20 @@ enum ToLane {
     Weight,
     /// Somebody leaves, whose socket should be closed soon.
     Change,
-    /// Every live stream ends, after the events before this.
-    EndStreams(Ending),
+    /// Every live stream ends, after the events before this: the id is the newest of them.
+    EndStreams(Id),
+    /// Everyone looks at the history again, after the events before this: it has forgotten something without an event.
+    Look,
     /// The lane ends, whatever stands after this.
     Stop,
 }
 
 /// How live streams end when the server stops.
-#[derive(Clone, Copy)]
 pub struct Ending {
-    /// The newest event that was published.
-    pub newest: Id,
     pub retry: Duration,
-    /// Whoever was not reached by then is cut.
+    /// From here on the lanes write no more events: streams end where they are.
+    pub hurry_at: Instant,
+    /// From here on nothing is written: streams are cut.
     pub deadline: Instant,
 }
 
@@ -93,6 +94,7 @@ impl Lane {
     pub fn start(
         name: String,
         heartbeat: Duration,
+        ending: Arc<OnceLock<Ending>>,
         desk: Arc<Desk>,
         counters: Arc<Counters>,
     ) -> io::Result<(Lane, JoinHandle<()>)> {
@@ -107,6 +109,7 @@ impl Lane {
             run: Run::new(Framing::Chunked),
             topic_of_run: None,
             heartbeat,
+            ending,
             desk,
             counters,
         };
@@ -135,8 +138,13 @@ impl Lane {
     }
 
     /// Ends all live streams, after what is queued already. Called with the order lock held, once the server stops.
-    pub fn end_streams(&self, ending: Ending) {
-        let _ = self.queue.send(ToLane::EndStreams(ending));
+    pub fn end_streams(&self, newest: Id) {
+        let _ = self.queue.send(ToLane::EndStreams(newest));
+    }
+
+    /// Has every subscriber look at the history again, which has forgotten something. Called with the order lock held.
+    pub fn look(&self) {
+        let _ = self.queue.send(ToLane::Look);
     }
 
     pub fn stop(&self) {
@@ -160,6 +168,8 @@ struct Worker {
     topic_of_run: Option<Arc<str>>,
     /// The longest silence that subscribers may see.
     heartbeat: Duration,
+    /// Set when the server stops. Looked at before each run, since thousands of events may stand in the queue.
+    ending: Arc<OnceLock<Ending>>,
     desk: Arc<Desk>,
     counters: Arc<Counters>,
 }
@@ -220,9 +230,13 @@ impl Worker {
             }
             ToLane::Weight => {}
             ToLane::Change => self.take_changes(),
-            ToLane::EndStreams(ending) => {
+            ToLane::EndStreams(newest) => {
                 self.write_run();
-                self.end_streams(ending);
+                self.end_streams(Some(newest));
+            }
+            ToLane::Look => {
+                self.write_run();
+                self.send_back();
             }
             ToLane::Stop => return ControlFlow::Break(()),
         }
@@ -272,6 +286,10 @@ impl Worker {
             return;
         }
         let now = Instant::now();
+        if self.ending.get().is_some_and(|ending| now >= ending.hurry_at) {
+            self.run.clear();
+            return self.end_streams(None); // not after an id that they have not seen
+        }
         let (mut delivered, mut plain) = (0, None);
         let subscribers = self.topic_of_run.as_ref().and_then(|topic| self.topics.get(topic));
         for c in subscribers.into_iter().flatten().map(|(_, c)| c) {
@@ -342,15 +360,25 @@ impl Worker {
     }
 
     /// Ends every live stream of topics, whose frame has ended, since it is live. A handler ends its own.
-    fn end_streams(&self, Ending { newest, retry, deadline }: Ending) {
+    /// `newest` is what they resume after, if they have had everything up to there.
+    fn end_streams(&self, newest: Option<Id>) {
+        let Some(Ending { retry, deadline, .. }) = self.ending.get() else { return };
         for c in self.everyone.values() {
-            if Instant::now() >= deadline {
-                return;
-            }
             let mut state = enter(&c.state);
             if state.phase == Phase::Live && state.subscriber.is_some() {
-                c.end_now(&state, STOPPING, spread(retry, 50, 150), Some(newest).filter(|id| *id > state.cursor));
+                if Instant::now() < *deadline {
+                    c.end_now(&state, STOPPING, spread(*retry, 50, 150), newest.filter(|id| *id > state.cursor));
+                }
                 self.let_go(c, &mut state, Phase::Closed(STOPPING));
+            }
+        }
+    }
+
+    fn send_back(&self) {
+        for c in self.everyone.values() {
+            let mut state = enter(&c.state);
+            if state.phase == Phase::Live && state.subscriber.is_some() {
+                self.let_go(c, &mut state, Phase::Queued);
             }
         }
     }
@@ -365,6 +393,7 @@ impl Worker {
     /// From here on the socket is not the lane's. Whoever is let go lies on the desk once: it was live until now.
     fn let_go(&self, c: &Arc<Connection>, state: &mut State, phase: Phase) {
         state.phase = phase;
+        state.open = None;
         if state.subscriber.is_some() {
             self.counters.woken.fetch_add(1, Relaxed);
             self.desk.let_go(c.clone());

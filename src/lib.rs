@@ -12,6 +12,13 @@
 //! ```
 //! Dropping what [`Server::spawn`] returns stops everything; [`Server::run`] serves until the process ends.
 //!
+//! # In a program
+//! A program adds [routes](Server::route), which see a [request](Request) first and then [answer](Answer) it, open a
+//! [stream](Request::stream), or let the page [follow](Request::follow) topics; [pages](Server::page) and
+//! [streams](Server::stream) are the short forms. It [subscribes](Hub::subscribe) in itself, reads what is
+//! [kept](Hub::kept), sees the [topics](Hub::topics), and is told [who comes and goes](Server::on_subscription). Every limit is a field of [`Config`].
+//! `tests/embed` has three programs of about 60 lines: a job queue, a chat, a dashboard.
+//!
 //! # The idea: a live subscriber is never waited for
 //! Server-Sent Events go one way. Once its request is read, a subscriber sends nothing, so there is nothing to wait
 //! for: a write to it succeeds, would block, or fails. So who has everything needs no thread, and is written to by a lane
@@ -34,6 +41,10 @@
 //! deliver an event, which would cost several times the write itself. Whose a subscriber is, and why no event is lost or
 //! repeated when it changes hands, is shown in `subscription.rs`.
 //!
+//! # Beyond one machine
+//! Servers that share their topics need one order over all events, so that a client resumes on any of them. An [`Engine`] gives
+//! it: it numbers what is published, and shows it to every server through a [`Feed`]. The command has one for Redis.
+//!
 //! # The house
 //! Each room has one idea, which its first paragraph says, and uses only rooms that stand below it in this list. One event's
 //! way goes down through them once: `routes` → `publishing` → `hub` → `journal` → `history` → `lane` → `connection`. A stream's
@@ -42,14 +53,16 @@
 //! the end of this file. A `Connection` is called `c`.
 //!
 //! # Where a change goes
-//! *A parameter of a stream* is read in `routes` (`wanted_topics`) and kept in `subscription` (`Wanted`). Where the stream
-//! starts is decided in `cursor`; when it ends, in `subscription` (`Served::step`). Live or behind, the events of its topics are
-//! written by `Connection::deliver`, or by `Connection::finish` where one fitted only in part.
+//! *A parameter of a stream* is named and read in `routes` (`STREAM_PARAMETERS`, `wanted_topics`), and kept in
+//! `subscription` (`Wanted`). Where the stream starts is decided in `cursor`; when it ends, in `subscription`
+//! (`Served::step`). Live or behind, the events of its topics are written by `Connection::deliver`, or by
+//! `Connection::finish` where one fitted only in part.
 //!
-//! *Another kind of storage* replaces `journal`, which only `hub` and `unwritten` name; `kept` stands between its blocks and
-//! the history. One that numbers events itself replaces `Core::number`, too. `Core::hand_out` gives an event to the history
-//! and the lanes, and only demands that ids rise. That an id has a time of this server's clock in it, and a position just
-//! before it, is relied on in `cursor`; when the process starts, also in `hub` (`recover`) and `history` (`restore`).
+//! *Another kind of storage* replaces `journal`, which only `hub`, `tending`, `unwritten` and `kept` name; `kept` stands
+//! between its blocks and the history. One that numbers events itself is an [`Engine`]: `Core::publish_outside` asks it, and
+//! its [`Feed`] gives what comes back to `Core::hand_out`, which only demands that ids rise. That an id has a time of this
+//! server's clock in it, and a position just before it, is relied on in `cursor`; when the process starts, also in `kept`
+//! (`recover`) and `history` (`restore`).
 //!
 //! # Locks, outermost first
 //! | lock | held | guards |
@@ -57,8 +70,10 @@
 //! | the order, in `hub` | from numbering an event to the last lane's queue; with a journal twice, to number it and to hand it out, but not while it is written | that ids, kept events, queues have one order; whose turn the journal is |
 //! | the history, in `hub` | shortly; never during I/O once others may look at it | the kept events and the table of topics |
 //! | the state, in `connection` | during one non-blocking write | whose the socket is, and the cursor |
+//! | the bells, in `bell` | shortly, under the order lock or alone | who in the program waits for which topic |
 //! | the changes, in `lane`, the papers, in `desk`, and the begun events, in `hub` | shortly, and nothing is locked under them | who joins and leaves a lane; whom lanes let go; the bytes that slow readers share |
 //! | the tables, in `places` and `routes`, and the lines, in `pool` | shortly, under no other lock | which connections are open; what is at a path; who waits for a thread |
+//! | the rights, in `door` | shortly, and nothing is locked under it | what the tokens' file says |
 //! | the date of now, in `clock` | shortly, and nothing is locked under it | one line of every response |
 //!
 //! No lock is held while waiting for a peer. A panic under a lock does not take the others along: they enter the
@@ -80,14 +95,24 @@
 #[cfg(shuttle)] // `make model`: locks, threads, time and sockets that run in many orders
 extern crate model_std as std;
 
+mod program; // what a program adds to its server
 mod server; // bind, accept, start and stop
+mod tokens; // the tokens' file, and whose right is gone
 mod clerk; // what lanes and acceptors may not do, since they never wait
 mod conversation; // one connection's requests, one after another
 mod routes; // what each request gets
-mod publishing; // POST and PUT
+mod publishing; // POST, PUT, DELETE
+mod handler; // a program's route: its handler, and what it answers
 mod subscription; // a stream of topics: opened, replayed, ended
 mod stream; // a handler's stream
+mod asked; // what a program's route sees of a request
+mod follower; // subscribing in the program
+mod shelf; // what a program asks of its hub
+mod feed; // what an engine shows to its server
+mod tending; // the journal's own thread
 mod hub; // publishing: number, write down, hand out
+mod bell; // wakes those in the program who wait for a topic
+mod presence; // tells the program of subscribers that come and go
 mod unwritten; // what waits for the journal, and whose turn it is
 mod kept; // between the journal's blocks and the history
 mod journal; // the file that outlives the process
@@ -102,7 +127,10 @@ mod entry; // a kept event in its cells
 mod cells; // where the bytes of all of them are
 mod lane; // writing to whoever is live
 mod door; // who may do what: hosts, origins, tokens
-mod lines; // the lines of a PUT
+mod engine; // what gives several servers one order
+mod relay; // the events of a PUT, where it is an event stream
+mod lines; // its lines, where it is none
+mod parser; // an event stream, read as the standard says
 mod request; // a request's head, read strictly
 mod target; // its path and query
 mod body; // its body, of a length or in chunks
@@ -115,7 +143,9 @@ mod connection; // one socket, and whose it is
 mod subscriber; // what a subscriber follows, while nobody serves it
 mod encoded; // an event's bytes, shared by all who get it
 mod system; // what the system allows
-mod log; // lines for stderr
+mod rights; // which token may do what
+mod names; // what topics may be called
+mod log; // its lines
 mod metrics; // what is counted
 mod event; // Event, Id, and their bytes
 mod config; // every limit
@@ -124,10 +154,19 @@ mod sync; // locks that outlive a panic, threads
 mod authority; // hosts and ports
 mod text; // durations, quoting
 
-pub use config::{Config, Log, Token};
+pub use asked::Request;
+pub use config::{Config, Log, LogTo, Token};
+pub use crossbeam_channel;
+pub use engine::{Engine, Entry};
 pub use event::{Event, Id};
+pub use feed::Feed;
+pub use follower::{Follower, News, Since};
+pub use handler::Answer;
+pub use history::TopicOverview;
 pub use hub::Hub;
+pub use presence::Presence;
 pub use server::{Handle, Server};
+pub use shelf::Published;
 pub use stream::Stream;
 pub use text::parse_duration;
 
@@ -135,9 +174,17 @@ pub use text::parse_duration;
 #[path = "../tests/fuzz/reach.rs"]
 pub mod fuzzing;
 
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+mod readme {} // its Rust must compile
+
 #[cfg(all(test, not(shuttle)))]
 #[path = "../tests/turn.rs"]
 mod turn;
+
+#[cfg(any(test, fuzzing))]
+#[path = "../tests/parser.rs"]
+mod parsing;
 
 #[cfg(test)]
 #[path = "../tests/cells.rs"]

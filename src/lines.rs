@@ -7,6 +7,7 @@
 
 use crate::body::Body;
 use crate::config::Config;
+use crate::event::Event;
 use crate::reader::Reader;
 use crate::response::{Response, refuse};
 use std::time::Duration;
@@ -51,18 +52,18 @@ impl<'a, 'b> Lines<'a, 'b> {
     }
 
     /// Waits for a line, and takes those that came with it, too: they are published together, with one write of the
-    /// journal. False with the last ones.
+    /// journal. Each becomes an event as `like` is, with the line for its data. False with the last ones.
     ///
     /// # Errors
-    /// 400, 408 or 413. What is in `texts` by then came before the fault, and is to be published.
-    pub fn take_some(&mut self, texts: &mut Vec<String>) -> Result<bool, Response> {
+    /// 400, 408 or 413. What is in `events` by then came before the fault, and is to be published.
+    pub fn take_some(&mut self, like: &Event, events: &mut Vec<Event>) -> Result<bool, Response> {
         while let Some(line) = self.next()? {
             self.count += 1;
             match String::from_utf8(line) {
-                Ok(text) => texts.push(text),
+                Ok(data) => events.push(Event { data, ..like.clone() }),
                 Err(_) => return refuse(400, format!("line {} is not UTF-8", self.count)),
             }
-            if texts.len() == LINES_AT_ONCE || !self.text[self.start..].contains(&b'\n') {
+            if events.len() == LINES_AT_ONCE || !self.text[self.start..].contains(&b'\n') {
                 return Ok(true);
             }
         }
@@ -81,7 +82,11 @@ impl<'a, 'b> Lines<'a, 'b> {
             }
             self.drop_taken();
             searched = self.text.len();
-            if !self.body.read(self.reader, &mut self.text).map_err(|refusal| self.explain(refusal))? {
+            if !self
+                .body
+                .read(self.reader, &mut self.text)
+                .map_err(|refusal| silence_is_over(refusal, !self.has_begun, self.idle_time))?
+            {
                 let end = self.text.len();
                 return Ok(if end > 0 { Some(self.take_line(end, end)) } else { None });
             }
@@ -100,7 +105,7 @@ impl<'a, 'b> Lines<'a, 'b> {
     fn check_length(&self, end: usize) -> Result<(), Response> {
         let has_cr = self.text[..end].ends_with(b"\r");
         if end - self.start > self.line_limit.saturating_add(has_cr.into()) {
-            return refuse(413, format!("a line is longer than {} bytes (--line-bytes)", self.line_limit));
+            return refuse(413, format!("a line is longer than {} bytes (line_bytes)", self.line_limit));
         }
         Ok(())
     }
@@ -118,15 +123,15 @@ impl<'a, 'b> Lines<'a, 'b> {
         }
         self.has_begun = !self.text.is_empty();
     }
+}
 
-    /// Says which of the two times was over, and names its flag.
-    fn explain(&self, refusal: Response) -> Response {
-        match refusal.status {
-            408 if !self.has_begun => {
-                let reason = format!("no line came within {:?} (--put-idle-time)", self.idle_time);
-                Response { close: true, ..Response::text(408, reason) }
-            }
-            _ => refusal,
+/// Names the limit where the time that was over is that of the silence between two lines or events.
+pub fn silence_is_over(refusal: Response, is_silent: bool, idle_time: Duration) -> Response {
+    match refusal.status {
+        408 if is_silent => {
+            let reason = format!("nothing came within {idle_time:?} (put_idle_time)");
+            Response { close: true, ..Response::text(408, reason) }
         }
+        _ => refusal,
     }
 }

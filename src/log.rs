@@ -1,15 +1,15 @@
-//! Lines for stderr, written by a thread of their own.
+//! The log's lines, written by a thread of their own.
 //!
-//! A pipe that nobody reads must hold up neither streams nor stopping. So lines wait in a bounded queue; a line that
+//! A pipe that nobody reads, or a program that takes its time over a line, must hold up neither streams nor stopping. So lines wait in a bounded queue; a line that
 //! does not fit is dropped and counted, and the next one that fits says how many are missing. Whatever can repeat as
 //! fast as a flood is limited to one line a second, or it would push everything else out of the log.
 
 use crate::clock::{date, now_ms};
-use crate::config::Log;
+use crate::config::{Config, Log, LogTo};
 use crate::sync::start_thread;
 use crossbeam_channel::{Receiver, Sender, TrySendError, bounded};
 use std::fmt;
-use std::io::{self, Write};
+use std::io;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
@@ -54,12 +54,13 @@ impl Logger {
     ///
     /// # Errors
     /// No thread can be started.
-    pub fn start(wanted: Log) -> io::Result<Logger> {
+    pub fn start(config: &Config) -> io::Result<Logger> {
+        let (wanted, to) = (config.log, config.log_to.clone());
         let (queue, lines) = bounded(QUEUED_LINES);
         let (finish, finished) = bounded(0);
         if wanted > Log::Off {
             let write_all = move || {
-                write_until_end(&lines);
+                write_until_end(&lines, &to);
                 drop(finish);
             };
             start_thread("log".into(), Box::new(write_all))?;
@@ -109,10 +110,8 @@ impl Logger {
     }
 }
 
-/// An error of stderr is ignored: there is nowhere left to report it.
-fn write_until_end(lines: &Receiver<Line>) {
-    while let Ok(Line::Text(mut line)) = lines.recv() {
-        line.push('\n');
-        let _ = io::stderr().write_all(line.as_bytes()); // one write, so that no other's line comes in between
+fn write_until_end(lines: &Receiver<Line>, to: &LogTo) {
+    while let Ok(Line::Text(line)) = lines.recv() {
+        to.write(line);
     }
 }

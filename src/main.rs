@@ -1,5 +1,12 @@
 //! The command around the library: flags, the article's stream, Ctrl-C. It uses nothing that an embedder cannot.
 
+#[cfg(feature = "redis")]
+mod redis;
+#[cfg(feature = "redis")]
+mod redis_link;
+#[cfg(feature = "redis")]
+mod redis_reader;
+
 use brooklet::{Config, Event, Log, Server, Token, parse_duration};
 use std::ffi::OsString;
 use std::fmt::Display;
@@ -20,6 +27,8 @@ brooklet: a Server-Sent Events server; curl is enough to use it
   curl -N localhost:3000/events/news             the stream of a topic
   curl -d 'hello' localhost:3000/events/news     publish an event to the topic
   tail -F app.log | curl -T - http://localhost:3000/events/log     each line
+  curl localhost:3000/topics                     what topics there are
+  curl -X DELETE localhost:3000/events/news      forget what a topic keeps
 
 Flags and their defaults. Times: 500ms 15s 10m 24h. Sizes: 900 64KiB 1MiB.
 Each has an environment variable, such as BROOKLET_LISTEN=ADDR, BROOKLET_OPEN=1;
@@ -31,6 +40,9 @@ the flag wins. T and ORIGIN can be given several times.
   --publish-token T      none            publishers must show T, which is a
                                          token, or @FILE with one token a line
   --subscribe-token T    none            readers must show T
+  --tokens FILE          none            tokens with rights to some topics each,
+                                         read again whenever it changes
+  --query-tokens         off             readers may show T as ?access_token=T
   --allow-origin ORIGIN  none            web pages from there may read and
                                          publish; '*' lets all others read
   --subscribers N        100000          streams open at once
@@ -43,21 +55,16 @@ the flag wins. T and ORIGIN can be given several times.
   --body-time TIME       30s             for a POST's body, or a line of a PUT
   --put-idle-time TIME   12h             for the next line of a PUT
   --idle-time TIME       75s             for the next request on a connection
-  --heartbeat TIME       15s             send a comment after this much silence
-                                         on a stream (3.5s or more)
-  --lifetime TIME        10m             close a topic's stream after 80-100 %
-                                         of this; clients reconnect
-  --stall-time TIME      10s             close a stream whose reader accepts
-                                         nothing for this long
+  --heartbeat TIME       15s             longest silence on a stream (from 3.5s)
+  --lifetime TIME        10m             longest life of a topic's stream
+  --stall-time TIME      10s             for a slow reader to accept something
   --retry TIME           3s              clients wait this long to reconnect
   --keep-events N        1000            newest events kept of each topic
   --keep-bytes SIZE      64MiB           bytes kept of all topics together
   --keep-age TIME        24h             events are deleted after this time
   --topics N             10000           topics in use at once
-  --journal FILE         none            store events, which then survive
-                                         a crash or a restart
-  --fsync                off             sync each write: they also survive
-                                         a power cut
+  --journal FILE         none            store events: they survive a restart
+  --fsync                off             sync each write: and a power cut, too
   --lanes N              half the cores  threads that write to subscribers
   --log off|info|debug   info            what to log to stderr
   --help  --version
@@ -74,11 +81,13 @@ enum Takes {
 
 /// Every flag that the environment can give, too. A variable of another name that begins with `BROOKLET_` is not ours to
 /// refuse: Kubernetes sets some for a service that is called brooklet.
-const FLAGS: [(&str, Takes); 27] = [
+const FLAGS: [(&str, Takes); 32] = [
     ("--listen", Takes::Value),
     ("--open", Takes::Nothing),
     ("--publish-token", Takes::Values),
     ("--subscribe-token", Takes::Values),
+    ("--tokens", Takes::Value),
+    ("--query-tokens", Takes::Nothing),
     ("--allow-origin", Takes::Values),
     ("--subscribers", Takes::Value),
     ("--connections", Takes::Value),
@@ -100,6 +109,9 @@ const FLAGS: [(&str, Takes); 27] = [
     ("--topics", Takes::Value),
     ("--journal", Takes::Value),
     ("--fsync", Takes::Nothing),
+    ("--redis", Takes::Value),
+    ("--redis-stream", Takes::Value),
+    ("--redis-length", Takes::Value),
     ("--lanes", Takes::Value),
     ("--log", Takes::Value),
 ];
@@ -145,6 +157,16 @@ impl From<io::Error> for Failure {
 struct Command {
     listen: SocketAddr,
     config: Config,
+    redis: RedisFlags,
+}
+
+/// What is shared with other servers, and by what.
+struct RedisFlags {
+    /// None: nothing.
+    url: Option<String>,
+    /// The key of the stream.
+    stream: String,
+    length: usize,
 }
 
 impl Command {
@@ -153,6 +175,7 @@ impl Command {
         let mut command = Command {
             listen: SocketAddr::from(([127, 0, 0, 1], 3000)),
             config: Config { log: Log::Info, ..Config::default() },
+            redis: RedisFlags { url: None, stream: "brooklet".into(), length: 100_000 },
         };
         // What cannot be read is not shown: it may hold a token.
         let text = |(arg, n): (OsString, usize)| {
@@ -173,6 +196,10 @@ impl Command {
             };
             if !info.is_empty() {
                 say(info);
+                #[cfg(feature = "redis")]
+                if info == HELP {
+                    say(redis::HELP);
+                }
                 return Ok(None);
             }
             let Some((name, takes)) = FLAGS.into_iter().find(|(name, _)| *name == flag) else {
@@ -221,6 +248,8 @@ impl Command {
             "--open" => config.open = switch(value)?,
             "--publish-token" => config.publish_tokens.extend(tokens(value)?),
             "--subscribe-token" => config.subscribe_tokens.extend(tokens(value)?),
+            "--tokens" => config.tokens = Some(value.into()),
+            "--query-tokens" => config.query_tokens = switch(value)?,
             // In the environment several may stand, with spaces between, which no origin holds.
             "--allow-origin" => config.allow_origins.extend(value.split_whitespace().map(String::from)),
             "--subscribers" => config.subscribers = count(value)?,
@@ -244,6 +273,17 @@ impl Command {
             "--journal" => config.journal = Some(value.into()),
             "--fsync" => config.fsync = switch(value)?,
             "--lanes" => config.lanes = count(value)?,
+            _ if flag.starts_with("--redis") && cfg!(not(feature = "redis")) => {
+                return Err("this program was built without it: cargo build --release --features redis".into());
+            }
+            "--redis" => self.redis.url = Some(first_line(value)?),
+            "--redis-stream" => self.redis.stream = value.into(),
+            "--redis-length" => {
+                self.redis.length = count(value)?;
+                if self.redis.length == 0 {
+                    return Err("0 would keep nothing: give at least 1".into());
+                }
+            }
             "--log" => {
                 config.log = match value {
                     "off" => Log::Off,
@@ -257,22 +297,33 @@ impl Command {
         Ok(())
     }
 
-    fn run(self) -> Result<(), Failure> {
+    /// Binds the server, alone or with others that share its topics.
+    fn bind(self) -> Result<Server, Failure> {
         let listen = self.listen;
-        let is_open = self.config.open || !self.config.publish_tokens.is_empty() || listen.ip().is_loopback();
+        let needs_token = !self.config.publish_tokens.is_empty() || self.config.tokens.is_some();
+        let is_open = self.config.open || needs_token || listen.ip().is_loopback();
+        #[cfg(feature = "redis")]
+        if let Some(url) = self.redis.url {
+            if self.config.journal.is_some() {
+                return Err(Failure::usage("--journal: with --redis it is Redis that keeps the events: leave one out"));
+            }
+            let refused = |reason| Failure { code: 1, reason: format!("--redis: {reason}") };
+            let RedisFlags { stream, length, .. } = self.redis;
+            let link = redis_link::Link::new(&url, &stream, length, self.config.keep_age);
+            let link = link.map_err(|reason| Failure::usage(format_args!("--redis: {reason}")))?;
+            let engine = std::sync::Arc::new(redis::Redis::connect(link).map_err(refused)?);
+            let bound = Server::bind_with_engine(listen, self.config, engine.clone());
+            let (server, feed) = bound.map_err(|error| failure(error, listen, is_open))?;
+            engine.feed(feed).map_err(refused)?;
+            return Ok(server);
+        }
+        Server::bind(listen, self.config).map_err(|error| failure(error, listen, is_open))
+    }
+
+    fn run(self) -> Result<(), Failure> {
         // Before the port is bound: whoever has connected may send a signal, and reading a large journal takes a while.
         stop_on_signals(thread::current())?;
-        let server = Server::bind(listen, self.config).map_err(|error| {
-            let is_ours = error.raw_os_error().is_none();
-            match error.kind() {
-                ErrorKind::InvalidInput if is_ours => Failure::usage(by_flag(&error.to_string())),
-                ErrorKind::PermissionDenied if is_ours && !is_open => Failure::usage(format_args!("--listen: {error}")),
-                kind => {
-                    let hint = if kind == ErrorKind::AddrInUse { ": give another with --listen" } else { "" };
-                    Failure { code: 1, reason: format!("cannot serve {listen}: {error}{hint}") }
-                }
-            }
-        })?;
+        let server = self.bind()?;
         server.page("/", "text/html; charset=utf-8", include_str!("page.html"))?;
         server.stream("/test", |stream| {
             let opened = Instant::now();
@@ -296,6 +347,22 @@ impl Command {
         }
         server.stop();
         Ok(())
+    }
+}
+
+/// An error of `bind`, in the words of the flags.
+fn failure(error: io::Error, listen: SocketAddr, is_open: bool) -> Failure {
+    let is_ours = error.raw_os_error().is_none();
+    match error.kind() {
+        ErrorKind::InvalidInput if is_ours => Failure::usage(by_flag(&error.to_string())),
+        ErrorKind::PermissionDenied if is_ours && !is_open => Failure::usage(format_args!(
+            "--listen: {listen} is beyond loopback, so whoever reaches it could publish: give --publish-token TOKEN, or say \
+             --open"
+        )),
+        kind => {
+            let hint = if kind == ErrorKind::AddrInUse { ": give another with --listen" } else { "" };
+            Failure { code: 1, reason: format!("cannot serve {listen}: {error}{hint}") }
+        }
     }
 }
 
@@ -348,6 +415,13 @@ fn switch(text: &str) -> Result<bool, String> {
 fn address(text: &str) -> Result<SocketAddr, String> {
     let found = text.to_socket_addrs().ok().and_then(|mut found| found.next());
     found.ok_or_else(|| format!("{text:?} is no address: write HOST:PORT, such as 127.0.0.1:8080"))
+}
+
+/// A value that may be secret; or the first line of a file that is named after an @.
+fn first_line(text: &str) -> Result<String, String> {
+    let Some(path) = text.strip_prefix('@') else { return Ok(text.into()) };
+    let text = std::fs::read_to_string(path).map_err(|error| format!("{path}: {error}"))?;
+    text.lines().next().map(|line| line.trim().into()).ok_or_else(|| format!("{path}: it is empty"))
 }
 
 /// A token from a flag or the environment; or several, one a line, in a file that is named after an @.

@@ -109,9 +109,9 @@ impl Places {
         enter(&self.table).make_room()
     }
 
-    /// The same where threads run out: only who has a thread can give it up.
+    /// The same where threads run out: only who has a thread can give it up, and who idles has least to lose.
     pub fn free_thread(&self) -> bool {
-        enter(&self.table).close_one(&[Place::Trusted])
+        enter(&self.table).close_one(vec![Place::Idle, Place::Busy, Place::Trusted])
     }
 
     /// False where the connection has made room: its socket is shut down, and its thread should end.
@@ -205,22 +205,19 @@ impl Table {
         &mut self.queues[place as usize]
     }
 
-    /// Whoever waits for a thread has said nothing yet, and has least to lose but for a publisher with a token.
+    /// Closes the connection that has been idle longest. But where a crowd has just arrived, nobody has been idle for
+    /// long, and it is the one that has been busy longest. Whoever waits for a thread comes next, and publishers that have
+    /// shown a token are the last of all.
     fn make_room(&mut self) -> bool {
-        self.close_one(&[Place::New, Place::Trusted])
+        let [first, second] =
+            if self.somebody_idles() { [Place::Idle, Place::Busy] } else { [Place::Busy, Place::Idle] };
+        self.close_one(vec![first, second, Place::New, Place::Trusted])
     }
 
-    /// Closes the connection that has been idle longest. But where a crowd has just arrived, nobody has been idle for
-    /// long, and it is the one that has been busy longest. Then come those of the `last` places. Publishers that have
-    /// shown a token are the last of all, as long as their request is read and answered. Where those are too many, it is
-    /// whoever has been silent longest, token or not: a publisher that has vanished without a word goes before those that
-    /// live.
-    fn close_one(&mut self, last: &[Place]) -> bool {
-        let mut order = match self.somebody_idles() {
-            true => vec![Place::Idle, Place::Busy],
-            false => vec![Place::Busy, Place::Idle],
-        };
-        order.extend(last);
+    /// Closes the one that has been longest at the first of these places where there is any. Where those with a token are
+    /// too many, it is whoever has been silent longest, token or not: a publisher that has vanished without a word goes
+    /// before those that live.
+    fn close_one(&mut self, mut order: Vec<Place>) -> bool {
         if self.queue(Place::Trusted).len() > self.trusted_limit {
             order.sort_by_key(|place| self.queue(*place).first_key_value().map_or(u64::MAX, |(arrival, _)| *arrival));
         }

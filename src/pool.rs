@@ -15,7 +15,7 @@ use std::collections::VecDeque;
 use std::io::{self, ErrorKind};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
 /// Threads that stay when there is nothing to do, so that the next request finds one.
@@ -28,7 +28,7 @@ const START_AFTER: Duration = Duration::from_millis(2);
 const SLOW_AFTER: Duration = Duration::from_millis(10);
 /// How long a request waits for its turn before another connection makes room for it, and how long that has had its
 /// own turn by then, when a crowd waits: heads need a moment to come.
-const ROOM_AFTER: Duration = Duration::from_millis(50);
+const ROOM_AFTER: Duration = Duration::from_millis(100);
 /// A line that does not move gets this part of its length in new threads at a time.
 const STARTED_PART: usize = 16;
 const _: () = assert!(STAYING <= FEWEST_THREADS);
@@ -57,6 +57,8 @@ pub struct Pool {
     ended: Condvar,
     /// How many subscribers wait for a thread.
     behind: AtomicUsize,
+    /// Requests wait for a thread, and none may be started for them.
+    is_crowded: AtomicBool,
 }
 
 #[derive(Default)]
@@ -71,6 +73,9 @@ struct Lines {
     /// Jobs that were taken so far, and at the last look: where they are equal, the lines do not move.
     taken: usize,
     seen: usize,
+    /// Requests that were taken so far, and at the last look whether others should make room.
+    requests_taken: usize,
+    requests_seen: usize,
     /// When others are to make room for requests again, at the earliest.
     room_at: Option<Instant>,
     /// The clerk looks at the lines again by itself.
@@ -112,11 +117,10 @@ impl Pool {
     /// # Errors
     /// No thread can be started.
     pub fn start(limit: usize, desk: Arc<Desk>) -> io::Result<Arc<Pool>> {
-        let (lines, work, ended, behind) = Default::default();
-        let pool = Arc::new(Pool { limit, desk, lines, work, ended, behind });
-        for _ in 0..STAYING.min(limit) {
-            pool.start_worker()?;
-        }
+        let (lines, work, ended, behind, is_crowded) = Default::default();
+        let pool = Arc::new(Pool { limit, desk, lines, work, ended, behind, is_crowded });
+        let started = (0..STAYING.min(limit)).try_for_each(|_| pool.start_worker());
+        started.inspect_err(|_| pool.close())?;
         Ok(pool)
     }
 
@@ -137,6 +141,11 @@ impl Pool {
         if must_ring {
             self.desk.ring();
         }
+    }
+
+    /// Whether a connection that may ask again should rather free its thread.
+    pub fn is_crowded(&self) -> bool {
+        self.is_crowded.load(Relaxed)
     }
 
     /// Whether a job of a subscriber that is behind may go on, for all that others wait.
@@ -166,10 +175,17 @@ impl Pool {
         }
         let mut in_want = 0;
         let is_full = most == 0 || !lines.has_share(Kind::Request, self.limit);
-        // Whoever has just made room takes a moment to end.
-        if is_full && lines.room_at.is_none_or(|at| now >= at) {
-            lines.room_at = Some(now + ROOM_AFTER);
-            in_want = lines.requests.iter().take_while(|waiting| is_overdue(waiting, ROOM_AFTER)).count();
+        self.is_crowded.store(is_full && !lines.requests.is_empty(), Relaxed);
+        if lines.room_at.is_none_or(|at| now >= at) {
+            let served = lines.requests_taken.saturating_sub(lines.requests_seen);
+            // Where a quarter of the threads has taken another request meanwhile, the line moves by itself.
+            let running = lines.running[Kind::Request as usize];
+            if served * 4 < running {
+                let overdue = lines.requests.iter().take_while(|waiting| is_overdue(waiting, ROOM_AFTER)).count();
+                in_want = overdue.min(running - served);
+            }
+            // Those that take the place of whoever makes room now do not show that it moves.
+            (lines.room_at, lines.requests_seen) = (Some(now + ROOM_AFTER), lines.requests_taken + in_want);
         }
         lines.is_watched = lines.requests.len() + lines.behind.len() > 0;
         let again_at = lines.is_watched.then(|| now + START_AFTER);
@@ -178,6 +194,7 @@ impl Pool {
             true => self.start_worker(),
             false => Err(io::Error::new(ErrorKind::OutOfMemory, "no address space is left (ulimit -v)")),
         });
+        let in_want = if is_full || started.is_err() { in_want } else { 0 };
         Look { again_at, in_want, started }
     }
 
@@ -253,6 +270,7 @@ impl Lines {
             if let Some(waiting) = line.pop_front() {
                 self.running[kind as usize] += 1;
                 self.taken += 1;
+                self.requests_taken += usize::from(kind == Kind::Request);
                 return Some((kind, waiting.job));
             }
         }

@@ -53,6 +53,13 @@ impl<'a> Reader<'a> {
         self.start += count;
     }
 
+    /// Gives up the memory of what has been used, before something that may take long.
+    pub fn give_up_memory(&mut self) {
+        self.buffer.drain(..self.start);
+        self.start = 0;
+        self.buffer.shrink_to_fit();
+    }
+
     /// From now on, reads wait until this time is over, all of them together.
     pub fn wait_at_most(&mut self, time: Duration) {
         self.deadline = Some(Instant::now() + time);

@@ -3,7 +3,7 @@
 //! Whatever two readers could take for two different requests is refused, and the connection closed: between a proxy
 //! and this server, such a request would be a way past the proxy's rules. httparse reads the syntax of the fields. The
 //! request line is read here, since httparse accepts only two versions of HTTP and gives one error for all others. What
-//! the fields mean is decided here, too: no other room sees a field.
+//! the fields mean to the server is decided here, too.
 
 use crate::authority::is_authority;
 use crate::body::Body;
@@ -38,10 +38,18 @@ pub struct Request {
     pub last_event_id: Option<String>,
     /// The host that was asked, perhaps with a port. Only HTTP/1.0 need not say.
     pub host: Option<String>,
+    /// The body is an event stream.
+    pub is_event_stream: bool,
     /// The origin of the page that asks; without a browser there is none.
     pub origin: Option<String>,
+    /// What a preflight asks to send, as it came.
+    asked_fields: Option<String>,
+    /// A preflight from a page of a wider network than this server's.
+    pub asks_private_network: bool,
     /// The tokens that it presents, not compared yet.
     pub tokens: Vec<String>,
+    /// All fields as they came, each line with its CRLF, for the program's own routes; no other room looks into them.
+    pub fields: String,
 }
 
 impl Request {
@@ -116,6 +124,8 @@ impl Request {
             return refuse(501, "CONNECT is for proxies, which this is not"); // what follows would not be HTTP
         }
         let target = Target::parse(method, target)?;
+        let is_event_stream = fields.is_event_stream();
+        let asks_private_network = fields.private_network.as_deref() == Some("true");
         Ok(Request {
             method: method.into(),
             path: target.path,
@@ -127,8 +137,19 @@ impl Request {
             tokens: fields.tokens(),
             last_event_id: fields.last_event_id.filter(|id| !id.is_empty()),
             host: target.authority.or(fields.host), // RFC 9112 §3.2.2: the target's own wins
+            is_event_stream,
+            asks_private_network,
+            asked_fields: fields.asked_fields,
             origin: fields.origin,
+            fields: String::from_utf8_lossy(lines).into_owned(),
         })
+    }
+
+    /// The names of the fields that a preflight asks to send; what is no name is left out, since this goes into a head.
+    pub fn asked_fields(&self) -> String {
+        let names =
+            self.asked_fields.iter().flat_map(|list| list.split(',')).map(|name| name.trim_matches([' ', '\t']));
+        names.filter(|name| skip_token(name) == Some("")).collect::<Vec<_>>().join(", ")
     }
 
     /// Tells a client that waits for it to send its body (RFC 9110 §10.1.1). Called only once the request is accepted,
@@ -166,7 +187,7 @@ impl Request {
                 }
             }
         }
-        refuse(413, format!("the body is longer than {limit} bytes (--body-bytes): send less, or lines by PUT"))
+        refuse(413, format!("the body is longer than {limit} bytes (body_bytes): send less, or lines by PUT"))
     }
 }
 
@@ -212,12 +233,15 @@ struct Fields {
     host: Option<String>,
     content_length: Option<String>,
     transfer_encoding: Option<String>,
+    content_type: Option<String>,
     expect: Option<String>,
     origin: Option<String>,
     authorization: Option<String>,
     cookie: Option<String>,
     connection: Option<String>,
     last_event_id: Option<String>,
+    asked_fields: Option<String>,
+    private_network: Option<String>,
 }
 
 impl Fields {
@@ -247,15 +271,24 @@ impl Fields {
             "host" => (&mut self.host, None),
             "content-length" => (&mut self.content_length, None),
             "transfer-encoding" => (&mut self.transfer_encoding, Some(", ")),
+            "content-type" => (&mut self.content_type, None),
             "expect" => (&mut self.expect, None),
             "origin" => (&mut self.origin, None),
             "authorization" => (&mut self.authorization, None),
             "cookie" => (&mut self.cookie, Some("; ")),
             "connection" => (&mut self.connection, Some(", ")),
+            "access-control-request-headers" => (&mut self.asked_fields, Some(", ")),
+            "access-control-request-private-network" => (&mut self.private_network, None),
             // Two of these, joined, are no id: that gets a gap, since a browser gives up for good on a refusal.
             "last-event-id" => (&mut self.last_event_id, Some(", ")),
             _ => return None,
         })
+    }
+
+    /// Whether the type is `text/event-stream`, with parameters or without.
+    fn is_event_stream(&self) -> bool {
+        let essence = self.content_type.as_deref().and_then(|value| value.split(';').next()).unwrap_or_default();
+        essence.trim_end_matches([' ', '\t']).eq_ignore_ascii_case("text/event-stream")
     }
 
     /// Whether `close` is among the options of `Connection` (RFC 9110 §7.6.1).

@@ -37,7 +37,7 @@ pub fn decline<T>(status: u16, reason: impl fmt::Display) -> Result<T, Response>
 }
 
 impl Response {
-    /// The `content_type` must be one, since it goes into the head as it is.
+    /// The `content_type` must be one, since it goes into the head as it is; or empty, where there is no body.
     pub fn new(status: u16, content_type: impl Into<Cow<'static, str>>, body: impl Into<Arc<[u8]>>) -> Response {
         let (content_type, body) = (content_type.into(), body.into());
         Response { status, content_type, fields: String::new(), body, close: false }
@@ -61,17 +61,21 @@ impl Response {
 
     /// What is written first, and what after that: a large body is not copied, a small one goes out with its head in
     /// one write. A response to HEAD is the head only, with the length that the body would have (RFC 9110 §9.3.2); 204
-    /// has neither body nor length (RFC 9110 §8.6). `nosniff` keeps browsers from taking a line that quotes a request
-    /// for a page.
+    /// and 304 have neither body nor length (RFC 9110 §8.6). `nosniff` keeps browsers from taking a line that quotes a
+    /// request for a page.
     pub fn encode(&self, head_only: bool, close: bool) -> (Vec<u8>, Arc<[u8]>) {
         let mut head = status_line(self.status);
-        if self.status != 204 {
-            let _ = write!(head, "Content-Type: {}\r\nContent-Length: {}\r\n", self.content_type, self.body.len());
+        let has_body = ![204, 304].contains(&self.status);
+        if !self.content_type.is_empty() {
+            let _ = write!(head, "Content-Type: {}\r\n", self.content_type);
+        }
+        if has_body {
+            let _ = write!(head, "Content-Length: {}\r\n", self.body.len());
         }
         let connection = if close { "Connection: close\r\n" } else { "" };
         head.extend(["X-Content-Type-Options: nosniff\r\n", &self.fields, connection, "\r\n"]);
         let mut first = head.into_bytes();
-        if head_only || self.status == 204 {
+        if head_only || !has_body {
             return (first, Arc::default());
         } else if self.body.len() > COPIED_BYTES {
             return (first, self.body.clone());
@@ -102,17 +106,31 @@ pub fn stream_head(framing: Framing, cors: &str) -> String {
 fn status_line(status: u16) -> String {
     let reason = match status {
         200 => "OK",
+        201 => "Created",
+        202 => "Accepted",
         204 => "No Content",
+        301 => "Moved Permanently",
+        302 => "Found",
+        303 => "See Other",
+        304 => "Not Modified",
+        307 => "Temporary Redirect",
+        308 => "Permanent Redirect",
         400 => "Bad Request",
         401 => "Unauthorized",
         403 => "Forbidden",
         404 => "Not Found",
         405 => "Method Not Allowed",
         408 => "Request Timeout",
+        409 => "Conflict",
+        410 => "Gone",
         413 => "Content Too Large",
         414 => "URI Too Long",
+        415 => "Unsupported Media Type",
         417 => "Expectation Failed",
+        422 => "Unprocessable Content",
+        429 => "Too Many Requests",
         431 => "Request Header Fields Too Large",
+        500 => "Internal Server Error",
         501 => "Not Implemented",
         503 => "Service Unavailable",
         505 => "HTTP Version Not Supported",

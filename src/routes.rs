@@ -7,67 +7,77 @@
 //! Whatever answers a request passes through here, so hosts, origins and tokens are checked here, before anything else
 //! is done.
 
+use crate::asked::Parts;
 use crate::connection::STOPPING;
 use crate::cursor::Start;
 use crate::door::Door;
-use crate::history::Totals;
-use crate::hub::{Hub, check_topic};
+use crate::handler::{Handled, Handler};
+use crate::history::{TopicOverview, Totals};
+use crate::hub::Hub;
 use crate::log::OncePerSecond;
 use crate::metrics::{self, Gauges};
+use crate::names::{check_topic, topic_names};
 use crate::places::Counts;
 use crate::pool::Threads;
 use crate::publishing::Publishing;
 use crate::reader::Reader;
 use crate::request::Request;
 use crate::response::{Response, decline};
-use crate::stream::{Handled, Handler};
+use crate::rights::{ALL, Act};
 use crate::subscription::{POLL_TIME, Streams, Wanted};
 use crate::sync::enter;
 use crate::target::CURSOR_PARAMETERS;
-use crate::text::{invalid, parse_duration, quoted, skip_space, skip_token};
-use std::io;
+use crate::text::{invalid, parse_duration, quoted};
+use std::fmt::Write;
+use std::io::{self, ErrorKind};
+use std::mem;
 use std::sync::atomic::Ordering::Relaxed;
 use std::sync::{Arc, Mutex};
 
-/// Most topics of one stream: each step of a replay looks at all of them.
-pub const TOPICS_PER_STREAM: usize = 16;
 /// Where the topics are; programs' own paths may not begin with it.
 const EVENTS: &str = "/events/";
 const READ_METHODS: &str = "GET, HEAD, OPTIONS";
-const TOPIC_METHODS: &str = "GET, HEAD, POST, PUT, OPTIONS";
+const TOPIC_METHODS: &str = "GET, HEAD, POST, PUT, DELETE, OPTIONS";
+const PROGRAM_METHODS: &str = "GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS";
+/// What a stream's query may say, beside the cursor.
+const STREAM_PARAMETERS: [&str; 2] = ["since", "poll"];
+/// Where a query may hold a token (RFC 6750 §2.3).
+const QUERY_TOKEN: &str = "access_token";
+/// Other paths of the server's own.
+const OWN_PATHS: [&str; 3] = ["/health", "/metrics", "/topics"];
 
 /// What a program has put at a path of its own.
 #[derive(Clone)]
-pub enum Route {
-    /// Of this content type, and with this body.
-    Page(String, Arc<[u8]>),
-    /// Called once for each stream, on the stream's thread, so by several at the same time.
-    Stream(Arc<Handler>),
+pub struct Route {
+    pub kind: Kind,
+    /// Called once for each request, on its connection's thread, so by several at the same time.
+    pub handler: Arc<Handler>,
 }
 
-/// What a request gets: a response now, or a stream.
+/// What is checked before a program's handler is called. Hosts always are, and so is the origin of whatever is not only
+/// read: a foreign page must not act in the name of its visitor, and no session cookie keeps it from that.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    /// Bytes for everybody: GET alone.
+    Page,
+    /// A stream: GET alone, with a token where topics need one to be read.
+    Stream,
+    /// The rest is the program's decision, also who may ask.
+    Own,
+}
+
+/// What a request gets: a response now, a stream of topics, or what a handler makes of it.
 pub enum Reply {
     Response(Response),
     /// From here on the request and its buffers are not needed any more, so their memory is given up before it is
     /// served.
-    Stream(Source),
-}
-
-/// Where the events of a stream come from.
-pub enum Source {
     Topics(Wanted),
     Handler(Handled),
 }
 
-impl Source {
-    pub fn is_handler(&self) -> bool {
-        matches!(self, Source::Handler(_))
-    }
-}
-
 /// Shared by all connections.
 pub struct Routes {
-    pub door: Door,
+    pub door: Arc<Door>,
     publishing: Publishing,
     streams: Arc<Streams>,
     /// The program's routes by their paths: few, so a list is searched. Locked shortly, and under no other lock.
@@ -77,7 +87,7 @@ pub struct Routes {
 }
 
 impl Routes {
-    pub fn new(hub: Hub, door: Door, streams: Arc<Streams>) -> Routes {
+    pub fn new(hub: Hub, door: Arc<Door>, streams: Arc<Streams>) -> Routes {
         let publishing = Publishing { hub, places: streams.places.clone() };
         Routes { door, publishing, streams, table: Mutex::default(), refusals: OncePerSecond::default() }
     }
@@ -85,21 +95,16 @@ impl Routes {
     /// Adds what is at a path, or replaces it.
     ///
     /// # Errors
-    /// [`ErrorKind::InvalidInput`](io::ErrorKind::InvalidInput) for a path or a content type that may not be.
+    /// [`ErrorKind::InvalidInput`](io::ErrorKind::InvalidInput) for a path that may not be.
     pub fn add(&self, path: &str, route: Route) -> io::Result<()> {
         if !path.starts_with('/') {
             return invalid(format!("{} cannot be routed: begin it with a slash", quoted(path)));
         }
-        if path.starts_with(EVENTS) || ["/health", "/metrics"].contains(&path) {
+        if is_servers(path) {
             return invalid(format!("{} cannot be routed: it is the server's own; choose another", quoted(path)));
         }
         if let Some(c) = path.chars().find(|c| c.is_control() || "?#".contains(*c)) {
             return invalid(format!("{} cannot be routed: no path has {c:?}", quoted(path)));
-        }
-        if let Route::Page(content_type, _) = &route
-            && !is_content_type(content_type)
-        {
-            return invalid(format!("{} is no content type: write text/html; charset=utf-8", quoted(content_type)));
         }
         let mut table = enter(&self.table);
         table.retain(|(known, _)| known != path);
@@ -107,28 +112,48 @@ impl Routes {
         Ok(())
     }
 
+    /// What a program has put at a path, and where in it begins what follows the route. The longest that fits counts: a
+    /// whole path before any that ends in a slash. Cloned, so that the table is not locked while a handler runs.
+    fn find(&self, path: &str) -> Option<(Route, usize)> {
+        let is_above = |known: &str, kind: Kind| kind == Kind::Own && known.ends_with('/') && path.starts_with(known);
+        if is_servers(path) {
+            return None;
+        }
+        let table = enter(&self.table);
+        let fitting = table.iter().filter(|(known, route)| known == path || is_above(known, route.kind));
+        fitting.max_by_key(|(known, _)| known.len()).map(|(known, route)| (route.clone(), known.len()))
+    }
+
     /// Checks a request, reads its body, does what it asks, and says what it gets.
     ///
     /// # Errors
     /// A refusal is a response, too; it says whether the connection goes on.
     pub fn reply(&self, reader: &mut Reader, request: &mut Request) -> Result<Reply, Response> {
-        self.door.check_host(request)?;
+        self.door.check_host(request, &reader.c.socket)?;
         let path = request.path.clone();
-        let Some(allow) = self.methods_of(&path) else {
+        let own = self.find(&path);
+        let Some(allow) = methods_of(&path, own.as_ref().map(|(route, _)| route.kind)) else {
             return decline(404, format!("there is nothing at {}: topics are at /events/NAME", quoted(&path)));
         };
+        let is_allowed = request.method != "OPTIONS" && allow.split(", ").any(|method| method == request.method);
+        if let Some(own) = own.filter(|_| is_allowed) {
+            return self.call(reader, request, own);
+        }
         match (request.method.as_str(), path.strip_prefix(EVENTS)) {
             // Before any token is looked at: browsers send none with a preflight. The door adds what it allows.
             ("OPTIONS", _) => Ok(Reply::Response(Response::text(204, "").field("Allow", allow))),
-            ("POST" | "PUT", Some(topic)) => {
-                let published = self.publish(reader, request, topic);
+            ("POST" | "PUT" | "DELETE", Some(topics)) => {
+                let published = self.publish(reader, request, topics);
                 published.inspect_err(|refusal| self.note_refusal(reader, refusal)).map(Reply::Response)
             }
-            ("GET" | "HEAD", Some(names)) => {
-                self.door.check_subscriber(request)?;
+            ("GET" | "HEAD", Some(list)) => {
+                self.take_query_token(request);
+                self.door.check_presented(Act::Subscribe, request)?;
+                let wanted = wanted_topics(request, list)?;
+                self.check_stream(reader, request, &wanted.names)?;
                 // A GET may have a body, which means nothing (RFC 9110 §9.3.1), but has to be out of the way.
                 request.read_body(reader, &self.streams.core.config, false)?;
-                Ok(Reply::Stream(Source::Topics(wanted_topics(request, names)?)))
+                Ok(Reply::Topics(wanted))
             }
             ("GET" | "HEAD", None) => self.get(reader, request, &path),
             // A known method that is not for this path is 405, an unknown one 501 (RFC 9110 §9.1).
@@ -140,47 +165,110 @@ impl Routes {
         }
     }
 
-    /// Who may publish is decided before anything of the body is read.
-    fn publish(&self, reader: &mut Reader, request: &mut Request, topic: &str) -> Result<Response, Response> {
+    /// Who may publish, and so delete, is decided before anything of the body is read.
+    fn publish(&self, reader: &mut Reader, request: &mut Request, topics: &str) -> Result<Response, Response> {
         self.door.check_origin(request)?;
-        self.door.check_publisher(request)?;
-        if self.door.knows_publishers() {
+        self.door.check_presented(Act::Publish, request)?;
+        let names = match request.method.as_str() {
+            "POST" => topic_names(topics),
+            _ => check_topic(topics).map(|()| vec![topics.into()]),
+        };
+        let names = names.map_err(|error| Response::text(400, error))?;
+        // Asked again before anything is published: a body may take a while, a `PUT` days.
+        let tokens = std::mem::take(&mut request.tokens);
+        let check = || self.door.check_right(Act::Publish, &tokens, &names);
+        check()?;
+        if self.door.needs_token(Act::Publish) {
             self.streams.places.trust(reader.c); // only where tokens exist: else everybody would be trusted
         }
         match request.method.as_str() {
-            "POST" => self.publishing.post(reader, request, topic),
-            _ => self.publishing.put(reader, request, topic),
+            "POST" => self.publishing.post(reader, request, &names, &check),
+            "PUT" => self.publishing.put(reader, request, &names[0], &check),
+            _ => self.publishing.delete(reader, request, &names[0], &check),
         }
     }
 
-    /// A page, a handler's stream, `/metrics` or `/health`; `path` is known to be one of them.
+    /// Reads all of a request that is the program's to answer.
+    fn call(
+        &self,
+        reader: &mut Reader,
+        request: &mut Request,
+        (route, rest_at): (Route, usize),
+    ) -> Result<Reply, Response> {
+        if !["GET", "HEAD"].contains(&request.method.as_str()) {
+            self.door.check_origin(request)?;
+        }
+        self.take_query_token(request);
+        if route.kind == Kind::Stream {
+            self.door.check_presented(Act::Subscribe, request)?;
+            self.check_stream(reader, request, &[ALL.into()])?;
+        }
+        // A GET may have a body, which means nothing (RFC 9110 §9.3.1), but has to be out of the way.
+        let body = request.read_body(reader, &self.streams.core.config, route.kind == Kind::Own)?;
+        let parts = Parts {
+            method: request.method.clone(),
+            path: request.path.clone(),
+            rest_at,
+            last_event_id: cursor_of(request).map(String::from),
+            query: mem::take(&mut request.query),
+            fields: mem::take(&mut request.fields),
+            tokens: mem::take(&mut request.tokens),
+            body,
+        };
+        Ok(Reply::Handler(Handled { handler: route.handler, parts }))
+    }
+
+    /// One of `OWN_PATHS`.
     fn get(&self, reader: &mut Reader, request: &mut Request, path: &str) -> Result<Reply, Response> {
-        // Cloned, so that the table is not locked while a body is read or a page is sent.
-        let route = enter(&self.table).iter().find(|(known, _)| known == path).map(|(_, route)| route.clone());
-        if path == "/metrics" || matches!(route, Some(Route::Stream(_))) {
-            self.door.check_subscriber(request)?;
+        if ["/metrics", "/topics"].contains(&path) {
+            self.take_query_token(request);
+            self.door.check_reader(request)?;
         }
         request.read_body(reader, &self.streams.core.config, false)?;
-        Ok(match route {
-            Some(Route::Stream(handler)) => {
-                let (query, last_event_id) = (std::mem::take(&mut request.query), request.last_event_id.take());
-                Reply::Stream(Source::Handler(Handled { handler, query, last_event_id }))
+        Ok(Reply::Response(if path == "/metrics" {
+            Response::new(200, "text/plain; version=0.0.4", self.metrics().into_bytes())
+        } else if path == "/topics" {
+            Response::new(200, "text/plain; charset=utf-8", self.topics())
+        } else if self.streams.core.is_stopping() {
+            // 503 tells a load balancer to send nobody else here; streams go on all the same.
+            self.publishing.unavailable(STOPPING)
+        } else if self.streams.core.is_journal_failing() {
+            self.publishing.unavailable("the journal cannot be written, so nothing is published")
+        } else {
+            Response::text(200, "ok")
+        }))
+    }
+
+    /// The answer to a handler's error. The hub's own errors are answered as those of a `POST` are; another says what is
+    /// wrong with the program, which is for its log and not for the peer.
+    pub fn failed(&self, error: &io::Error) -> Response {
+        let response = self.publishing.not_published(error);
+        match error.kind() {
+            ErrorKind::InvalidInput | ErrorKind::NotConnected if error.raw_os_error().is_none() => response,
+            ErrorKind::QuotaExceeded | ErrorKind::ResourceBusy | ErrorKind::StorageFull
+                if error.raw_os_error().is_none() =>
+            {
+                response
             }
-            Some(Route::Page(content_type, body)) => {
-                // In a frame of another site, a page that publishes could be made to take a click not meant for it.
-                Reply::Response(Response::new(200, content_type, body).field("X-Frame-Options", "SAMEORIGIN"))
-            }
-            None if path == "/metrics" => {
-                Reply::Response(Response::new(200, "text/plain; version=0.0.4", self.metrics().into_bytes()))
-            }
-            // From here on it is `/health`. 503 tells a load balancer to send nobody else here; streams go on all the
-            // same.
-            None if self.streams.core.is_stopping() => Reply::Response(self.publishing.unavailable(STOPPING)),
-            None if self.streams.core.is_journal_failing() => {
-                Reply::Response(self.publishing.unavailable("the journal cannot be written, so nothing is published"))
-            }
-            None => Reply::Response(Response::text(200, "ok")),
-        })
+            _ => Response::text(500, "the program failed to answer; its log, if it has one, says why"),
+        }
+    }
+
+    /// Whether a stream may be opened.
+    fn check_stream(&self, reader: &Reader, request: &Request, topics: &[String]) -> Result<(), Response> {
+        self.door.note_pass(&mut enter(&reader.c.state), &request.tokens, topics);
+        let checked = self.door.check_right(Act::Subscribe, &request.tokens, topics);
+        checked.inspect_err(|_| self.door.forget_pass(&mut enter(&reader.c.state)))
+    }
+
+    /// Takes `access_token` out of the query, where tokens may stand there: nobody else needs to see it.
+    fn take_query_token(&self, request: &mut Request) {
+        if self.streams.core.config.query_tokens {
+            let (tokens, others) =
+                std::mem::take(&mut request.query.0).into_iter().partition(|(name, _)| name == QUERY_TOKEN);
+            request.query.0 = others;
+            request.tokens.extend(tokens.into_iter().map(|(_, token): (String, String)| token).take(1));
+        }
     }
 
     /// Counts and logs a publisher that was refused: its operator should learn of it here, too.
@@ -190,13 +278,15 @@ impl Routes {
         self.streams.log.warn_within(&self.refusals, line);
     }
 
-    /// The methods that a path takes, for `Allow`; none where there is nothing.
-    fn methods_of(&self, path: &str) -> Option<&'static str> {
-        match path {
-            _ if path.starts_with(EVENTS) || path == "*" => Some(TOPIC_METHODS),
-            "/health" | "/metrics" => Some(READ_METHODS),
-            _ => enter(&self.table).iter().any(|(known, _)| known == path).then_some(READ_METHODS),
+    /// A line for each topic that is in use, in columns for `cut` and `column -t`; where no event is kept, `-` stands for
+    /// the newest one's id.
+    fn topics(&self) -> Vec<u8> {
+        let mut lines = String::from("name\tsubscribers\tevents\tbytes\tnewest\n");
+        for TopicOverview { name, subscribers, events, bytes, newest } in self.streams.core.topics() {
+            let newest = newest.map_or("-".into(), |id| id.to_string());
+            let _ = writeln!(lines, "{name}\t{subscribers}\t{events}\t{bytes}\t{newest}");
         }
+        lines.into_bytes()
     }
 
     /// The gauges are taken one after another, each under its own lock.
@@ -220,22 +310,27 @@ impl Routes {
     }
 }
 
-/// `type "/" subtype`, and perhaps parameters (RFC 9110 §8.3.1). It goes into a head, so it must not contain a line
-/// break.
-fn is_content_type(text: &str) -> bool {
-    let subtype = skip_token(text).and_then(|rest| rest.strip_prefix('/'));
-    let parameters = subtype.and_then(skip_token).map(skip_space);
-    text.chars().all(|c| c.is_ascii_graphic() || c == ' ')
-        && parameters.is_some_and(|rest| rest.is_empty() || rest.starts_with(';'))
+/// Whether a path is the server's own, which no program's route takes over.
+fn is_servers(path: &str) -> bool {
+    path.starts_with(EVENTS) || OWN_PATHS.contains(&path)
 }
 
-/// What a request for a stream of these topics wants. Parameters that are not known are passed over, where publishing
-/// refuses them.
+/// The methods that a path takes, for `Allow`; none where there is nothing. `own` is what the program has put there.
+fn methods_of(path: &str, own: Option<Kind>) -> Option<&'static str> {
+    match own {
+        _ if path.starts_with(EVENTS) || path == "*" => Some(TOPIC_METHODS),
+        _ if OWN_PATHS.contains(&path) => Some(READ_METHODS),
+        own => own.map(|kind| if kind == Kind::Own { PROGRAM_METHODS } else { READ_METHODS }),
+    }
+}
+
+/// What a request for a stream of these topics wants.
 ///
 /// # Errors
-/// 400 for a topic, a time or a `since` that cannot be read. A cursor that cannot be read is no error: it gets a gap.
+/// 400 for a parameter that is not known, and for a topic, a time or a `since` that cannot be read. A cursor that cannot be read is no error: it gets a gap.
 pub fn wanted_topics(request: &Request, list: &str) -> Result<Wanted, Response> {
     let query = &request.query;
+    query.check(&[&STREAM_PARAMETERS[..], &CURSOR_PARAMETERS[..]].concat())?;
     let poll = match query.get("poll") {
         None => None,
         Some("") => Some(POLL_TIME),
@@ -252,25 +347,13 @@ pub fn wanted_topics(request: &Request, list: &str) -> Result<Wanted, Response> 
         },
     };
     // `since` is in the page's URL for good; a browser that reconnects adds its cursor, which is newer and wins.
-    // An empty cursor says that the client has seen no id yet.
-    let parameters = CURSOR_PARAMETERS.map(|name| query.get(name));
-    let cursors = [request.last_event_id.as_deref(), parameters[0], parameters[1]];
-    let cursor = cursors.into_iter().flatten().find(|text| !text.is_empty());
-    let start = cursor.map_or(since, |text| Start::After(text.parse().ok()));
-    Ok(Wanted { names: topic_names(list)?, start, poll })
+    let start = cursor_of(request).map_or(since, |text| Start::After(text.parse().ok()));
+    let names = topic_names(list).map_err(|error| Response::text(400, error))?;
+    Ok(Wanted { names, start, poll })
 }
 
-/// The names of a list, each once: a topic that is named twice would send every event twice.
-fn topic_names(list: &str) -> Result<Vec<String>, Response> {
-    let mut names: Vec<String> = Vec::new();
-    for name in list.split(',') {
-        check_topic(name).map_err(|error| Response::text(400, error))?;
-        if names.iter().any(|known| known == name) {
-            continue;
-        } else if names.len() == TOPICS_PER_STREAM {
-            return decline(400, format!("a stream takes up to {TOPICS_PER_STREAM} topics, and these are more"));
-        }
-        names.push(name.into());
-    }
-    Ok(names)
+/// After which event to resume. An empty one says that the client has seen no id yet.
+fn cursor_of(request: &Request) -> Option<&str> {
+    let parameters = CURSOR_PARAMETERS.iter().filter_map(|name| request.query.get(name));
+    request.last_event_id.as_deref().into_iter().chain(parameters).find(|text| !text.is_empty())
 }

@@ -1,21 +1,20 @@
 //! A handler's stream: a program writes whatever it likes to a page, for as long as the page is there.
 //!
-//! The handler has a thread, but is elsewhere most of the time: it waits for something of its own. So its stream is live
-//! like a subscriber's, and its lane looks whether the page has closed and writes heartbeats. Both write under the
-//! state's lock; the thread takes the socket for itself only where a write must wait, or to sleep on it, so that a closed
-//! page ends a sleep at once. Every call says whether the stream is still open, and a handler that returns its errors
-//! ends in time.
+//! The handler has a thread, but is elsewhere most of the time: it waits for something of its own. So its stream is
+//! live like a subscriber's, and its lane looks whether the page has closed and writes heartbeats. Both write under the
+//! state's lock; the thread takes the socket for itself only where a write must wait, or to sleep on it, so that a
+//! closed page ends a sleep at once. Every call says whether the stream is still open, and a handler that returns its
+//! errors ends in time.
 
-use crate::clock::spread;
-use crate::connection::{Connection, LINGER, Outgoing, Phase, Reason, STOPPING, State, Unfinished};
+use crate::asked::Request;
+use crate::connection::{Connection, Outgoing, Phase, Reason, STOPPING, State, Unfinished};
 use crate::event::Event;
 use crate::hub::Core;
 use crate::sync::enter;
-use crate::target::Query;
 use crate::text::{LONGEST, with_lf};
-use std::borrow::Cow;
+use crossbeam_channel::{Receiver, bounded};
+use std::convert::Infallible;
 use std::io;
-use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 use std::thread;
@@ -24,48 +23,35 @@ use std::time::{Duration, Instant};
 /// How long a sleep that cannot sit on the socket goes on between two looks at it.
 const STEP: Duration = Duration::from_millis(50);
 
-/// What writes a stream. Its error ends the stream, and is the reason in the log.
-pub type Handler = dyn Fn(&mut Stream) -> io::Result<()> + Send + Sync;
-
-/// A handler's stream, on its connection's own thread: see [`Server::stream`](crate::Server::stream).
+/// A handler's stream: see [`Request::stream`] and [`Server::stream`](crate::Server::stream).
 pub struct Stream<'a> {
     c: &'a Arc<Connection>,
     core: &'a Core,
-    query: Query,
-    last_event_id: Option<String>,
-    lane: usize,
+    request: &'a Request<'a>,
+    /// Disconnected once the connection's state has dropped its half.
+    closed: Receiver<Infallible>,
 }
 
-/// A handler, and what it may ask of its request.
-pub struct Handled {
-    pub handler: Arc<Handler>,
-    pub query: Query,
-    pub last_event_id: Option<String>,
-}
-
-impl Handled {
-    /// Writes the head, runs the handler, and returns why the stream ended. No lock may be held: a handler takes its
-    /// time.
-    pub fn serve(self, core: &Core, c: &Arc<Connection>, lane: usize, head: &str) -> Cow<'static, str> {
-        let began = c.write_whole(head.as_bytes(), Instant::now() + core.config.body_time);
-        if let Err(reason) = began.and_then(|()| c.set_nonblocking(true)) {
-            return reason.into();
-        }
-        let Handled { handler, query, last_event_id } = self;
+impl<'a> Stream<'a> {
+    /// Takes a place among the streams, writes the head, and gives the socket to its lane; once for each request.
+    /// Returns the lane, too, from which whoever called the handler takes the socket back.
+    ///
+    /// # Errors
+    /// There is no stream, and why.
+    pub(crate) fn open(request: &'a Request<'a>) -> Result<(Stream<'a>, usize), Reason> {
+        let Request { c, core, .. } = *request;
+        let (sender, closed) = bounded(0);
+        // Before the place is taken: stopping drops it for all that it finds there.
+        enter(&c.state).open = Some(sender);
+        let lane = (request.open)()?;
         core.lanes[lane].join(c, &Arc::default());
         enter(&c.state).phase = Phase::Live;
-        let result = handler(&mut Stream { c, core, query, last_event_id, lane });
-        // An end is written only after a whole frame; a stream that is closed may be in the middle of one.
-        if c.finish(Instant::now() + LINGER, &|| true).is_ok() && enter(&c.state).phase == Phase::Behind {
-            match core.is_stopping() {
-                true => return c.end(STOPPING, spread(core.config.retry, 50, 150), None).into(),
-                false => c.end_silently(),
-            }
-        }
-        match result {
-            Ok(()) => "the handler returned".into(),
-            Err(error) => error.to_string().into(),
-        }
+        Ok((Stream { c, core, request, closed }, lane))
+    }
+
+    /// What asked for this stream.
+    pub fn request(&self) -> &'a Request<'a> {
+        self.request
     }
 }
 
@@ -73,8 +59,8 @@ impl Stream<'_> {
     /// Writes one event at once.
     ///
     /// # Errors
-    /// [`InvalidInput`](io::ErrorKind::InvalidInput) for an event that may not be; otherwise the stream is closed or the
-    /// server is stopping, and the error says so: return it from the handler.
+    /// [`InvalidInput`](io::ErrorKind::InvalidInput) for an event that may not be; otherwise the stream is closed or
+    /// the server is stopping, and the error says so: return it from the handler.
     pub fn send(&mut self, event: &Event) -> io::Result<()> {
         event.check()?;
         self.write(event.encode().as_bytes(), 1)
@@ -109,6 +95,9 @@ impl Stream<'_> {
     fn rest(&self, time: Duration) {
         let heartbeat = self.core.config.heartbeat;
         let mut state = enter(&self.c.state);
+        if state.phase != Phase::Live {
+            return; // its lane has just found it closed
+        }
         let silent = state.wrote.elapsed();
         if state.unfinished.is_some() || state.has_said_all {
             drop(state);
@@ -132,25 +121,39 @@ impl Stream<'_> {
         close_if_err(&mut state, noted);
     }
 
-    /// What the request's query says of `name`, percent-decoded.
-    pub fn query(&self, name: &str) -> Option<&str> {
-        self.query.get(name)
-    }
-
-    /// The id after which a page that reconnects wants to go on.
-    pub fn last_event_id(&self) -> Option<&str> {
-        self.last_event_id.as_deref()
-    }
-
-    /// The other end's address.
-    pub fn peer(&self) -> SocketAddr {
-        self.c.peer
+    /// For a `select!` beside a channel of the program's own: nothing ever comes of it, and it is disconnected once the
+    /// page has gone or the server is stopping, whatever the handler is doing.
+    ///
+    /// ```
+    /// # fn main() -> std::io::Result<()> {
+    /// # use brooklet::{Config, Event, Server};
+    /// use brooklet::crossbeam_channel::{select, unbounded};
+    /// # let server = Server::bind("127.0.0.1:0", Config::default())?;
+    /// let (_sender, moves) = unbounded::<String>(); // a program's own
+    /// server.stream("/moves", move |stream| {
+    ///     loop {
+    ///         select! {
+    ///             recv(stream.closed()) -> _ => return Ok(()),
+    ///             recv(moves) -> text => match text {
+    ///                 Ok(text) => stream.send(&Event::new(text))?,
+    ///                 Err(_) => return Ok(()), // no more moves
+    ///             },
+    ///         }
+    ///     }
+    /// })?;
+    /// # Ok(()) }
+    /// ```
+    pub fn closed(&self) -> &Receiver<Infallible> {
+        &self.closed
     }
 
     /// Writes one frame: at once where it fits, else it waits for the peer.
     fn write(&mut self, frame: &[u8], events: u64) -> io::Result<()> {
         self.check_open()?;
         let mut state = enter(&self.c.state);
+        if let Phase::Closed(reason) = state.phase {
+            return Err(io::Error::other(reason));
+        }
         let bytes = state.framing.wrap(frame);
         let written = match &mut state.unfinished {
             // The rest of a heartbeat goes first.
@@ -180,7 +183,7 @@ impl Stream<'_> {
         Ok(())
     }
 
-    fn check_open(&self) -> io::Result<()> {
+    pub(crate) fn check_open(&self) -> io::Result<()> {
         match enter(&self.c.state).phase {
             Phase::Closed(reason) => Err(io::Error::other(reason)),
             _ if self.core.is_stopping() => Err(io::Error::other(STOPPING)),
@@ -193,17 +196,6 @@ impl Stream<'_> {
 fn close_if_err(state: &mut State, done: Result<(), Reason>) {
     if let Err(reason) = done {
         state.phase = Phase::Closed(reason);
-    }
-}
-
-impl Drop for Stream<'_> {
-    /// Takes the socket from the lane, also where the handler has panicked.
-    fn drop(&mut self) {
-        let mut state = enter(&self.c.state);
-        if state.phase == Phase::Live {
-            state.phase = Phase::Behind;
-        }
-        drop(state);
-        self.core.lanes[self.lane].leave(self.c.serial, &Arc::default());
+        state.open = None;
     }
 }

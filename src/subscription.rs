@@ -41,6 +41,7 @@ use crate::config::Log;
 use crate::connection::{Connection, Outgoing, Phase, Reason, STOPPING, Unfinished, Written};
 use crate::cursor::{Next, Start};
 use crate::desk::Desk;
+use crate::feed::{NOT_REACHED, reach};
 use crate::history::History;
 use crate::hub::Core;
 use crate::log::Logger;
@@ -112,7 +113,7 @@ impl Streams {
     /// dispatch no event for it; but one that is cut off before its first event resumes from the block's id.
     ///
     /// # Errors
-    /// All topic names are in use.
+    /// All topic names are in use; or with an engine, it has not shown yet what the client has seen elsewhere.
     pub fn open(
         &self,
         c: &Arc<Connection>,
@@ -122,6 +123,9 @@ impl Streams {
         opened: Opened,
     ) -> Result<Box<Subscriber>, (Reason, Opened)> {
         let config = &self.core.config;
+        if !reach(&self.core, &wanted.start) {
+            return Err((NOT_REACHED, opened));
+        }
         let mut history = self.core.history();
         let Ok(names) = history.subscribe(&wanted.names) else { return Err((NO_NAMES, opened)) };
         let ((cursor, gap), told) = (history.start(&names, wanted.start), history.told(&names));
@@ -181,7 +185,10 @@ impl Streams {
     pub fn end_soon(self: &Arc<Streams>, c: &Arc<Connection>, why: Option<Reason>) {
         let mut state = enter(&c.state);
         let its_time = if state.is_poll { POLL_IS_OVER } else { LIFETIME_IS_OVER };
-        state.ending.get_or_insert(why.unwrap_or(its_time));
+        match why {
+            Some(why) => state.ending = Some(why),
+            None => drop(state.ending.get_or_insert(its_time)),
+        }
         if state.phase == Phase::Live && state.subscriber.is_some() {
             state.phase = Phase::Queued;
             drop(state);
@@ -212,6 +219,7 @@ impl Streams {
         self.core.history().unsubscribe(&subscriber.names);
         let _ = c.socket.shutdown(Shutdown::Write); // its lane may keep the socket open for a moment
         self.log_end(c, &subscriber.opened, reason);
+        self.core.presence.note_end(&subscriber.names, c.peer, c.cut.get().copied().unwrap_or(reason));
         self.places.leave(c);
     }
 
@@ -222,7 +230,7 @@ impl Streams {
         let (peer, path, reason) = (c.peer, quoted(&opened.path), c.cut.get().copied().unwrap_or(reason));
         let line =
             format_args!("closed peer={peer} path={path} reason={reason:?} seconds={seconds}.{tenths} events={sent}");
-        let repeats = [POLL_IS_OVER, NO_ROOM, NO_THREAD, NO_NAMES].contains(&reason); // as fast as a flood
+        let repeats = [POLL_IS_OVER, NO_ROOM, NO_THREAD, NO_NAMES, NOT_REACHED].contains(&reason); // as fast as a flood
         self.log.line(if repeats { Log::Debug } else { Log::Info }, line);
     }
 }

@@ -6,14 +6,14 @@
 //! UTF-8. Decoding happens here and nowhere else: decoded twice, `%2541` would become a letter that no proxy has seen.
 
 use crate::authority::is_authority;
-use crate::response::{Response, refuse};
+use crate::response::{Response, decline, refuse};
 use crate::text::quoted;
 
 /// Most parameters of a query; no request here needs ten.
 const QUERY_PARAMETERS: usize = 100;
 /// The parameters that say after which event to resume, for clients that cannot set `Last-Event-ID`; a widely used
-/// polyfill has its own spelling.
-pub const CURSOR_PARAMETERS: [&str; 2] = ["last_event_id", "lastEventId"];
+/// polyfill has its own spelling, and so have pages that were written for Mercure.
+pub const CURSOR_PARAMETERS: [&str; 3] = ["last_event_id", "lastEventId", "lastEventID"];
 
 /// A target, decoded.
 pub struct Target {
@@ -32,6 +32,21 @@ impl Query {
     /// The value of the first parameter of this name.
     pub fn get(&self, name: &str) -> Option<&str> {
         self.0.iter().find(|(n, _)| n == name).map(|(_, value)| value.as_str())
+    }
+
+    /// Refuses a parameter that means nothing here, or `?evnet=x` and `?sinse=1h` would do something else than was meant.
+    /// Those that begin with an underscore belong to scripts that must make each URL a new one, and are ignored.
+    pub fn check(&self, known: &[&str]) -> Result<(), Response> {
+        let is_strange = |name: &&String| !name.starts_with('_') && !known.contains(&name.as_str());
+        match self.0.iter().map(|(name, _)| name).find(is_strange) {
+            None => Ok(()),
+            Some(name) if known.is_empty() => {
+                decline(400, format!("the parameter {} is not known: none is taken here", quoted(name)))
+            }
+            Some(name) => {
+                decline(400, format!("the parameter {} is not known: {} are", quoted(name), known.join(", ")))
+            }
+        }
     }
 
     fn parse(text: &str) -> Result<Query, Response> {

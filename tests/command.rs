@@ -65,7 +65,7 @@ fn help_fits_one_screen_and_names_every_flag() {
     assert!(output.status.success());
     let help = String::from_utf8(output.stdout).unwrap();
     assert!(help.lines().count() <= 50 && help.lines().all(|line| line.chars().count() <= 80), "{help}");
-    let flags = "listen open publish-token subscribe-token allow-origin journal fsync subscribers connections threads head-bytes body-bytes line-bytes head-time body-time put-idle-time idle-time heartbeat \
+    let flags = "listen open publish-token subscribe-token tokens query-tokens allow-origin journal fsync subscribers connections threads head-bytes body-bytes line-bytes head-time body-time put-idle-time idle-time heartbeat \
                  lifetime stall-time retry keep-events keep-bytes keep-age topics lanes log help version";
     for flag in flags.split_whitespace() {
         assert!(help.contains(&format!("--{flag}")), "{flag}");
@@ -76,6 +76,10 @@ fn help_fits_one_screen_and_names_every_flag() {
 fn a_bad_flag_is_told_what_was_expected() {
     for (flags, said) in [
         (&["--nonsense"][..], "--nonsense: there is no such flag"),
+        (
+            &["--redis", "redis://localhost"],
+            "--redis: this program was built without it: cargo build --release --features redis",
+        ),
         (&["listen"], "listen: there is no such flag"),
         (&["--retry"], "--retry: a value is missing"),
         (&["--retry", "5"], "--retry: \"5\" is no length of time: write 500ms, 15s, 10m or 24h"),
@@ -182,7 +186,7 @@ fn run_with(variables: &[(&str, &str)], flags: &[&str]) -> (Option<i32>, String)
 #[test]
 fn a_flag_that_takes_one_value_is_refused_when_it_is_given_twice() {
     let flags = flags_of_the_help();
-    assert_eq!(flags.len(), 27, "{flags:?}");
+    assert_eq!(flags.len(), 29, "{flags:?}");
     for (flag, value) in flags {
         let Some(value) = value.filter(|value| !["token", "https://app.example"].contains(value)) else { continue };
         let (code, error) = run_with(&[], &[&flag, value, &format!("{flag}={value}")]);

@@ -47,6 +47,8 @@ fn each_token_opens_its_own_doors_and_no_other() {
         ("GET", "/events/a", ["read-1", "read-2"], ["write-1", "read-"]),
         ("HEAD", "/events/a", ["read-1", "read-2"], ["write-1", "READ-1"]),
         ("GET", "/mine", ["read-1", "read-2"], ["write-1", "wrong"]),
+        ("DELETE", "/events/a", ["write-1", "write-2"], ["read-1", "write-"]),
+        ("GET", "/topics", ["read-1", "read-2"], ["write-1", "read-1x"]),
         ("GET", "/metrics", ["read-1", "read-2"], ["write-1", "read-1x"]),
     ] {
         for good in good {
@@ -206,7 +208,7 @@ fn a_page_of_another_origin_cannot_publish_unless_it_is_allowed() {
         "*",
         "",
     ] {
-        for method in ["POST", "PUT"] {
+        for method in ["POST", "PUT", "DELETE"] {
             let answer = ask(addr, method, "/events/a", &format!("Origin: {origin}\r\n"));
             assert_eq!(answer.status, 403, "{method} {origin}");
         }
@@ -273,9 +275,9 @@ fn a_preflight_is_told_what_a_page_may_send() {
     };
     let answer = asks("https://app.example");
     assert_eq!((answer.status, answer.header("access-control-allow-credentials")), (204, Some("true")));
-    assert_eq!(answer.header("access-control-allow-methods"), Some("GET, HEAD, POST, PUT"));
+    assert_eq!(answer.header("access-control-allow-methods"), Some("GET, HEAD, POST, PUT, PATCH, DELETE"));
     let fields = answer.header("access-control-allow-headers").unwrap();
-    assert!(["Authorization", "Last-Event-ID", "Content-Type"].iter().all(|field| fields.contains(field)), "{fields}");
+    assert_eq!(fields, "authorization, last-event-id", "what it asks for");
     let answer = asks("https://elsewhere.example");
     assert_eq!(answer.header("access-control-allow-origin"), Some("*"));
     assert_eq!(answer.header("access-control-allow-methods"), Some("GET, HEAD"), "reading only");
@@ -360,4 +362,91 @@ fn an_error_of_the_settings_names_its_field() {
         assert_eq!(error.kind(), ErrorKind::InvalidInput);
         assert!(error.to_string().starts_with(&format!("{field}: ")), "{field}: {error}");
     }
+}
+
+#[test]
+fn a_star_in_an_origin_stands_for_the_names_below_it_and_nothing_else() {
+    let allow_origins = ["https://*.example.com", "http://*.dev.example:8080", "https://*.localhost"].map(String::from);
+    let server = serve(Config { allow_origins: allow_origins.to_vec(), ..Config::default() });
+    let addr = server.addr().unwrap();
+    for (origin, is_allowed) in [
+        ("https://app.example.com", true),
+        ("https://a.b.example.com", true),
+        ("https://x.localhost", true),
+        ("http://a.dev.example:8080", true),
+        ("https://example.com", false),
+        ("https://.example.com", false),
+        ("https://evilexample.com", false),
+        ("https://app.example.com.evil", false),
+        ("https://app.example.com:8443", false),
+        ("http://app.example.com", false),
+        ("http://a.dev.example", false),
+        ("http://a.dev.example:80800", false),
+        ("https://evil/.example.com", false),
+        ("https://user@app.example.com", false),
+        ("https://*.example.com", false),
+        ("null", false),
+    ] {
+        let answer = ask(addr, "POST", "/events/a", &format!("Origin: {origin}\r\n"));
+        assert_eq!(answer.status, if is_allowed { 200 } else { 403 }, "{origin}");
+        let answer = ask(addr, "GET", "/health", &format!("Origin: {origin}\r\n"));
+        assert_eq!(answer.header("access-control-allow-origin"), is_allowed.then_some(origin), "{origin}");
+    }
+    // A proxy passes the public host on.
+    for (host, status) in
+        [("app.example.com", 200), ("APP.example.com:81", 200), ("example.com", 403), ("evilexample.com", 403)]
+    {
+        assert_eq!(ask(addr, "GET", "/health", &format!("Host: {host}\r\n")).status, status, "{host}");
+    }
+    // What came over plain HTTP, somebody on the way may have written, also where the host is the same.
+    for (origin, status) in [("https://app.example.com", 200), ("http://app.example.com", 403)] {
+        let fields = format!("Host: app.example.com\r\nOrigin: {origin}\r\n");
+        assert_eq!(ask(addr, "POST", "/events/a", &fields).status, status, "{origin}");
+    }
+    for origin in
+        ["https://*", "https://*.com", "https://*.*.com", "https://a.*.com", "https://*a.example.com", "*.example.com"]
+    {
+        let error = bind(Config { allow_origins: vec![origin.into()], ..Config::default() }).err();
+        assert!(
+            error.unwrap().to_string().contains("is no origin: write https://app.example, https://*.app.example"),
+            "{origin}"
+        );
+    }
+}
+
+#[test]
+fn a_preflight_of_an_allowed_origin_gets_the_fields_that_it_asks_for_if_they_are_names() {
+    let server = serve(Config { allow_origins: vec!["https://app.example".into(), "*".into()], ..Config::default() });
+    let asks = |origin: &str, fields: &str| {
+        let fields = format!("Origin: {origin}\r\nAccess-Control-Request-Method: DELETE\r\n{fields}");
+        ask(server.addr().unwrap(), "OPTIONS", "/events/a", &fields)
+    };
+    let allowed = |fields: &str| {
+        let answer = asks("https://app.example", fields);
+        answer.header("access-control-allow-headers").unwrap().to_string()
+    };
+    let requested = "Access-Control-Request-Headers";
+    assert_eq!(
+        allowed(&format!("{requested}: x-request-id,\tx-b3 ,authorization\r\n")),
+        "x-request-id, x-b3, authorization"
+    );
+    assert_eq!(allowed(&format!("{requested}: a\r\n{requested}: b\r\n")), "a, b");
+    assert_eq!(allowed(&format!("{requested}: a b, c:d, \"e\", f, é\r\n")), "f");
+    let usual = "Authorization, Cache-Control, Content-Type, Last-Event-ID";
+    assert_eq!(allowed(""), usual);
+    assert_eq!(allowed(&format!("{requested}: ,\r\n")), usual);
+    let elsewhere = asks("https://elsewhere.example", &format!("{requested}: authorization,x-y\r\n"));
+    assert_eq!(elsewhere.header("access-control-allow-headers"), Some("Cache-Control, Last-Event-ID"), "reading only");
+    // From the internet to a server of the user's own network.
+    let private = "Access-Control-Request-Private-Network";
+    let answers = |fields: &str| {
+        let answer = asks("https://app.example", fields);
+        answer.header("access-control-allow-private-network").map(String::from)
+    };
+    assert_eq!(answers(&format!("{private}: true\r\n")), Some("true".into()));
+    assert_eq!((answers(""), answers(&format!("{private}: no\r\n"))), (None, None));
+    let closed = serve_default();
+    let fields = format!("Origin: https://app.example\r\n{private}: true\r\n{requested}: x\r\n");
+    let answer = ask(closed.addr().unwrap(), "OPTIONS", "/events/a", &fields);
+    assert!(!answer.head.to_lowercase().contains("access-control"), "{answer:?}");
 }

@@ -578,7 +578,7 @@ fn thirty_quick_reboots_do_not_put_ids_half_an_hour_ahead_and_repeat_none() {
 
 /// The server that has the journal, where strace or faketime stand in between: they would leave it running. Killed when
 /// dropped.
-struct Holder(String);
+pub struct Holder(String);
 
 impl Holder {
     fn of(journal: &str) -> Holder {
@@ -598,14 +598,14 @@ impl Drop for Holder {
 
 /// The command under strace, which makes system calls fail. Calls are counted for each thread by itself, and a connection
 /// has a thread of its own.
-struct Traced {
+pub struct Traced {
     _holder: Holder, // goes first
-    process: Process,
+    pub process: Process,
     calls: String,
 }
 
 impl Traced {
-    fn start(inject: &[&str], journal: &str, flags: &[&str]) -> Traced {
+    pub fn start(inject: &[&str], journal: &str, flags: &[&str]) -> Traced {
         Traced::start_on(&[], inject, journal, flags)
     }
 

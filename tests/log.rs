@@ -1,9 +1,11 @@
 //! The log: nothing waits for it, and what it leaves out is counted.
 
 use crate::common::*;
+use brooklet::{Config, Log, LogTo};
 use std::io::{BufRead, BufReader};
 use std::net::SocketAddr;
 use std::process::{Child, Command, Stdio};
+use std::sync::mpsc;
 use std::thread;
 
 /// A server whose stderr nobody reads.
@@ -55,4 +57,28 @@ fn lines_that_the_log_leaves_out_are_counted() {
     assert_eq!(written + left_out, request, "{line}");
     assert!(shell(&format!("kill {}", child.id())));
     assert!(child.wait().unwrap().success());
+}
+
+#[test]
+fn the_program_has_the_log_line_by_line_and_nothing_where_it_asks_for_nothing() {
+    let (lines, log) = mpsc::channel();
+    let mut config = Config { log: Log::Debug, ..Config::default() };
+    config.log_to = LogTo::lines(move |line| {
+        lines.send(line.to_string()).unwrap();
+        panic!("a line that is not taken is no reason to end");
+    });
+    let silent = Config { log: Log::Off, ..config.clone() };
+    let server = serve(config);
+    for target in ["/one", "/two%0A"] {
+        get(server.addr().unwrap(), target);
+    }
+    // At its start, it may have said that the system has room for fewer connections.
+    let mut requests = log.iter().filter(|line| line.contains(" GET "));
+    assert!(requests.next().unwrap().ends_with(" GET \"/one\" 404"));
+    assert!(requests.next().unwrap().ends_with(" GET \"/two\\n\" 404"), "one line, whatever was asked");
+    drop(server);
+    let server = serve(silent);
+    get(server.addr().unwrap(), "/three");
+    drop(server);
+    assert_eq!(log.recv_timeout(PATIENCE), Err(mpsc::RecvTimeoutError::Disconnected));
 }

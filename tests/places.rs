@@ -345,7 +345,7 @@ fn a_put_that_says_nothing_for_too_long_is_told_what_has_come_and_gives_up_its_p
         );
         let answer = put.answer();
         assert_eq!(answer.status, 408, "{}", answer.body);
-        let said = format!("no line came within 300ms (--put-idle-time); published {count}");
+        let said = format!("nothing came within 300ms (put_idle_time); published {count}");
         assert!(answer.body.starts_with(&said), "{}", answer.body);
         assert!(put.rest().is_empty());
     }

@@ -122,3 +122,40 @@ fn a_lifetime_ends_in_time_also_where_the_reader_takes_nothing() {
     let line = process.wait_for_log("closed peer=");
     assert!(line.contains("reason=\"the time is over, in the middle of a write\""), "{line}");
 }
+
+#[test]
+fn a_crowd_that_comes_at_once_is_served_with_few_threads_and_nobody_is_closed_for_it() {
+    let process = Process::start(&["--threads", "16", "--log", "off"]);
+    publish(process.addr, "/events/a", "kept");
+    let mut crowd: Vec<Wire> = (0..600)
+        .map(|_| {
+            let mut wire = Wire::connect(process.addr);
+            wire.send(b"GET /events/a?since=earliest HTTP/1.1\r\nHost: localhost\r\n\r\n");
+            wire
+        })
+        .collect();
+    for wire in &mut crowd {
+        assert!(wire.head().starts_with("HTTP/1.1 200 "));
+        assert_eq!(wire.event().unwrap().data(), "kept");
+    }
+    assert_eq!(metric(process.addr, "evicted_total"), 0);
+}
+
+/// Eight readers share one thread, and each of them takes something in each of its turns.
+#[test]
+fn slow_readers_that_take_something_in_their_turns_are_not_closed_for_stalling() {
+    let process = Process::start(&["--threads", "4", "--stall-time", "2s", "--body-bytes", "1MiB", "--log", "off"]);
+    let addr = process.addr;
+    let body = "x".repeat(400_000);
+    (0..4).for_each(|_| drop(publish(addr, "/events/a", &body)));
+    let mut slow: Vec<Wire> = (0..8).map(|_| narrow(addr, 4_096, Some(1_448))).collect();
+    slow.iter_mut().for_each(|wire| open(wire, "/events/a?since=earliest"));
+    wait_for("some to wait for a thread", || (metric(addr, "queued") > 0).then_some(()));
+    let until = Instant::now() + Duration::from_secs(6); // three stall times
+    while Instant::now() < until {
+        slow.iter_mut().for_each(|wire| assert!(!wire.take(4_000).is_empty()));
+        thread::sleep(Duration::from_millis(50));
+    }
+    assert_eq!(metric(addr, "subscribers"), 8);
+    assert!(metric(addr, "queued") > 0, "nobody waited any more: the test shows nothing");
+}

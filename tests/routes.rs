@@ -9,8 +9,8 @@ use std::time::Duration;
 fn options_names_the_methods() {
     let server = serve_default();
     for (target, allow) in [
-        ("/events/a", "GET, HEAD, POST, PUT, OPTIONS"),
-        ("*", "GET, HEAD, POST, PUT, OPTIONS"),
+        ("/events/a", "GET, HEAD, POST, PUT, DELETE, OPTIONS"),
+        ("*", "GET, HEAD, POST, PUT, DELETE, OPTIONS"),
         ("/health", "GET, HEAD, OPTIONS"),
     ] {
         let answer =
@@ -27,13 +27,13 @@ fn pages_and_handlers_live_beside_the_topics() {
     server
         .stream("/echo", |stream| {
             stream.comment("two\nlines")?;
-            let text = format!("{:?} {:?}", stream.query("q"), stream.last_event_id());
+            let text = format!("{:?} {:?}", stream.request().query("q"), stream.request().last_event_id());
             stream.send(&Event::new(text).name("echo").id("7").retry(Duration::from_millis(9)))?;
             assert!(stream.send(&Event::new("x").name("a\nb")).is_err());
             Ok(())
         })
         .unwrap();
-    for path in ["relative", "/events/a", "/health"] {
+    for path in ["relative", "/events/a", "/health", "/topics"] {
         assert!(server.page(path, "text/plain", "x").is_err(), "{path}");
     }
     // What goes into a head, or could never be asked for.

@@ -1,9 +1,10 @@
 //! Starting, stopping, and what is left behind.
 
 use crate::{both, common::*};
-use brooklet::{Config, Event, Server};
-use std::io::Write;
-use std::net::TcpStream;
+use brooklet::{Config, Event, Server, crossbeam_channel};
+use std::io::{ErrorKind, Write};
+use std::net::{TcpListener, TcpStream};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::SeqCst};
 use std::thread;
 
@@ -122,4 +123,78 @@ fn a_server_that_is_dropped_is_gone() {
     assert!(TcpStream::connect(addr).is_err());
     assert!(hub.publish("a", Event::new("x")).is_err());
     drop(Server::bind(addr, Config::default()).unwrap()); // bound but never served
+}
+
+#[test]
+fn a_server_without_an_address_serves_the_sockets_of_another_accept_loop() {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let addr = listener.local_addr().unwrap();
+    let server = Server::new(Config::default()).unwrap();
+    assert_eq!(server.addr().unwrap_err().kind(), ErrorKind::AddrNotAvailable);
+    server.page("/mine", "text/plain", "mine").unwrap();
+    let server = Arc::new(server.spawn().unwrap());
+    let accepting = thread::spawn({
+        let server = server.clone();
+        move || loop {
+            let (socket, _) = listener.accept().unwrap();
+            if let Err(error) = server.serve(socket) {
+                return error.kind();
+            }
+        }
+    });
+    let (mut stream, _) = Wire::subscribe(addr, "/events/a", "");
+    assert_eq!(get(addr, "/mine").body, "mine");
+    wire_arrives(&server, &mut stream);
+    // What comes over loopback is asked for a name of this machine, as where we listen ourselves.
+    assert_eq!(Wire::ask(addr, "GET /mine HTTP/1.1\r\nHost: evil.example\r\n\r\n").status, 403);
+    assert_eq!(server.stop(), 0);
+    assert!(String::from_utf8(stream.rest()).unwrap().starts_with(": the server is stopping\n"));
+    let mut late = TcpStream::connect(addr).unwrap();
+    assert_eq!(accepting.join().unwrap(), ErrorKind::NotConnected);
+    assert_eq!(std::io::Read::read(&mut late, &mut [0]).unwrap(), 0, "the socket is closed");
+}
+
+#[test]
+fn a_server_that_listens_nowhere_has_nothing_to_run() {
+    let error = Server::new(Config::default()).unwrap().run().unwrap_err();
+    assert_eq!(
+        (error.kind(), error.to_string().as_str()),
+        (ErrorKind::AddrNotAvailable, "this server listens nowhere itself")
+    );
+    let open = Config { open: false, ..Config::default() };
+    let error = Server::bind("0.0.0.0:0", open).map(drop).unwrap_err();
+    assert!(
+        error.to_string().starts_with("open: 0.0.0.0:") && error.to_string().ends_with("set publish_tokens, or open")
+    );
+}
+
+#[test]
+fn the_address_is_known_before_it_runs() {
+    let server = bind(Config::default()).unwrap();
+    let (addr, hub) = (server.addr().unwrap(), server.hub());
+    assert_ne!(addr.port(), 0);
+    let running = thread::spawn(move || server.run());
+    assert_eq!(get(addr, "/health").status, 200);
+    assert!(hub.publish("a", Event::new("x")).is_ok() && !running.is_finished());
+}
+
+/// A handler that never returns cannot be ended, only counted; whoever stops the server is told, and so are all others who do.
+#[test]
+fn it_is_stopped_by_reference_and_says_how_many_handlers_have_not_returned() {
+    let server = bind(Config::default()).unwrap();
+    let (release, held) = crossbeam_channel::bounded::<()>(0);
+    server.stream("/held", move |_| held.recv().map_err(std::io::Error::other)).unwrap();
+    server.stream("/waits", |stream| stream.closed().recv().map(drop).map_err(std::io::Error::other)).unwrap();
+    let server = server.spawn().unwrap();
+    let addr = server.addr().unwrap();
+    let held: Vec<_> = (0..2).map(|_| Wire::stream(addr, "/held", "")).collect();
+    let mut waits = Wire::stream(addr, "/waits", "");
+    thread::scope(|scope| {
+        let stops: Vec<_> = (0..3).map(|_| scope.spawn(|| server.stop())).collect();
+        stops.into_iter().for_each(|stop| assert_eq!(stop.join().unwrap(), 2));
+    });
+    assert_eq!(server.stop(), 2);
+    let end = String::from_utf8(waits.rest()).unwrap();
+    assert!(end.starts_with(": the server is stopping\nretry: "), "a handler that waits for its page is told: {end:?}");
+    drop((release, held));
 }

@@ -21,6 +21,9 @@ chromium        chromium
 node            nodejs
 npm             npm
 slowhttptest    slowhttptest
+redis-server    redis-server
+redis-cli       redis-tools
+openssl         openssl
 LIST
 python3 -c 'import ensurepip, venv' 2>/dev/null || packages="$packages python3-venv"
 lua5.4 -e "require 'socket'" 2>/dev/null || packages="$packages lua-socket"
@@ -38,8 +41,8 @@ $sudo apt-get update
 # shellcheck disable=SC2086 # words, both of them
 $sudo env DEBIAN_FRONTEND=noninteractive apt-get install --yes --no-install-recommends $packages
 case $packages in
-*nginx*|*caddy*)
+*nginx*|*caddy*|*redis*)
     if [ -d /run/systemd/system ]; then
-        echo 'setup: Debian starts nginx and caddy as services; the tests need neither: systemctl disable --now nginx caddy'
+        echo 'setup: Debian starts nginx, caddy and redis as services; the tests need none: systemctl disable --now nginx caddy redis'
     fi ;;
 esac

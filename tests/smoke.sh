@@ -1,7 +1,7 @@
 #!/bin/sh
 # Runs every command of the README's console blocks, word for word and in their order, against a server on a free port, those
-# of "console minimal" against the one in one file, and compares what they print with what the README says. Ids differ from
-# run to run; nothing else may.
+# of "console minimal" against the one in one file, those of "console tenants" against one with a file of tokens, and compares
+# what they print with what the README says. Ids differ from run to run; nothing else may.
 set -eu
 cd "$(dirname "$0")/.."
 if ! command -v curl >/dev/null; then
@@ -32,6 +32,8 @@ start() {
 }
 start brooklet "$programs/brooklet" --listen 127.0.0.1:0 --log off
 start minimal "$programs/brooklet-minimal" 127.0.0.1:0
+echo 'programs-token both *' >tokens
+start tenants "$programs/brooklet" --listen 127.0.0.1:0 --log off --tokens tokens
 
 # A log of 9,999 lines, for the command that adds one and follows it.
 seq 1 9999 | sed 's/.*/& a line, "quoted", with \\ and	tab/' >app.log
@@ -88,4 +90,15 @@ for pid in *.pid; do
     await same "$n" || fail "$n"
 done
 sed -n 's/^data: //p' log.out | cmp - app.log || fail_for 'the log did not arrive line for line'
+
+# What --help shows works, too; a stream goes on until its time is over.
+CURL_HOME=$dir/brooklet
+"$programs/brooklet" --help | sed -n 's/^  curl \(.*[^ ]\)   .*/curl -f \1/p' >help
+[ "$(wc -l <help)" -ge 5 ] || fail_for 'the examples of --help were not found'
+while IFS= read -r command; do
+    status=0
+    timeout 2 sh -c "$command" >help.out 2>&1 </dev/null || status=$?
+    [ $status = 0 ] || [ $status = 124 ] || { cat help.out >&2; fail_for "$command"; }
+    passed=$((passed + 1))
+done <help
 echo "smoke: $passed passed, 0 failed"

@@ -1,10 +1,12 @@
 //! A handler's stream.
 
 use crate::common::*;
+use brooklet::crossbeam_channel::{TryRecvError, select, unbounded};
 use brooklet::{Config, Event};
-use std::io::ErrorKind;
-use std::sync::mpsc;
-use std::time::Duration;
+use std::io::{self, ErrorKind};
+use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
+use std::sync::{Arc, mpsc};
+use std::time::{Duration, Instant};
 
 #[test]
 fn a_handlers_stream_gets_its_head_at_once_and_nothing_its_handler_did_not_write() {
@@ -59,6 +61,78 @@ fn a_gap_is_the_servers_own_word_on_a_handlers_stream_too() {
     let rest = Wire::stream(server.addr().unwrap(), "/gap", "").rest();
     assert_eq!(String::from_utf8(rest).unwrap(), "event: gaps\ndata: y\n\n");
     assert_eq!(errors.recv().unwrap(), ErrorKind::InvalidInput);
+}
+
+#[test]
+fn a_handler_that_waits_is_told_when_its_stream_is_over() {
+    let server = bind(Config::default()).unwrap();
+    let (sender, reasons) = mpsc::channel();
+    server
+        .stream("/floods", move |stream| {
+            assert_eq!(stream.closed().try_recv(), Err(TryRecvError::Empty));
+            let error = (0..).find_map(|n: u64| stream.send(&Event::new(n.to_string())).err()).unwrap();
+            // Whatever has found that the page has gone, all others hear of it at once.
+            assert_eq!(stream.closed().try_recv(), Err(TryRecvError::Disconnected));
+            assert_eq!(stream.send(&Event::new("late")).unwrap_err().to_string(), error.to_string());
+            sender.send(error.to_string()).unwrap();
+            Err(error)
+        })
+        .unwrap();
+    let server = server.spawn().unwrap();
+    let mut page = Wire::stream(server.addr().unwrap(), "/floods", "");
+    page.event().unwrap();
+    page.reset();
+    assert_eq!(reasons.recv_timeout(PATIENCE).unwrap(), "the peer reset the connection");
+}
+
+/// Their sockets are looked at every 1.75 s, whatever the handlers are doing.
+#[test]
+fn two_hundred_handlers_that_wait_for_ever_end_when_their_pages_close() {
+    let server = bind(Config::default()).unwrap();
+    let (_never, moves) = unbounded::<String>();
+    let ended = Arc::new(AtomicUsize::new(0));
+    let count = ended.clone();
+    server
+        .stream("/moves", move |stream| {
+            select! {
+                recv(stream.closed()) -> _ => count.fetch_add(1, SeqCst),
+                recv(moves) -> _ => unreachable!("nobody moves"),
+            };
+            Ok(())
+        })
+        .unwrap();
+    let server = server.spawn().unwrap();
+    let addr = server.addr().unwrap();
+    let pages: Vec<_> = (0..200).map(|_| Wire::stream(addr, "/moves", "")).collect();
+    wait_for_metric(addr, "subscribers", 200);
+    drop(pages);
+    let closed = Instant::now();
+    wait_for_metric(addr, "subscribers", 0);
+    println!("200 handlers ended {:?} after their pages", closed.elapsed());
+    assert_eq!(ended.load(SeqCst), 200);
+}
+
+#[test]
+fn a_handler_that_is_silent_has_its_heartbeats_written() {
+    let server = bind(Config { heartbeat: Duration::from_secs(4), ..Config::default() }).unwrap();
+    let (go_on, silence) = unbounded::<()>();
+    server
+        .stream("/silent", move |stream| {
+            stream.send(&Event::new("before"))?;
+            silence.recv().map_err(io::Error::other)?;
+            stream.send(&Event::new("after"))
+        })
+        .unwrap();
+    let server = server.spawn().unwrap();
+    let mut page = Wire::stream(server.addr().unwrap(), "/silent", "");
+    assert_eq!(page.event().unwrap().data(), "before");
+    for _ in 0..3 {
+        assert_eq!(page.take_until(b"\n").unwrap(), b":\n");
+    }
+    go_on.send(()).unwrap();
+    let after = page.event().unwrap();
+    assert_eq!(after.data(), "after");
+    assert!(page.rest().is_empty() && page.is_over());
 }
 
 #[test]

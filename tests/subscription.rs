@@ -308,7 +308,7 @@ fn one_stream_of_several_topics_has_one_order() {
 }
 
 #[test]
-fn a_stream_resumes_after_the_header_or_either_parameter_and_the_header_wins() {
+fn a_stream_resumes_after_the_header_or_any_parameter_and_the_header_wins() {
     let server = serve_default();
     let addr = server.addr().unwrap();
     let ids: Vec<Id> = (0..3).map(|n| server.hub().publish("a", Event::new(n.to_string())).unwrap()).collect();
@@ -317,6 +317,7 @@ fn a_stream_resumes_after_the_header_or_either_parameter_and_the_header_wins() {
     assert_eq!(next("/events/a".into(), header.clone()), ids[2]);
     assert_eq!(next(format!("/events/a?last_event_id={}", ids[0]), String::new()), ids[1]);
     assert_eq!(next(format!("/events/a?lastEventId={}", ids[0]), String::new()), ids[1]);
+    assert_eq!(next(format!("/events/a?_={}&lastEventID={}", ids[1], ids[0]), String::new()), ids[1]);
     assert_eq!(next(format!("/events/a?last_event_id={}&since=earliest", ids[0]), header.clone()), ids[2]);
     assert_eq!(next("/events/a?since=earliest".into(), String::new()), ids[0]);
     assert_eq!(next("/events/a?since=earliest".into(), header), ids[2], "a page that comes back goes on where it was");

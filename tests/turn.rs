@@ -6,22 +6,22 @@ use crate::event::Id;
 use crate::journal::Journal;
 use crate::log::Logger;
 use crate::sync::enter;
-use crate::unwritten::{Order, Outcome, Turn, Turns, Unwritten};
+use crate::unwritten::{Change, Order, Turn, Turns};
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::{Arc, Condvar, Mutex};
+use std::sync::{Arc, Mutex};
 use std::thread;
 
 #[test]
 fn a_panic_of_whoever_writes_the_journal_leaves_nobody_asleep() {
     let path = std::env::temp_dir().join(format!("brooklet-turn-{}", std::process::id()));
     let config = Config::default();
-    let log = Arc::new(Logger::start(config.log).unwrap());
+    let log = Arc::new(Logger::start(&config).unwrap());
     let (journal, _) = Journal::open(&path, &config, &log, &mut |_, _| {}).unwrap();
     let order = Mutex::new(Order::new(Id::default(), Some(journal)));
-    let turns = Turns { order, ended: Condvar::new(), work: Condvar::new() };
-    let outcome = Arc::new(Outcome::new());
-    let event = Encoded::new(Id::default(), b"", b"data: x\n\n");
-    enter(&turns.order).push(Unwritten { topic: "a".into(), event, key: None, outcome: outcome.clone() });
+    let turns = Turns::new(order);
+    let block = Encoded::new(Id::default(), b"", b"data: x\n\n");
+    let change = Change::Publish { events: vec![("a".into(), block.clone())], key: None };
+    let outcome = enter(&turns.order).push(change, block);
     thread::scope(|scope| {
         let (is_waiting, waits) = crossbeam_channel::bounded(0);
         let (turns, outcome) = (&turns, &outcome);

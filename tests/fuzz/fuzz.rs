@@ -10,7 +10,8 @@ static TARGET: LazyLock<fn(&[u8])> = LazyLock::new(|| match std::env::var("FUZZ_
     Ok("target") => |bytes| str::from_utf8(bytes).map(brooklet::fuzzing::target).unwrap_or(()),
     Ok("cursor") => |bytes| str::from_utf8(bytes).map(brooklet::fuzzing::cursor).unwrap_or(()),
     Ok("journal") => brooklet::fuzzing::journal,
-    other => panic!("FUZZ_TARGET is {other:?}, not one of requests, body, target, cursor and journal"),
+    Ok("events") => brooklet::fuzzing::events,
+    other => panic!("FUZZ_TARGET is {other:?}, not one of requests, body, target, cursor, journal and events"),
 });
 
 fuzz_target!(|bytes: &[u8]| TARGET(bytes));

@@ -9,14 +9,14 @@ use crate::config::{Config, Token};
 use crate::connection::Connection;
 use crate::event::Id;
 use crate::history::History;
-use crate::hub::check_topic;
 use crate::kept::{Kept, restore};
 use crate::lines::Lines;
+use crate::names::{TOPICS_AT_ONCE, check_topic};
 use crate::reader::Reader;
 use crate::recovery::Found;
 use crate::request::Request;
 use crate::rewrite::Snapshot;
-use crate::routes::{TOPICS_PER_STREAM, wanted_topics};
+use crate::routes::wanted_topics;
 use crate::sync::enter;
 use crate::target::{Query, Target};
 use crate::text::{parse_duration, skip_token};
@@ -38,7 +38,7 @@ fn gone() -> &'static Connection {
         let socket = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
         let (peer, address) = listener.accept().unwrap();
         drop(peer);
-        Connection::new(0, address, socket)
+        Connection::new(0, address, socket, Duration::from_secs(10))
     })
 }
 
@@ -89,7 +89,7 @@ fn lines(reader: &mut Reader, body: &mut Body, config: &Config) {
 
 fn streams(request: &Request, names: &str) {
     if let Ok(wanted) = wanted_topics(request, names) {
-        assert!((1..=TOPICS_PER_STREAM).contains(&wanted.names.len()));
+        assert!((1..=TOPICS_AT_ONCE).contains(&wanted.names.len()));
         assert!(wanted.names.iter().all(|name| check_topic(name).is_ok()));
     }
 }
@@ -131,6 +131,11 @@ pub fn cursor(text: &str) {
     if let Some(rest) = skip_quoted(text) {
         assert!(text.ends_with(rest));
     }
+}
+
+/// An event stream, read in pieces and at once.
+pub fn events(bytes: &[u8]) {
+    crate::parsing::check(bytes);
 }
 
 fn is_mark(block: &[u8]) -> bool {

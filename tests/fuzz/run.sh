@@ -14,7 +14,7 @@ RUSTFLAGS='--cfg fuzzing -C passes=sancov-module -C llvm-args=-sanitizer-coverag
  -C llvm-args=-sanitizer-coverage-trace-compares -C codegen-units=1' \
     cargo build --release --quiet --target "$host" --target-dir "$out"
 
-for target in ${TARGETS:-requests body target cursor journal}; do
+for target in ${TARGETS:-requests body target cursor journal events}; do
     echo "== $target, $seconds s"
     mkdir -p "$out/corpus/$target"
     FUZZ_TARGET=$target "$out/$host/release/fuzz" "$out/corpus/$target" "seeds/$target" \

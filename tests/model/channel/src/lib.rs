@@ -2,7 +2,7 @@
 
 use model_std::collections::VecDeque;
 use model_std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use model_std::time::Instant;
+use model_std::time::{Duration, Instant};
 
 /// A queue for at least so many is a lane's. It is far shorter here, so that it is full now and then.
 const LONG: usize = 4_096;
@@ -142,6 +142,10 @@ impl<T> Receiver<T> {
 
     pub fn recv_deadline(&self, until: Instant) -> Result<T, RecvTimeoutError> {
         self.0.recv(Some(until))
+    }
+
+    pub fn recv_timeout(&self, time: Duration) -> Result<T, RecvTimeoutError> {
+        self.recv_deadline(Instant::now() + time)
     }
 
     pub fn try_recv(&self) -> Result<T, TryRecvError> {

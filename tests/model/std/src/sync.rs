@@ -94,22 +94,42 @@ impl Condvar {
     }
 }
 
-/// The real one never waits, so it only needs its points.
-#[derive(Debug, Default)]
-pub struct OnceLock<T>(::std::sync::OnceLock<T>);
+/// The real one, with its points. Where several want to fill it, they wait as threads of the model.
+#[derive(Debug)]
+pub struct OnceLock<T> {
+    value: ::std::sync::OnceLock<T>,
+    filling: Mutex<()>,
+}
 
 impl<T> OnceLock<T> {
     pub const fn new() -> OnceLock<T> {
-        OnceLock(::std::sync::OnceLock::new())
+        OnceLock { value: ::std::sync::OnceLock::new(), filling: Mutex::new(()) }
     }
 
     pub fn get(&self) -> Option<&T> {
         point();
-        self.0.get()
+        self.value.get()
     }
 
     pub fn set(&self, value: T) -> Result<(), T> {
         point();
-        self.0.set(value)
+        self.value.set(value)
+    }
+
+    pub fn get_or_init(&self, fill: impl FnOnce() -> T) -> &T {
+        let _filling = self.filling.lock().unwrap_or_else(PoisonError::into_inner);
+        match self.value.get() {
+            Some(value) => value,
+            None => {
+                let value = fill();
+                self.value.get_or_init(|| value)
+            }
+        }
+    }
+}
+
+impl<T> Default for OnceLock<T> {
+    fn default() -> OnceLock<T> {
+        OnceLock::new()
     }
 }

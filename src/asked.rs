@@ -1,0 +1,170 @@
+//! What a program's route sees of a request.
+//!
+//! All of it was read before the program is called: the head strictly, the body within its limit and time. So whatever
+//! a handler does with it, it waits for nothing, and a peer that sends slowly holds no handler. Text from outside
+//! stands here as it came, but whole and decoded once: quote it before it goes into a page or a log.
+
+use crate::config::Token;
+use crate::connection::{Connection, Reason};
+use crate::hub::Core;
+use crate::target::Query;
+use crate::text::invalid;
+use std::fmt;
+use std::io;
+use std::net::SocketAddr;
+use std::sync::{Arc, OnceLock};
+
+/// Finds a place among the streams and writes the head, and returns the lane for it; else the stream is rejected in a
+/// way that a browser comes back from, and this says why.
+pub type Opener<'a> = dyn Fn() -> Result<usize, Reason> + Sync + 'a;
+
+/// What a request says, taken out of its head and its body.
+pub struct Parts {
+    pub method: String,
+    pub path: String,
+    /// Where in the path begins what follows the route.
+    pub rest_at: usize,
+    pub query: Query,
+    /// The fields of its head, each line with its CRLF.
+    pub fields: String,
+    /// As topics read them.
+    pub tokens: Vec<String>,
+    pub last_event_id: Option<String>,
+    pub body: Vec<u8>,
+}
+
+/// A request to a route of the program: see [`Server::route`](crate::Server::route).
+///
+/// Its handler answers it with an [`Answer`](crate::Answer), opens a [stream](Request::stream), or lets it
+/// [follow](Request::follow) topics.
+///
+/// ```
+/// # fn main() -> std::io::Result<()> {
+/// # use brooklet::{Answer, Config, Server};
+/// # let server = Server::bind("127.0.0.1:0", Config::default())?;
+/// server.route("/notes/", |request| match (request.method(), request.rest()) {
+///     ("PUT", name) if request.field("Content-Type") == Some("text/plain") => {
+///         Ok(Answer::text(201, format!("{name}: {} bytes from {}", request.body().len(), request.peer())))
+///     }
+///     ("PUT", _) => Ok(Answer::text(415, "notes are text/plain")),
+///     _ => Ok(Answer::empty(405).field("Allow", "PUT")),
+/// })?;
+/// # Ok(()) }
+/// ```
+pub struct Request<'a> {
+    pub(crate) parts: Parts,
+    pub(crate) c: &'a Arc<Connection>,
+    pub(crate) core: &'a Core,
+    pub(crate) open: &'a Opener<'a>,
+    /// Set once a stream was asked for: its lane, or why there is none.
+    pub(crate) opened: OnceLock<Result<usize, Reason>>,
+}
+
+impl Request<'_> {
+    /// `GET`, `POST`, `PUT`, `PATCH` or `DELETE`. A `HEAD` is seen as the `GET` whose head it asks for, and its answer's
+    /// body is not sent; `OPTIONS` is answered without the program.
+    pub fn method(&self) -> &str {
+        match self.parts.method.as_str() {
+            "HEAD" => "GET",
+            method => method,
+        }
+    }
+
+    /// The path, percent-decoded once; begins with a slash.
+    pub fn path(&self) -> &str {
+        &self.parts.path
+    }
+
+    /// What follows the route in the path: of `/jobs/7/log`, `7/log` for a route `/jobs/`. Empty for a route that does
+    /// not end with a slash.
+    pub fn rest(&self) -> &str {
+        &self.parts.path[self.parts.rest_at..]
+    }
+
+    /// The value of the query's first parameter of this name, percent-decoded; a plus sign stays one.
+    pub fn query(&self, name: &str) -> Option<&str> {
+        self.parts.query.get(name)
+    }
+
+    /// All parameters of the query, in their order.
+    pub fn queries(&self) -> impl Iterator<Item = (&str, &str)> {
+        self.parts.query.0.iter().map(|(name, value)| (name.as_str(), value.as_str()))
+    }
+
+    /// The value of the first field of this name, whose case does not matter. Bytes that are not UTF-8 are replaced.
+    pub fn field(&self, name: &str) -> Option<&str> {
+        self.fields().find(|(field, _)| field.eq_ignore_ascii_case(name)).map(|(_, value)| value)
+    }
+
+    /// All fields of the head, in their order and as they were written.
+    pub fn fields(&self) -> impl Iterator<Item = (&str, &str)> {
+        let fields = self.parts.fields.split("\r\n").filter_map(|line| line.split_once(':'));
+        fields.map(|(name, value)| (name, value.trim_matches([' ', '\t'])))
+    }
+
+    /// The value of the first cookie of this name. Where two paths or domains have set one of the same name, a browser
+    /// sends both, in an order of its own; behind TLS a session cookie is therefore best called `__Host-…`
+    /// (<https://datatracker.ietf.org/doc/html/draft-ietf-httpbis-rfc6265bis#section-4.1.3>).
+    pub fn cookie(&self, name: &str) -> Option<&str> {
+        let lines = self.fields().filter(|(field, _)| field.eq_ignore_ascii_case("cookie"));
+        let mut cookies = lines.flat_map(|(_, cookies)| cookies.split(';')).filter_map(|cookie| cookie.split_once('='));
+        cookies.find(|(cookie, _)| cookie.trim() == name).map(|(_, value)| value.trim())
+    }
+
+    /// Whether it shows this token, where topics look for one, too: `Authorization: Bearer TOKEN`, or the cookie
+    /// `brooklet_token`.
+    ///
+    /// ```
+    /// # fn main() -> std::io::Result<()> {
+    /// # use brooklet::{Answer, Config, Server, Token};
+    /// # let server = Server::bind("127.0.0.1:0", Config::default())?;
+    /// let operator: Token = "c0ffee".parse()?;
+    /// server.route("/state", move |request| match request.shows(&operator) {
+    ///     true => Ok(Answer::text(200, "all is well")),
+    ///     false => Ok(Answer::text(401, "show the operator's token").field("WWW-Authenticate", "Bearer")),
+    /// })?;
+    /// # Ok(()) }
+    /// ```
+    pub fn shows(&self, token: &Token) -> bool {
+        self.parts.tokens.iter().any(|presented| token.is(presented))
+    }
+
+    /// The id after which a page that reconnects wants to go on: the field `Last-Event-ID`, or a parameter of the query
+    /// `last_event_id` or `lastEventId`, as polyfills send it. None where it is empty.
+    pub fn last_event_id(&self) -> Option<&str> {
+        self.parts.last_event_id.as_deref()
+    }
+
+    /// The body, whole: at most [`Config::body_bytes`](crate::Config::body_bytes).
+    pub fn body(&self) -> &[u8] {
+        &self.parts.body
+    }
+
+    /// The body as text.
+    ///
+    /// # Errors
+    /// [`InvalidInput`](io::ErrorKind::InvalidInput) where it is not UTF-8; returned from the handler, it is answered
+    /// with 400.
+    pub fn text(&self) -> io::Result<&str> {
+        match str::from_utf8(&self.parts.body) {
+            Ok(text) => Ok(text),
+            Err(error) => invalid(format!("the body is not UTF-8 from byte {} on", error.valid_up_to())),
+        }
+    }
+
+    /// The other end's address: behind a proxy, the proxy's.
+    pub fn peer(&self) -> SocketAddr {
+        self.c.peer
+    }
+
+    pub(crate) fn is_head(&self) -> bool {
+        self.parts.method == "HEAD"
+    }
+}
+
+/// Without fields and body: they may hold secrets.
+impl fmt::Debug for Request<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Request({} {:?} from {})", self.parts.method, self.parts.path, self.c.peer)
+    }
+}

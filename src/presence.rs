@@ -1,0 +1,118 @@
+//! Tells the program of subscribers that come and go.
+//!
+//! The program's hook may take its time, publish, or panic. So it has a thread of its own, which holds no lock while it
+//! calls the hook, and what it panics with ends there: neither a lane nor the clerk ever waits for it. What it has not
+//! heard yet waits in a queue, in the order in which it happened. Whoever comes waits while that is long; whoever goes
+//! does not. So it holds no more than `WAITING` beginnings, and one end for each subscriber that is open.
+
+use crate::connection::Reason;
+use crate::sync::{Condvar, Mutex, MutexGuard, enter, start_thread, wait};
+use std::collections::VecDeque;
+use std::io;
+use std::mem::replace;
+use std::net::SocketAddr;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// How many calls may wait before newcomers do.
+const WAITING: usize = 1_024;
+/// The longest that anybody here sleeps without looking again.
+const SLEEP_TIME: Duration = Duration::from_secs(60);
+
+/// A subscriber of topics that has come, or gone: see [`Server::on_subscription`](crate::Server::on_subscription).
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub struct Presence {
+    /// The topics that it follows, each once.
+    pub topics: Arc<[Arc<str>]>,
+    /// The other end's address; behind a proxy, the proxy's. With its port it names one subscription among those that
+    /// are open.
+    pub peer: SocketAddr,
+    /// Why it has ended, in the log's words; None where it begins.
+    pub ended: Option<Reason>,
+}
+
+/// The program's hook, if it has set one, and what it is still to hear.
+#[derive(Default)]
+pub struct PresenceHook {
+    queue: Mutex<Queue>,
+    /// Notified when something was put into the queue or taken out of it.
+    changed: Condvar,
+}
+
+#[derive(Default)]
+struct Queue {
+    is_wanted: bool,
+    is_closed: bool,
+    has_ended: bool,
+    waiting: VecDeque<Presence>,
+}
+
+impl PresenceHook {
+    /// Sets the hook; once.
+    ///
+    /// # Errors
+    /// There is one already ([`AlreadyExists`](io::ErrorKind::AlreadyExists)), or no thread can be started.
+    pub fn set(self: &Arc<PresenceHook>, hook: impl Fn(&Presence) + Send + 'static) -> io::Result<()> {
+        if replace(&mut enter(&self.queue).is_wanted, true) {
+            return Err(io::Error::new(io::ErrorKind::AlreadyExists, "there is a hook for subscriptions already"));
+        }
+        let this = self.clone();
+        let call_all = move || {
+            this.call_all(&hook);
+            drop(hook); // it may hold a hub
+            enter(&this.queue).has_ended = true;
+            this.changed.notify_all();
+        };
+        start_thread("presence".into(), Box::new(call_all)).map(drop)
+    }
+
+    /// A subscription begins. Waits while the hook is far behind; no lock may be held.
+    pub fn note_begin(&self, topics: &Arc<[Arc<str>]>, peer: SocketAddr) {
+        let mut queue = enter(&self.queue);
+        while queue.waiting.len() >= WAITING && !queue.is_closed {
+            queue = wait(&self.changed, queue, SLEEP_TIME);
+        }
+        self.put(queue, Presence { topics: topics.clone(), peer, ended: None });
+    }
+
+    /// A subscription has ended. Never waits.
+    pub fn note_end(&self, topics: &Arc<[Arc<str>]>, peer: SocketAddr, reason: Reason) {
+        self.put(enter(&self.queue), Presence { topics: topics.clone(), peer, ended: Some(reason) });
+    }
+
+    fn put(&self, mut queue: MutexGuard<'_, Queue>, presence: Presence) {
+        if queue.is_wanted {
+            queue.waiting.push_back(presence);
+            self.changed.notify_all();
+        }
+    }
+
+    /// Nothing more happens: waits until the hook has heard all of it, or until the deadline.
+    pub fn close(&self, deadline: Instant) {
+        let mut queue = enter(&self.queue);
+        queue.is_closed = true;
+        self.changed.notify_all();
+        while queue.is_wanted && !queue.has_ended && Instant::now() < deadline {
+            queue = wait(&self.changed, queue, deadline.saturating_duration_since(Instant::now()));
+        }
+    }
+
+    /// The life of the thread: one call after another, until nothing more happens.
+    fn call_all(&self, hook: &impl Fn(&Presence)) {
+        let mut queue = enter(&self.queue);
+        loop {
+            if let Some(presence) = queue.waiting.pop_front() {
+                self.changed.notify_all();
+                drop(queue);
+                let _ = catch_unwind(AssertUnwindSafe(|| hook(&presence)));
+                queue = enter(&self.queue);
+            } else if queue.is_closed {
+                return;
+            } else {
+                queue = wait(&self.changed, queue, SLEEP_TIME);
+            }
+        }
+    }
+}

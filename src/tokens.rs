@@ -1,0 +1,208 @@
+//! The tokens' file, read again whenever it has changed, and the streams whose right is gone.
+//!
+//! A program gives a page its own token by writing a line, and withdraws it by removing the line. So the file is looked
+//! at ten times a second, by a thread of its own: a disk that is stuck must hold nothing else up. A file that cannot be
+//! read or understood changes nothing. Each stream knows with what it was opened ([`Pass`]); after each change, and when
+//! a right is over, all are judged again. A stream is given its end, and cut if it does not take that.
+//!
+//! Between the check of a request and its stream a change may come. So the pass is noted before the check, and rights
+//! are changed before streams are judged: one of the two sees the other.
+
+use crate::config::Log;
+use crate::connection::{Connection, Phase, STOPPING, WITHDRAWN};
+use crate::door::Door;
+use crate::rights::{Rights, unix_time};
+use crate::subscription::Streams;
+use crate::sync::{enter, start_thread};
+use crate::text::invalid;
+use crossbeam_channel::{Receiver, RecvTimeoutError};
+use std::fs::{self, File};
+use std::io::{self, Read};
+use std::os::unix::fs::MetadataExt;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Weak};
+use std::time::{Duration, Instant};
+
+/// How often the file is looked at.
+const LOOK_TIME: Duration = Duration::from_millis(100);
+/// A file that is written in place is empty for a moment, and then half there. So it is read once it stands still between
+/// two looks; or after this time, where it is changed all the time.
+const STILL_TIME: Duration = Duration::from_millis(500);
+const _: () = assert!(STILL_TIME.as_millis() + 2 * LOOK_TIME.as_millis() < 1_000, "a change counts within a second");
+/// Two changes in this time may leave the same times in the file's entry (some file systems count in two seconds), so
+/// until it is over the content is compared, too.
+const COARSE_SECONDS: i64 = 3;
+/// Room for a hundred thousand tokens, in bytes.
+const FILE_BYTES: u64 = 16 * 1024 * 1024;
+/// A stream whose right is gone has this long to take its end.
+const END_TIME: Duration = Duration::from_secs(2);
+
+/// The file, and what was last read of it.
+pub struct TokensFile {
+    path: PathBuf,
+    bytes: Vec<u8>,
+    /// What the file's entry said before that; none where there was no file.
+    stamp: Option<Stamp>,
+    /// That entry is old enough to show every later change.
+    is_settled: bool,
+    /// A change that is waited for to stand still, and since when.
+    seen: Option<(Option<Stamp>, Instant)>,
+    /// What was last logged about it.
+    fault: String,
+}
+
+/// What changes with a file's content: where it lies, its length, and its times. That of its entry cannot be set back.
+#[derive(Clone, PartialEq, Eq)]
+struct Stamp {
+    file: (u64, u64),
+    length: u64,
+    changed: (i64, i64),
+    entry_changed: (i64, i64),
+}
+
+impl TokensFile {
+    /// Reads the file for the first time.
+    ///
+    /// # Errors
+    /// It cannot be read or understood.
+    pub fn open(path: &Path) -> io::Result<(TokensFile, Rights)> {
+        let (path, stamp) = (path.to_path_buf(), Stamp::of(path));
+        let mut file =
+            TokensFile { path, bytes: Vec::new(), stamp, is_settled: false, seen: None, fault: String::new() };
+        match file.read() {
+            Ok(rights) => Ok((file, rights.unwrap_or_default())),
+            Err(fault) => invalid(format!("tokens: {}: {fault}", file.path.display())),
+        }
+    }
+
+    /// Starts the thread, which ends when the other end of `stopping` is dropped.
+    ///
+    /// # Errors
+    /// No thread can be started.
+    pub fn watch(self, door: Arc<Door>, streams: Arc<Streams>, stopping: Receiver<()>) -> io::Result<()> {
+        let watch = Watch { file: self, door, streams, ending: Vec::new(), judged_at: unix_time() };
+        start_thread("tokens".into(), Box::new(move || watch.work(&stopping))).map(drop)
+    }
+
+    /// The new rights, if the file has changed and can be understood.
+    fn look(&mut self, log: &dyn Fn(&str)) -> Option<Rights> {
+        let stamp = Stamp::of(&self.path);
+        if self.is_settled && stamp == self.stamp {
+            self.seen = None;
+            return None;
+        }
+        let (seen, since) = self.seen.take().unwrap_or((None, Instant::now()));
+        if seen != stamp && since.elapsed() < STILL_TIME {
+            self.seen = Some((stamp, since));
+            return None;
+        }
+        self.is_settled = stamp.as_ref().is_some_and(Stamp::is_old);
+        self.stamp = stamp;
+        let fault = match self.read() {
+            Ok(rights) => {
+                self.fault.clear();
+                return rights;
+            }
+            Err(fault) => fault,
+        };
+        if fault != self.fault {
+            log(&format!("the tokens {}: {fault}; rights stay as they were", self.path.display()));
+            self.fault = fault;
+        }
+        None
+    }
+
+    /// None where the content is the same.
+    fn read(&mut self) -> Result<Option<Rights>, String> {
+        let mut bytes = Vec::new();
+        let read = File::open(&self.path).and_then(|file| file.take(FILE_BYTES + 1).read_to_end(&mut bytes));
+        read.map_err(|error| error.to_string())?;
+        if bytes.len() as u64 > FILE_BYTES {
+            return Err(format!("it has more than {FILE_BYTES} bytes"));
+        } else if bytes == self.bytes {
+            return Ok(None);
+        }
+        let text =
+            str::from_utf8(&bytes).map_err(|error| format!("it is not UTF-8 from byte {} on", error.valid_up_to()))?;
+        let rights = Rights::parse(text)?;
+        self.bytes = bytes;
+        Ok(Some(rights))
+    }
+}
+
+impl Stamp {
+    fn of(path: &Path) -> Option<Stamp> {
+        let found = fs::metadata(path).ok()?;
+        Some(Stamp {
+            file: (found.dev(), found.ino()),
+            length: found.len(),
+            changed: (found.mtime(), found.mtime_nsec()),
+            entry_changed: (found.ctime(), found.ctime_nsec()),
+        })
+    }
+
+    fn is_old(&self) -> bool {
+        self.entry_changed.0.saturating_add(COARSE_SECONDS) <= unix_time() as i64
+    }
+}
+
+struct Watch {
+    file: TokensFile,
+    door: Arc<Door>,
+    streams: Arc<Streams>,
+    /// Those that were given their end, and when.
+    ending: Vec<(Instant, Weak<Connection>)>,
+    /// When all streams were last judged.
+    judged_at: u64,
+}
+
+impl Watch {
+    fn work(mut self, stopping: &Receiver<()>) {
+        while let Err(RecvTimeoutError::Timeout) = stopping.recv_timeout(LOOK_TIME) {
+            if catch_unwind(AssertUnwindSafe(|| self.look())).is_err() {
+                self.streams.log.line(Log::Info, format_args!("the tokens' thread has panicked, and goes on"));
+            }
+        }
+    }
+
+    fn look(&mut self) {
+        let log = self.streams.log.clone();
+        let changed = self.file.look(&|line| log.line(Log::Info, format_args!("{line}")));
+        let (now, has_changed) = (unix_time(), changed.is_some());
+        if let Some(rights) = changed {
+            let (path, count) = (self.file.path.display(), rights.count());
+            log.line(Log::Debug, format_args!("the tokens {path} were read again: there are {count}"));
+            self.door.change_rights(rights);
+        }
+        if has_changed || self.door.has_right_ended_between(self.judged_at, now) {
+            end_withdrawn(&self.door, &self.streams, &mut self.ending);
+        }
+        self.judged_at = now;
+        self.ending.retain(|(since, c)| match c.upgrade() {
+            Some(c) if since.elapsed() >= END_TIME => {
+                let is_withdrawn = self.door.is_withdrawn(&enter(&c.state));
+                if is_withdrawn {
+                    c.cut(WITHDRAWN);
+                }
+                false
+            }
+            c => c.is_some(),
+        });
+    }
+}
+
+/// Gives every stream its end whose pass is not good any more.
+fn end_withdrawn(door: &Door, streams: &Arc<Streams>, ending: &mut Vec<(Instant, Weak<Connection>)>) {
+    for c in streams.places.everyone() {
+        let state = enter(&c.state);
+        let is_ending = [Some(WITHDRAWN), Some(STOPPING)].contains(&state.ending);
+        let is_open = !is_ending && !matches!(state.phase, Phase::Closed(_));
+        let is_withdrawn = is_open && door.is_withdrawn(&state);
+        drop(state);
+        if is_withdrawn {
+            streams.end_soon(&c, Some(WITHDRAWN));
+            ending.push((Instant::now(), Arc::downgrade(&c)));
+        }
+    }
+}
