@@ -2,8 +2,11 @@
 //!
 //! All of the server is the real one: only what threads wait with, time, and the other end of each socket are the model's
 //! (`std/`, `channel/`). A model starts a server, hands it sockets, publishes, closes, stops, and looks at what came out. In
-//! which order threads go on is explored by shuttle (`std/src/check.rs`), which runs one thread at a time: so what
-//! processors may do to memory that is shared without a lock is not explored, and every atomic is as if it were `SeqCst`.
+//! which order threads go on is explored with shuttle (`std/src/check.rs`), which runs one thread at a time.
+//!
+//! What is left out: what processors may do to memory that is shared without a lock, since every atomic is as if it were
+//! `SeqCst`; what a kernel does to a socket beyond being full, closed or reset; accepting; more than one lane. The hub's
+//! snapshots and the journal's rewriting run only where a disk has failed.
 
 use crate::{Config, Event, Handle, Id, Log, Server, Stream};
 use std::check::check;

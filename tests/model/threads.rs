@@ -1,6 +1,9 @@
 //! More who must be waited for than there are threads.
 
 use super::*;
+use crate::desk::Desk;
+use crate::pool::{Kind, Pool, Seat};
+use std::time::Instant;
 
 #[test]
 fn a_crowd_that_is_behind_shares_few_threads_and_loses_nobody() {
@@ -61,4 +64,29 @@ fn insist(connect: impl Fn() -> Peer, most: usize) -> (Peer, Vec<u8>) {
             return (peer, first);
         }
     }
+}
+
+#[test]
+fn each_job_runs_once_and_one_that_panics_gives_its_share_back() {
+    check("jobs", PATIENCE, || {
+        let pool = Pool::start(4, Arc::new(Desk::default())).unwrap();
+        let ran = Arc::new(AtomicU16::new(0));
+        for n in 0..12 {
+            let ran = ran.clone();
+            let job = move |_: &mut Seat| {
+                ran.fetch_add(1, SeqCst);
+                if n % 3 == 0 {
+                    std::panic::on_purpose();
+                }
+            };
+            pool.hand(if n % 2 == 0 { Kind::Request } else { Kind::Behind }, Box::new(job));
+        }
+        while ran.load(SeqCst) < 12 {
+            thread::sleep(Duration::from_millis(100));
+        }
+        be_punctual();
+        pool.close();
+        assert_eq!(pool.wait_for_threads(Instant::now() + Duration::from_secs(1)), 0, "threads that have not ended");
+        assert_eq!(ran.load(SeqCst), 12, "each once");
+    });
 }
