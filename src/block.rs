@@ -9,7 +9,7 @@
 //! <https://html.spec.whatwg.org/multipage/server-sent-events.html#event-stream-interpretation>
 
 use crate::encoded::Encoded;
-use crate::event::Id;
+use crate::event::{Id, ids_from};
 use std::fmt::Write;
 use std::io::{self, BufRead, Read};
 
@@ -37,6 +37,12 @@ pub fn end_mark() -> Encoded {
 }
 
 impl Block<'_> {
+    /// The highest id in it: the first one's, unless it is an event of several topics.
+    pub fn newest(&self) -> Id {
+        let others = self.topic.map_or(0, |names| names.bytes().filter(|byte| *byte == b',').count());
+        ids_from(self.id).nth(others).unwrap_or(self.id)
+    }
+
     /// Finds a good block at the end of damage, and where it begins. A block that has lost its blank line is read
     /// together with the next one. That next one is whole, so the last line `sum:` is its own, with its topic and
     /// perhaps its key just before.

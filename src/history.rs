@@ -160,7 +160,7 @@ impl History {
     /// The id of the kept event that was published to this topic with this key.
     pub fn id_of_key(&self, name: &str, key: &str) -> Option<Id> {
         let id = *self.keys.get(&self.hasher.hash_one((name, key)))?;
-        let (entry, chain) = self.after(self.topics.get(name)?, id.before()).next()?;
+        let (entry, chain) = self.from(self.topics.get(name)?, |point| point.id >= id).next()?;
         Some(id).filter(|_| entry.point.id == id && entry.key(&self.cells, chain).as_deref() == Some(key))
     }
 
@@ -337,7 +337,7 @@ impl History {
         while blocks.len() < most
             && let Some((id, name)) = walk.heads.pop_first()
         {
-            let rest = self.topics.get(&name).map(|topic| self.after(topic, id.before()));
+            let rest = self.topics.get(&name).map(|topic| self.from(topic, move |point| point.id >= id));
             for (entry, chain) in rest.into_iter().flatten() {
                 let is_next = walk.heads.first_key_value().is_none_or(|(other, _)| entry.point.id < *other);
                 if entry.point.id > walk.until {

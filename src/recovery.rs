@@ -108,7 +108,7 @@ impl Found {
             self.boot = block.boot.map(String::from);
         }
         if !block.is_mark {
-            self.newest = Some(block.id);
+            self.newest = Some(block.newest());
             self.events += 1;
         }
         self.has_ended = block.topic.is_none() && !is_first;

@@ -129,6 +129,19 @@ fn a_journal_that_was_cut_anywhere_has_an_event_for_all_of_its_topics_or_for_non
 }
 
 #[test]
+fn an_id_that_a_block_of_several_topics_gives_to_its_last_is_damage_in_another_block() {
+    let dir = Scratch::new();
+    let path = dir.path("events");
+    let ms = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_millis();
+    let block = |topics: &str, seq: u64| sealed(&format!("topic: {topics}\n"), &format!("data: x\nid: {ms}-{seq}\n\n"));
+    let mark = sealed("", "id: 1-0\n\n");
+    fs::write(&path, [mark, block("a,b", 0), block("c", 1), block("d", 2)].concat()).unwrap();
+    let server = serve(with_journal(&path));
+    let found = ["a", "b", "c", "d"].map(|topic| kept(server.addr().unwrap(), topic).len());
+    assert_eq!(found, [1, 1, 0, 1], "b has the id that c says it has");
+}
+
+#[test]
 fn where_the_journal_fails_an_event_for_several_topics_comes_to_none() {
     if !has("strace") {
         return;
