@@ -1,5 +1,5 @@
 # brooklet: `make run` and `make test` are all a newcomer needs.
-.PHONY: run minimal setup test smoke siege doctor doctor-test clients redis-test redis-load bench fuzz power build fmt clean need-cargo
+.PHONY: run minimal setup test smoke siege doctor doctor-test clients redis-test redis-load bench model model-broken fuzz power build fmt clean need-cargo
 
 # Builds, then serves on http://127.0.0.1:3000 until Ctrl-C.
 run: need-cargo
@@ -13,14 +13,16 @@ minimal: need-cargo
 setup:
 	sh tests/setup.sh
 
-# Formatting, lints, all tests, the consoles of the README, a short siege, the doctor, other people's clients, proxies, a browser, Redis. Some
-# tests open a thousand connections at once; most wait more than they work, so two run for each core. What a part needs and is not
-# there leaves that part out, and says so.
+# Formatting, lints, all tests, some orders of threads, the consoles of the README, a short siege, the doctor, other people's
+# clients, proxies, a browser, Redis. Some tests open a thousand connections at once; most wait more than they work, so two run for
+# each core. What a part needs and is not there leaves that part out, and says so.
 test: need-cargo
 	cargo fmt --check
 	cargo clippy --all-targets -- --deny warnings
 	cargo clippy --lib --no-default-features -- --deny warnings
 	ulimit -n $$(ulimit -Hn); RUST_TEST_THREADS=$$((2 * $$(getconf _NPROCESSORS_ONLN))) cargo test
+	sh tests/model/broken.sh --check
+	MODEL_SECONDS=3 sh tests/model/run.sh
 	$(MAKE) --no-print-directory smoke
 	ulimit -n $$(ulimit -Hn); SIEGE=short sh tests/siege.sh
 	$(MAKE) --no-print-directory doctor-test
@@ -59,6 +61,15 @@ redis-load: need-cargo
 # What a delivery costs beside what the kernel charges for it, and in the server in one file: tables and a plot, in three minutes.
 bench: need-cargo
 	ulimit -n $$(ulimit -Hn); cargo bench --bench bench
+
+# Who owns a socket, and who writes the journal, in many orders of the threads: a minute for each model, or
+# SCHEDULES=5000 of each. What fails says how to repeat it: make model MODEL='turning live' SEED=17.
+model: need-cargo
+	MODEL_SECONDS=$(or $(MODEL_SECONDS),$(if $(SCHEDULES),,60)) sh tests/model/run.sh
+
+# Would the models find a fault? Each of tests/model/broken makes one, and must be found within a minute.
+model-broken: need-cargo
+	sh tests/model/broken.sh
 
 # Fuzzes all that reads bytes from outside: six targets, a minute each (SECONDS_EACH=60), with a C++ compiler.
 fuzz: need-cargo

@@ -92,6 +92,9 @@
 #![forbid(unsafe_code)]
 #![warn(missing_docs)]
 
+#[cfg(shuttle)] // `make model`: locks, threads, time and sockets that run in many orders
+extern crate model_std as std;
+
 mod program; // what a program adds to its server
 mod server; // bind, accept, start and stop
 mod tokens; // the tokens' file, and whose right is gone
@@ -176,7 +179,7 @@ pub mod fuzzing;
 #[doc = include_str!("../README.md")]
 mod readme {} // its Rust must compile
 
-#[cfg(test)]
+#[cfg(all(test, not(shuttle)))]
 #[path = "../tests/turn.rs"]
 mod turn;
 
@@ -187,3 +190,7 @@ mod parsing;
 #[cfg(test)]
 #[path = "../tests/cells.rs"]
 mod cells_test;
+
+#[cfg(all(test, shuttle))]
+#[path = "../tests/model/mod.rs"]
+mod model;

@@ -21,6 +21,8 @@
 //! what is above the floors, which is all that is wanted; turning live, the cursor moves up to the highest of them, so that
 //! it is enough for 5.
 //!
+//! `make model` runs this in many orders of the threads, and `make model-broken` with one of the legs left out.
+//!
 //! The way back: whoever falls behind does so under the state's lock, with the cursor at the last whole event and the
 //! next one unfinished (`Connection::deliver`). What the lane passes over from then on is kept, or a gap tells of it.
 //!

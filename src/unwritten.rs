@@ -204,7 +204,6 @@ impl<'a> Turn<'a> {
     /// Closes the journal in order, and for good.
     pub fn close(mut self) {
         self.journal.take().into_iter().for_each(Journal::close);
-        enter(&self.turns.order).is_closed = true;
     }
 }
 
@@ -216,6 +215,8 @@ impl Drop for Turn<'_> {
             drop(order.take(count)); // some of them may be in the file, so that it is not trusted any more
             self.journal.iter_mut().for_each(Journal::distrust);
         }
+        // A turn that ends without the journal has closed it, or has panicked over that: nobody may wait for it again.
+        order.is_closed |= self.journal.is_none();
         order.journal = self.journal.take();
         self.turns.ended.notify_all();
         self.turns.work.notify_one();

@@ -11,6 +11,7 @@ curl            curl
 perl            perl
 php             php-cli
 lua5.4          lua5.4
+patch           patch
 strace          strace
 faketime        faketime
 setpriv         util-linux

@@ -1,0 +1,92 @@
+//! More who must be waited for than there are threads.
+
+use super::*;
+use crate::desk::Desk;
+use crate::pool::{Kind, Pool, Seat};
+use std::time::Instant;
+
+#[test]
+fn a_crowd_that_is_behind_shares_few_threads_and_loses_nobody() {
+    check("few threads", PATIENCE, || {
+        let config = Config { threads: 4, ..Config::default() };
+        let server = Arc::new(start_with(config, |server| {
+            server.stream("/panic", |_| std::panic::on_purpose()).unwrap();
+            server.stream("/works", |stream| stream.send(&Event::new("it works"))).unwrap();
+        }));
+        let published = publisher(&server, "event", 3, Duration::ZERO).join().unwrap();
+        let panicking = get(&server, "/panic", ROOMY);
+        // Each takes a little, pauses for longer than a turn lasts, and takes the rest.
+        let readers: Vec<_> = (0..4)
+            .map(|_| {
+                let server = server.clone();
+                spawn("reader", move || {
+                    let (peer, first) = insist(|| get(&server, "/events/a?since=earliest", 60), 30);
+                    thread::sleep(Duration::from_millis(300));
+                    let mut seen = Seen { bytes: first };
+                    seen.read(&peer, 80, 3);
+                    peer.close();
+                    seen.heard()
+                })
+            })
+            .collect();
+        // Requests have a share of their own.
+        let requesters: Vec<_> = (0..3)
+            .map(|_| {
+                let server = server.clone();
+                spawn("requester", move || insist(|| post(&server, "/events/b", "x"), ROOMY).1)
+            })
+            .collect();
+        for requester in requesters {
+            let answer = requester.join().unwrap();
+            assert!(answer.starts_with(b"HTTP/1.1 200 "), "{:?}", String::from_utf8_lossy(&answer));
+        }
+        readers.into_iter().for_each(|reader| assert_eq!(reader.join().unwrap(), published));
+        while panicking.take(ROOMY).is_some() {}
+        // There is room for one handler, which the other may still have.
+        while !hears_something(&get(&server, "/works", ROOMY)) {
+            thread::sleep(Duration::from_millis(100));
+        }
+        stop(Arc::into_inner(server).unwrap());
+    });
+}
+
+fn hears_something(peer: &Peer) -> bool {
+    let mut seen = Seen::default();
+    seen.read(peer, ROOMY, 1);
+    seen.events().len() == 1
+}
+
+/// Connects until something comes: whoever has waited too long for a thread makes room for others.
+fn insist(connect: impl Fn() -> Peer, most: usize) -> (Peer, Vec<u8>) {
+    loop {
+        let peer = connect();
+        if let Some(first) = peer.take(most) {
+            return (peer, first);
+        }
+    }
+}
+
+#[test]
+fn each_job_runs_once_and_one_that_panics_gives_its_share_back() {
+    check("jobs", PATIENCE, || {
+        let pool = Pool::start(4, Arc::new(Desk::default())).unwrap();
+        let ran = Arc::new(AtomicU16::new(0));
+        for n in 0..12 {
+            let ran = ran.clone();
+            let job = move |_: &mut Seat| {
+                ran.fetch_add(1, SeqCst);
+                if n % 3 == 0 {
+                    std::panic::on_purpose();
+                }
+            };
+            pool.hand(if n % 2 == 0 { Kind::Request } else { Kind::Behind }, Box::new(job));
+        }
+        while ran.load(SeqCst) < 12 {
+            thread::sleep(Duration::from_millis(100));
+        }
+        be_punctual();
+        pool.close();
+        assert_eq!(pool.wait_for_threads(Instant::now() + Duration::from_secs(1)), 0, "threads that have not ended");
+        assert_eq!(ran.load(SeqCst), 12, "each once");
+    });
+}
