@@ -172,6 +172,8 @@ impl Server {
         let (tokens, rights) = config.tokens.as_deref().map(TokensFile::open).transpose()?.unzip();
         // The log's thread and the listener first: what is left of the system's limits is for connections.
         let log = Arc::new(Logger::start(&config)?);
+        // Before the other threads: malloc takes pieces of it for each of them.
+        let address_space = Arc::new(AddressSpace::read());
         let lane_count = if config.lanes == 0 { default_lanes() } else { config.lanes };
         let config = system::fit(config, lane_count, &log)?;
         let (mut lanes, mut helpers, counters) = (Vec::new(), Vec::new(), Arc::new(Counters::default()));
@@ -186,7 +188,6 @@ impl Server {
         let places = Arc::new(Places::new(&core.config));
         let pool = Pool::start(core.config.threads, desk.clone())?;
         let streams = Arc::new(Streams { core: core.clone(), places: places.clone(), pool, desk, log: log.clone() });
-        let address_space = Arc::new(AddressSpace::read());
         helpers.push(clerk::start(streams.clone(), address_space.clone()).inspect_err(|_| streams.pool.close())?);
         // Only a server on loopback knows all of its names; the door needs its port to tell them from other servers'.
         let door = Arc::new(Door::new(&core.config, rights, listening.as_ref().map(|listening| listening.address)));
