@@ -16,6 +16,7 @@ use std::io::{self, ErrorKind};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed};
+use std::thread;
 use std::time::{Duration, Instant};
 
 /// Threads that stay when there is nothing to do, so that the next request finds one.
@@ -232,6 +233,8 @@ impl Pool {
             // A job's panic must take neither its thread nor the lines along. What it served is ended as it unwinds.
             let _ = catch_unwind(AssertUnwindSafe(|| job(&mut seat)));
             enter(&self.lines).running[seat.kind as usize] -= 1;
+            // Many short jobs one after another would hold up those who accept for as long as a turn of the processor.
+            thread::yield_now();
         }
     }
 

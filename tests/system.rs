@@ -203,8 +203,8 @@ fn where_address_space_runs_out_it_does_not_abort() {
         let addr = process.addr;
         let (mut early, _) = Wire::subscribe(addr, "/events/calm", "");
         for round in 0..2 {
-            let crowd = idle_crowd(addr, 700);
-            assert_eq!(crowd.len(), 700, "it is gone: {}", process.log());
+            let crowd = idle_crowd(addr, 1_600);
+            assert_eq!(crowd.len(), 1_600, "it is gone: {}", process.log());
             drop(crowd);
             wait_for("room again", || {
                 let mut wire = Wire::connect(addr);
