@@ -221,7 +221,11 @@ fn check_origin(origin: &str) -> io::Result<()> {
     let (scheme, rest) = small.split_once("://").unwrap_or_default();
     let authority = rest.split('/').next().unwrap_or_default();
     // Names below one: its own name must have a dot, or it would be everything below com.
-    let below = authority.strip_prefix("*.").filter(|name| name.contains('.') || split_port(name).0 == "localhost");
+    let is_name = |name: &&str| {
+        let host = split_port(name).0;
+        host == "localhost" || host.contains('.') && host.split('.').all(|label| !label.is_empty())
+    };
+    let below = authority.strip_prefix("*.").filter(is_name);
     let is_scheme = !scheme.is_empty() && scheme.bytes().all(|b| b.is_ascii_alphanumeric() || b"+-.".contains(&b));
     if !is_scheme || !is_authority(below.unwrap_or(authority)) {
         return invalid(format!(

@@ -403,9 +403,16 @@ fn a_star_in_an_origin_stands_for_the_names_below_it_and_nothing_else() {
         let fields = format!("Host: app.example.com\r\nOrigin: {origin}\r\n");
         assert_eq!(ask(addr, "POST", "/events/a", &fields).status, status, "{origin}");
     }
-    for origin in
-        ["https://*", "https://*.com", "https://*.*.com", "https://a.*.com", "https://*a.example.com", "*.example.com"]
-    {
+    for origin in [
+        "https://*",
+        "https://*..",
+        "https://*.a..b",
+        "https://*.com",
+        "https://*.*.com",
+        "https://a.*.com",
+        "https://*a.example.com",
+        "*.example.com",
+    ] {
         let error = bind(Config { allow_origins: vec![origin.into()], ..Config::default() }).err();
         assert!(
             error.unwrap().to_string().contains("is no origin: write https://app.example, https://*.app.example"),
