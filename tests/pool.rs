@@ -141,21 +141,28 @@ fn a_crowd_that_comes_at_once_is_served_with_few_threads_and_nobody_is_closed_fo
     assert_eq!(metric(process.addr, "evicted_total"), 0);
 }
 
-/// Eight readers share one thread, and each of them takes something in each of its turns.
+/// Eight readers share three threads, and each of them takes something all the time. The kernel makes room for a writer
+/// only in pieces of some 64 kB, so a stall time must be longer than reading one takes.
 #[test]
 fn slow_readers_that_take_something_in_their_turns_are_not_closed_for_stalling() {
-    let process = Process::start(&["--threads", "4", "--stall-time", "2s", "--body-bytes", "1MiB", "--log", "off"]);
+    let process = Process::start(&["--threads", "4", "--stall-time", "5s", "--body-bytes", "1MiB", "--log", "off"]);
     let addr = process.addr;
-    let body = "x".repeat(400_000);
+    let body = "x".repeat(1_000_000);
     (0..4).for_each(|_| drop(publish(addr, "/events/a", &body)));
     let mut slow: Vec<Wire> = (0..8).map(|_| narrow(addr, 4_096, Some(1_448))).collect();
     slow.iter_mut().for_each(|wire| open(wire, "/events/a?since=earliest"));
     wait_for("some to wait for a thread", || (metric(addr, "queued") > 0).then_some(()));
-    let until = Instant::now() + Duration::from_secs(6); // three stall times
-    while Instant::now() < until {
-        slow.iter_mut().for_each(|wire| assert!(!wire.take(4_000).is_empty()));
-        thread::sleep(Duration::from_millis(50));
-    }
+    let until = Instant::now() + Duration::from_secs(20); // of which each has a thread for more than the stall time
+    thread::scope(|all| {
+        for wire in &mut slow {
+            all.spawn(move || {
+                while Instant::now() < until {
+                    wire.take(4_000);
+                    thread::sleep(Duration::from_millis(10));
+                }
+            });
+        }
+    });
     assert_eq!(metric(addr, "subscribers"), 8);
     assert!(metric(addr, "queued") > 0, "nobody waited any more: the test shows nothing");
 }
