@@ -158,7 +158,7 @@ fn slow_readers_that_take_something_in_their_turns_are_not_closed_for_stalling()
             all.spawn(move || {
                 while Instant::now() < until {
                     wire.take(4_000);
-                    thread::sleep(Duration::from_millis(10));
+                    thread::sleep(Duration::from_millis(50)); // so that nobody is at the end before the time is
                 }
             });
         }
