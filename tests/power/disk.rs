@@ -175,6 +175,7 @@ impl Disk {
                 let name = file.map_or("the directory".into(), |file| self.name_of(file));
                 Some(format!("{name}: a sync begins"))
             }
+            (_, Outcome::Killed) => None, // nobody knows what became of a sync; of the others, see `settle`
             ("fsync" | "fdatasync", _) => self.end_sync(call, false),
             ("close", _) => {
                 self.handles.remove(&call.number(0)); // Linux does, also where it fails
@@ -241,6 +242,33 @@ impl Disk {
         let part = (first + random.below(borders)) * self.block_bytes - at;
         self.apply(&call.after(part), dir);
         Some(part)
+    }
+
+    /// What became of a call in which the process was killed, as the directory shows it.
+    pub fn settle(&mut self, call: &Call, dir: &str, left: &BTreeMap<String, Vec<u8>>) -> Outcome {
+        let name_in = |path: usize| call.path(path).strip_prefix(dir)?.strip_prefix('/').map(String::from);
+        let is_left = |path: usize| name_in(path).is_some_and(|name| left.contains_key(&name));
+        let was_done = match call.name.as_str() {
+            _ if call.outcome != Outcome::Killed => return call.outcome,
+            "write" | "writev" | "pwrite64" => {
+                let Some((file, at)) = self.place(call) else { return Outcome::Failed };
+                let found = left.get(&self.name_of(file)).and_then(|bytes| bytes.get(at..)).unwrap_or_default();
+                let written = found.iter().zip(&call.args[1].bytes).take_while(|(found, sent)| found == sent).count();
+                return if written > 0 { Outcome::Done(written as i64) } else { Outcome::Failed };
+            }
+            "ftruncate" => {
+                let file = self.opened(call.number(0)).and_then(|opened| opened.file);
+                let found = file.and_then(|file| left.get(&self.name_of(file)));
+                found.is_some_and(|bytes| bytes.len() == call.number(1) as usize)
+            }
+            "openat" => is_left(1),
+            "linkat" => is_left(3),
+            "link" => is_left(1),
+            "rename" | "unlink" => name_in(0).is_some() && !is_left(0),
+            "renameat" | "renameat2" | "unlinkat" => name_in(1).is_some() && !is_left(1),
+            _ => false,
+        };
+        if was_done { Outcome::Done(i64::MAX) } else { Outcome::Failed }
     }
 
     /// Which file a write goes to, and where.
@@ -423,14 +451,19 @@ mod tests {
     use super::*;
     use crate::power::trace::parse;
 
-    /// What is on the disk for sure after these calls in `/d`, and what is said of them; strings stand in single quotes.
-    fn left(log: &str) -> (BTreeMap<String, Vec<u8>>, Vec<String>) {
+    /// A log with its strings as strace writes them; here they stand in single quotes.
+    fn calls(log: &str) -> Vec<Call> {
         let text = |text: &str| text.bytes().map(|byte| format!("\\x{byte:02x}")).collect::<String>();
         let parts = log.split('\'').enumerate();
         let log: String =
             parts.map(|(at, part)| if at % 2 == 1 { format!("\"{}\"", text(part)) } else { part.into() }).collect();
+        parse(&log)
+    }
+
+    /// What is on the disk for sure after these calls in `/d`, and what is said of them.
+    fn left(log: &str) -> (BTreeMap<String, Vec<u8>>, Vec<String>) {
         let mut disk = Disk::new(512, 1);
-        let said = parse(&log).iter().filter_map(|call| disk.apply(call, "/d")).collect();
+        let said = calls(log).iter().filter_map(|call| disk.apply(call, "/d")).collect();
         (disk.after_power_loss(Reached::Nothing, &mut Random(1)).seen(), said)
     }
 
@@ -461,5 +494,37 @@ mod tests {
         );
         assert_eq!(left(&log).0["events"], b"onetwo");
         assert_eq!(left(&format!("{log}8 fdatasync(5) = 0\n")).0["events"], b"onetwothree");
+    }
+
+    #[test]
+    fn a_descriptor_belongs_to_whoever_got_it_while_another_thread_was_closing_it() {
+        let log = format!(
+            "8 close(5 <unfinished ...>\n\
+             {RENAMED}7 fsync(6) = 0\n\
+             8 <... close resumed>) = 0\n\
+             7 write(5, 'three', 5) = 5\n\
+             7 fsync(5) = 0\n"
+        );
+        assert_eq!(left(&log).0["events"], b"onetwothree");
+    }
+
+    #[test]
+    fn what_was_done_of_a_call_in_which_the_process_was_killed_is_seen_from_what_it_left() {
+        let found = |log: &str, name: &str, bytes: &[u8]| {
+            let mut disk = Disk::new(512, 1);
+            let calls = calls(&format!("{RENAMED}{log}"));
+            let (last, others) = calls.split_last().unwrap();
+            others.iter().for_each(|call| drop(disk.apply(call, "/d")));
+            disk.settle(last, "/d", &BTreeMap::from([(name.into(), bytes.to_vec())]))
+        };
+        let write = "7 write(5, 'three', 5 <unfinished ...>) = ?\n";
+        assert_eq!(found(write, "events", b"onetwo"), Outcome::Failed);
+        assert_eq!(found(write, "events", b"onetwoth"), Outcome::Done(2));
+        let rename = "8 rename('/d/events', '/d/old' <unfinished ...>\n8 <... rename resumed>) = ?\n";
+        assert_eq!(found(rename, "events", b"onetwo"), Outcome::Failed);
+        assert!(matches!(found(rename, "old", b"onetwo"), Outcome::Done(_)));
+        let cut = "7 ftruncate(5, 3 <unfinished ...>) = ?\n";
+        assert_eq!(found(cut, "events", b"onetwo"), Outcome::Failed);
+        assert!(matches!(found(cut, "events", b"one"), Outcome::Done(_)));
     }
 }

@@ -26,17 +26,24 @@ pub struct Arg {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Outcome {
-    /// A sync covers what was written before it began.
+    /// A sync covers what was written before it began. A descriptor is free for another thread to get while the one that
+    /// closes it is still on its way back; nobody uses it once that has begun.
     Begun,
     Done(i64),
     /// strace answered in the kernel's place, and nothing was done.
     MadeUp,
     Failed,
+    /// The process was killed in it: perhaps some of it was done.
+    Killed,
 }
 
 impl Call {
     pub fn is_sync(&self) -> bool {
         self.name == "fsync" || self.name == "fdatasync"
+    }
+
+    fn is_close(&self) -> bool {
+        self.name == "close"
     }
 
     pub fn number(&self, arg: usize) -> i64 {
@@ -66,7 +73,7 @@ pub fn parse(log: &str) -> Vec<Call> {
             continue; // a thread's end; or what it was about to do when the program was killed
         } else if let Some(begun) = text.strip_suffix("<unfinished ...>") {
             let call = call(thread, end, begun, Outcome::Begun);
-            calls.extend(Some(call).filter(Call::is_sync));
+            calls.extend(Some(call).filter(|call| call.is_sync() || call.is_close()));
             unfinished.push((thread, begun.trim_end().into()));
             continue;
         }
@@ -86,11 +93,14 @@ pub fn parse(log: &str) -> Vec<Call> {
             Ok(_) if result.ends_with("(INJECTED)") && !result.starts_with('-') => Outcome::MadeUp,
             Ok(value) if value >= 0 => Outcome::Done(value),
             Err(_) if value.starts_with("0x") => Outcome::Done(0), // flags
-            _ => Outcome::Failed,                                  // or `?`, where it was killed
+            Err(_) if value == "?" => Outcome::Killed,
+            _ => Outcome::Failed,
         };
-        let ended = call(thread, end, &text[..close], outcome);
+        let ended = call(thread, end, text[..close].trim_end_matches("<unfinished ...>"), outcome);
         if is_whole && ended.is_sync() {
             calls.push(Call { outcome: Outcome::Begun, ..ended.clone() });
+        } else if !is_whole && ended.is_close() {
+            continue; // it counts from when it began
         }
         calls.push(ended);
     }

@@ -15,6 +15,7 @@ use std::path::{Path, PathBuf};
 pub const TOPICS: [&str; 3] = ["a", "b", "c"];
 
 pub const DOES_NOT_START: &str = "it does not start";
+pub const MODEL_IS_WRONG: &str = "the model has missed something";
 
 /// Crashes of a run that are looked at beside the one that goes on.
 const LOOKS: usize = 3;
@@ -206,16 +207,22 @@ impl Trial {
         }
         let signal = ["KILL", "TERM"][self.random.below(2)];
         let said = server.said();
-        let calls = server.end(signal);
+        let mut calls = server.end(signal);
         self.tell(format_args!("ended by SIG{signal}"));
         if said.contains("panicked") {
             return Err(said);
         }
-        let path = dir.to_str().unwrap();
-        let mut disk = self.disk.clone();
-        let said = calls.iter().map(|call| disk.apply(call, path)).collect();
-        if self.disk.left_out.is_none() {
-            assert_eq!(disk.seen(), files_in(&dir), "the model has missed something, with seed {}", self.plan.seed);
+        let (path, left) = (dir.to_str().unwrap(), files_in(&dir));
+        let (mut disk, mut said) = (self.disk.clone(), Vec::new());
+        for call in &mut calls {
+            call.outcome = disk.settle(call, path, &left);
+            said.push(disk.apply(call, path));
+        }
+        if self.disk.left_out.is_none() && disk.seen() != left {
+            let names = |files: &BTreeMap<String, Vec<u8>>| {
+                files.iter().map(|(name, bytes)| format!("{name} of {} bytes", bytes.len())).collect::<Vec<_>>()
+            };
+            return Err(format!("{MODEL_IS_WRONG}: {:?} are there, and not {:?}", names(&left), names(&disk.seen())));
         }
         let before = before.before(&self.promises);
         self.dir = Some(dir);
