@@ -381,10 +381,18 @@ impl Wire {
     }
 
     pub fn take(&mut self, length: usize) -> Vec<u8> {
+        let taken = self.take_if_any(length);
+        taken.unwrap_or_else(|| panic!("it ended early: {:?}", String::from_utf8_lossy(&self.buffer)))
+    }
+
+    /// `None` when the connection ends before.
+    pub fn take_if_any(&mut self, length: usize) -> Option<Vec<u8>> {
         while self.buffer.len() < length {
-            assert!(self.fill(), "it ended early: {:?}", String::from_utf8_lossy(&self.buffer));
+            if !self.fill() {
+                return None;
+            }
         }
-        self.buffer.drain(..length).collect()
+        Some(self.buffer.drain(..length).collect())
     }
 
     /// The next block of a stream, whatever it holds; heartbeats before it are among its comments.

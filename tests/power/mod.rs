@@ -8,6 +8,7 @@
 
 mod disk;
 mod file;
+mod look;
 mod promises;
 mod server;
 mod trace;

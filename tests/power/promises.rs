@@ -2,7 +2,7 @@
 //! data, what was refused is not, nothing comes twice or out of nowhere, ids rise, and who may have missed something hears
 //! a gap.
 
-use super::server::Seen;
+use super::look::Seen;
 use brooklet::Id;
 
 #[derive(Clone, Debug)]
@@ -105,7 +105,7 @@ impl Promises {
                 one.id
             ));
         }
-        for Seen { id, data } in seen {
+        for Seen { id, data, .. } in seen {
             if seen.iter().filter(|other| other.data == *data).count() > 1 {
                 return Err(format!("{} is there twice, once with {id}", name(data)));
             } else if !self.events.iter().any(|event| event.data == *data) {

@@ -1,21 +1,15 @@
 //! The program itself, started on a directory and recorded by strace, in a boot of its own; and its clients.
 
 use super::disk::JOURNAL;
+use super::look::{self, Sight};
 use super::trace::{self, CALLS, Call};
-use crate::common::{self, BROOKLET, Wire, shell, wait_for};
+use crate::common::{self, BROOKLET, Wire, shell, wait_longer_for};
 use brooklet::Id;
 use std::fs;
 use std::io::{BufRead, BufReader, Write};
-use std::net::SocketAddr;
+use std::net::{SocketAddr, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-
-/// An event of a stream.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Seen {
-    pub id: Id,
-    pub data: String,
-}
 
 pub struct Settings<'a> {
     /// Has the journal in it, and the files beside it.
@@ -84,11 +78,14 @@ impl Server {
     }
 
     /// No file may grow past this; `None` takes the limit away. What does not fit of a write is cut off.
-    pub fn limit_files(&self, bytes: Option<u64>) {
+    ///
+    /// # Errors
+    /// The server is gone.
+    pub fn limit_files(&self, bytes: Option<u64>) -> Result<(), String> {
         let limit = bytes.map_or("unlimited".into(), |bytes| bytes.to_string());
         let process = self.process().expect("it runs");
         let is_set = shell(&format!("prlimit --pid {process} --fsize={limit}:"));
-        assert!(is_set, "the server {process} is gone: {}", self.said());
+        if is_set { Ok(()) } else { Err(format!("the server {process} is gone: {}", self.said())) }
     }
 
     /// Ends it by this signal, and gives what was recorded.
@@ -97,42 +94,19 @@ impl Server {
         if let (Ok(None), Some(process)) = (self.child.try_wait(), process) {
             shell(&format!("kill -{signal} {process} 2>/dev/null")); // it may just be ending by itself
         }
-        wait_for("the server to end", || self.child.try_wait().unwrap().map(drop));
+        wait_longer_for("the server to end", || self.child.try_wait().unwrap().map(drop));
         if !self.is_recorded {
             return Vec::new();
         }
         trace::parse(&fs::read_to_string(self.notes.with_extension("calls")).unwrap())
     }
 
-    /// Everything that the topics keep, and whether a gap comes before it; from a cursor, or from the earliest on.
+    /// What the topics keep: see [`look::look`].
     ///
     /// # Errors
-    /// What came instead of a stream of events.
-    pub fn look(&self, topics: &[&str], cursor: Option<Id>) -> Result<(bool, Vec<Seen>), String> {
-        let from = cursor.map_or("since=earliest".into(), |id| format!("last_event_id={id}"));
-        let request = format!("GET /events/{}?{from}&poll=1ms HTTP/1.0\r\nHost: localhost\r\n\r\n", topics.join(","));
-        let mut wire = Wire::connect(self.addr());
-        wire.send(request.as_bytes());
-        let text = String::from_utf8(wire.rest()).map_err(|error| error.to_string())?;
-        let (head, stream) = text.split_once("\r\n\r\n").ok_or_else(|| format!("no head: {text:?}"))?;
-        if head.split(' ').nth(1) != Some("200") {
-            return Err(format!("a stream is answered {text:?}"));
-        }
-        let (mut seen, mut begins_with_gap) = (Vec::new(), false);
-        for block in stream.split("\n\n") {
-            let value = |field: &str| {
-                let lines = block.lines().filter_map(move |line| line.strip_prefix(field)?.strip_prefix(": "));
-                lines.collect::<Vec<_>>()
-            };
-            if value("event").contains(&"gap") {
-                begins_with_gap |= seen.is_empty();
-            } else if !value("data").is_empty() {
-                let id = value("id").first().and_then(|id| id.parse().ok());
-                let id = id.ok_or_else(|| format!("an event without an id: {block:?}"))?;
-                seen.push(Seen { id, data: value("data").join("\n") });
-            }
-        }
-        Ok((begins_with_gap, seen))
+    /// What came instead of a whole stream.
+    pub fn look(&self, topics: &[&str], cursor: Option<Id>) -> Result<Sight, String> {
+        look::look(self.addr(), topics, cursor).map_err(|error| format!("{error}; the server says {}", self.said()))
     }
 }
 
@@ -145,30 +119,30 @@ impl Drop for Server {
     }
 }
 
-/// A connection that publishes, and stays open.
+/// A connection that publishes, and stays open. Where it is cut off, it comes back for the next request.
 pub struct Publisher {
-    wire: Wire,
+    addr: SocketAddr,
+    wire: Option<Wire>,
 }
 
 impl Publisher {
     pub fn to(server: &Server) -> Publisher {
-        Publisher { wire: Wire::connect(server.addr()) }
+        Publisher { addr: server.addr(), wire: None }
     }
 
-    /// The status and the body of the answer; `None` where the connection was closed instead.
+    /// The status and the body of the answer; `None` where the connection was cut before its end.
     pub fn ask(&mut self, method: &str, target: &str, body: &str) -> Option<(u16, String)> {
+        let mut wire = self.wire.take().or_else(|| TcpStream::connect(self.addr).ok().map(Wire::on))?;
         let length = body.len();
         let request =
             format!("{method} {target} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {length}\r\n\r\n{body}");
-        self.wire.socket.write_all(request.as_bytes()).ok()?;
-        let head = String::from_utf8(self.wire.take_until(b"\r\n\r\n")?).unwrap();
+        wire.socket.write_all(request.as_bytes()).ok()?;
+        let head = wire.head_if_any()?;
         let length = common::header(&head, "content-length").map_or(0, |value| value.parse().unwrap());
-        let closes = common::header(&head, "connection") == Some("close");
-        let body = String::from_utf8(self.wire.take(length)).unwrap();
-        let status = head.split(' ').nth(1)?.parse().ok()?;
-        if closes {
-            self.wire = Wire::connect(self.wire.socket.peer_addr().ok()?);
+        let body = String::from_utf8(wire.take_if_any(length)?).unwrap();
+        if common::header(&head, "connection") != Some("close") {
+            self.wire = Some(wire);
         }
-        Some((status, body))
+        Some((head.split(' ').nth(1)?.parse().ok()?, body))
     }
 }

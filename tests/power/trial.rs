@@ -305,7 +305,7 @@ impl Trial {
                     let news = News::Published(number, id.trim().parse().ok());
                     self.promises.check(&news)?;
                     self.promises.learn(&news, self.fsync);
-                    self.promises.check(&News::Saw(server.look(&TOPICS, None)?.1))
+                    self.promises.check(&News::Saw(server.look(&TOPICS, None)?.events))
                 }
                 other => Err(format!("after the start, publishing is answered {other:?}")),
             }
@@ -316,14 +316,13 @@ impl Trial {
 
     /// What is there after a start, and whether those hear a gap who must.
     fn check_start(&mut self, server: &Server, news: &mut Vec<(u64, News)>) -> Result<(), String> {
-        let (_, seen) = server.look(&TOPICS, None)?;
+        let seen = server.look(&TOPICS, None)?.events;
         self.take(server, News::SawAtStart(seen), news)?;
         let Some(may_miss_up_to) = self.promises.may_miss_up_to else { return Ok(()) };
         let cursors: Vec<_> = self.promises.events.iter().filter_map(|event| event.id).collect();
         let cursor = cursors.get(self.random.below(cursors.len().max(1))).filter(|id| **id <= may_miss_up_to);
         for cursor in cursor.into_iter().chain([&may_miss_up_to]) {
-            let (begins_with_gap, _) = server.look(&TOPICS, Some(*cursor))?;
-            if !begins_with_gap {
+            if !server.look(&TOPICS, Some(*cursor))?.begins_with_gap {
                 return Err(format!("{cursor} hears no gap, though the power was lost and not all was synced"));
             }
         }

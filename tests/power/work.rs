@@ -49,7 +49,7 @@ impl Trial {
             let is_limited = self.plan.disk_fails && self.random.below(6) == 0;
             let journal_bytes = fs::metadata(dir.join(JOURNAL)).map_or(0, |file| file.len());
             if is_limited {
-                server.limit_files(Some(journal_bytes + self.random.below(400) as u64));
+                server.limit_files(Some(journal_bytes + self.random.below(400) as u64))?;
             }
             let mut found = Vec::new();
             match self.random.below(if self.plan.grows { 6 } else { 11 }) {
@@ -84,10 +84,10 @@ impl Trial {
                         found = self.publish(server, &mut publisher, event);
                     }
                 }
-                _ => self.take(server, News::Saw(server.look(&TOPICS, None)?.1), news)?,
+                _ => self.take(server, News::Saw(server.look(&TOPICS, None)?.events), news)?,
             }
             if is_limited {
-                server.limit_files(None);
+                server.limit_files(None)?;
             }
             for (mark, what) in found {
                 self.promises.check(&what)?;
