@@ -859,6 +859,7 @@ pub fn frame(block: &[u8]) -> Vec<u8> {
 pub fn kept(addr: SocketAddr, topics: &str) -> Vec<Vec<u8>> {
     let mut stream = Wire::stream(addr, &format!("/events/{topics}?since=earliest&poll=1ms"), "");
     let all = blocks(&stream.rest());
+    assert!(stream.is_over(), "it was cut: {} blocks came", all.len());
     stream.reset();
     all[1..all.len() - 1].to_vec()
 }
