@@ -1,5 +1,5 @@
 //! Power loss, as a test. `--fsync` promises that a machine's death loses nothing, and without it nothing is lost in
-//! silence. So the command itself is run, publishes, and is cut off; strace writes down what it did to its files
+//! silence. So the command itself is run, publishes, deletes, and is cut off; strace writes down what it did to its files
 //! (`trace`), a model of a harsh disk says what a crash at any point may leave of that (`disk`, `file`), the command is
 //! started on it, and held against what it had promised (`promises`). What a crash has left is worked on and crashes
 //! again, for several runs (`trial`, `work`). Nothing here knows how the journal is written.

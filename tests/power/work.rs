@@ -1,23 +1,33 @@
 //! What clients do while a server runs, and what fails meanwhile.
 
 use super::disk::JOURNAL;
-use super::promises::{Event, News};
+use super::promises::News;
 use super::server::{Publisher, Server};
 use super::trial::{Broken, TOPICS, Trial};
+use brooklet::Id;
 use std::fs;
+use std::ops::Range;
 use std::path::Path;
 use std::thread;
 
 impl Trial {
-    /// What fails in the next run, as arguments for strace, which counts the calls of each thread by itself.
+    /// What fails in the next run, or takes long, as arguments for strace, which counts the calls of each thread by itself.
+    /// Of two for the same call, the later counts.
     pub fn faults(&mut self) -> Vec<String> {
         let random = &mut self.random;
         if self.plan.broken == Some(Broken::TrustsFailedSyncs) {
             return vec!["-e".into(), format!("inject=fdatasync,fsync:retval=0:when={}+", 2 + random.below(4))];
-        } else if !self.plan.disk_fails || random.below(4) == 0 {
-            return Vec::new();
         }
         let mut faults = Vec::new();
+        if random.below(3) == 0 {
+            // Where some calls take long, as on a busy machine, threads meet that otherwise do not. In microseconds.
+            let calls = ["close", "openat", "write", "fdatasync,fsync", "ftruncate"][random.below(5)];
+            let side = ["enter", "exit"][random.below(2)];
+            faults.extend(["-e".into(), format!("inject={calls}:delay_{side}=3000")]);
+        }
+        if !self.plan.disk_fails || random.below(4) == 0 {
+            return faults;
+        }
         for _ in 0..1 + random.below(2) {
             let calls = [
                 "fdatasync",
@@ -40,7 +50,7 @@ impl Trial {
         faults
     }
 
-    /// Publishes, looks, publishes again.
+    /// Publishes, deletes, looks, publishes again.
     pub fn work(&mut self, server: &Server, dir: &Path, news: &mut Vec<(u64, News)>) -> Result<(), String> {
         let mut publisher = Publisher::to(server);
         let steps = if self.plan.grows { 24 } else { 3 + self.random.below(10) };
@@ -52,12 +62,12 @@ impl Trial {
                 server.limit_files(Some(journal_bytes + self.random.below(400) as u64))?;
             }
             let mut found = Vec::new();
-            match self.random.below(if self.plan.grows { 6 } else { 11 }) {
+            match self.random.below(if self.plan.grows { 7 } else { 13 }) {
                 0..6 => {
-                    let (event, is_plain) = self.next(journal_bytes);
-                    self.send(server, &[event], news);
-                    found = self.publish(server, &mut publisher, event);
-                    if let [(_, News::Published(..))] = found[..]
+                    let (together, is_plain) = self.next(&TOPICS, journal_bytes);
+                    self.send(server, &together, news);
+                    found = self.publish(server, &mut publisher, &together);
+                    if let [(_, News::Published(event, _))] = found[..]
                         && is_plain
                     {
                         let grown = fs::metadata(dir.join(JOURNAL)).map_or(0, |file| file.len()) as usize;
@@ -66,25 +76,32 @@ impl Trial {
                     }
                 }
                 6 => {
-                    let events: Vec<_> = (0..2 + self.random.below(2)).map(|_| self.next(journal_bytes).0).collect();
-                    self.send(server, &events, news);
-                    found = self.publish_at_once(server, &events);
+                    let topic = self.delete(server, news);
+                    found = self.deleted(server, &mut publisher, topic);
                 }
-                7 => {
+                7 | 8 => found = self.do_at_once(server, journal_bytes, news),
+                9 => {
                     let events: Vec<_> = (0..2 + self.random.below(3)).map(|_| self.line(journal_bytes)).collect();
-                    self.send(server, &events, news);
+                    events.iter().for_each(|event| self.send(server, event, news));
                     found = self.publish_lines(server, &mut publisher, &events);
                 }
-                8 | 9 => {
+                10 | 11 => {
                     let events = &self.promises.events;
-                    let keyed: Vec<_> = (0..events.len()).filter(|at| events[*at].key.is_some()).collect();
+                    let may_be_sent_again = |together: &Range<usize>| {
+                        events[together.clone()].iter().all(|event| event.key.is_some() && !event.may_come_back)
+                    };
+                    let keyed = events.iter().map(|event| event.together.clone()).filter(may_be_sent_again);
+                    let keyed: Vec<_> = keyed.collect();
                     if !keyed.is_empty() {
-                        let event = keyed[self.random.below(keyed.len())];
-                        self.send(server, &[event], news);
-                        found = self.publish(server, &mut publisher, event);
+                        let together = keyed[self.random.below(keyed.len())].clone();
+                        self.send(server, &together, news);
+                        found = self.publish(server, &mut publisher, &together);
                     }
                 }
-                _ => self.take(server, News::Saw(server.look(&TOPICS, None)?.events), news)?,
+                _ => {
+                    self.take(server, News::Saw(server.look(&TOPICS, None)?.events), news)?;
+                    self.check_resumed(server)?;
+                }
             }
             if is_limited {
                 server.limit_files(None)?;
@@ -98,26 +115,54 @@ impl Trial {
         Ok(())
     }
 
-    fn send(&mut self, server: &Server, events: &[usize], news: &mut Vec<(u64, News)>) {
-        for event in events {
-            let what = News::Sent(*event, self.step);
-            self.promises.learn(&what, self.fsync);
-            news.push((server.mark(), what));
-        }
-    }
-
-    /// An event to publish, and whether it takes as much room beside its data as others do.
-    fn next(&mut self, journal_bytes: u64) -> (usize, bool) {
+    /// Whether somebody who comes back to one of the topics, from anywhere, hears of what is missing.
+    pub fn check_resumed(&mut self, server: &Server) -> Result<(), String> {
         let topic = TOPICS[self.random.below(TOPICS.len())];
-        let is_plain = self.random.below(2) == 0;
-        let data = self.data(journal_bytes, is_plain);
-        let key = (!is_plain).then(|| format!("k{}", self.promises.events.len()));
-        (self.promises.event(topic, data, key), is_plain)
+        let shown = self.promises.shown.iter().filter(|(of, _)| of == topic).map(|(_, id)| *id);
+        let shown: Vec<_> = shown.collect();
+        if shown.is_empty() {
+            return Ok(());
+        }
+        // A new server's first id may be anybody's cursor.
+        let cursor = match self.random.below(shown.len() + 1) {
+            0 => Id { ms: shown[0].ms - 1, seq: 0 },
+            at => shown[at - 1],
+        };
+        self.promises.check_resumed(topic, cursor, &server.look(&[topic], Some(cursor))?)
     }
 
-    fn line(&mut self, journal_bytes: u64) -> usize {
+    fn send(&mut self, server: &Server, together: &Range<usize>, news: &mut Vec<(u64, News)>) {
+        self.note(server, News::Sent(together.clone(), self.step), news);
+    }
+
+    /// Notes that a topic is about to be deleted, and returns it.
+    fn delete(&mut self, server: &Server, news: &mut Vec<(u64, News)>) -> &'static str {
+        let topic = TOPICS[self.random.below(TOPICS.len())];
+        self.note(server, News::DeletionSent(topic.into(), self.step), news);
+        topic
+    }
+
+    fn note(&mut self, server: &Server, what: News, news: &mut Vec<(u64, News)>) {
+        self.promises.learn(&what, self.fsync);
+        news.push((server.mark(), what));
+    }
+
+    /// An event to publish, to one of these topics or to several at once, and whether it takes as much room beside its data as
+    /// others do.
+    fn next(&mut self, topics: &[&'static str], journal_bytes: u64) -> (Range<usize>, bool) {
+        let mut topics = topics.to_vec();
+        let (first, count) = (self.random.below(topics.len()), 1 + self.random.below(topics.len()));
+        topics.rotate_left(first);
+        topics.truncate(if self.random.below(3) == 0 { count } else { 1 });
+        let is_plain = topics.len() == 1 && self.random.below(2) == 0;
+        let data = self.data(journal_bytes, is_plain);
+        let key = (!is_plain && self.random.below(4) > 0).then(|| format!("k{}", self.promises.events.len()));
+        (self.promises.event(&topics, &data, key), is_plain)
+    }
+
+    fn line(&mut self, journal_bytes: u64) -> Range<usize> {
         let data = self.data(journal_bytes, true);
-        self.promises.event(TOPICS[0], data, None)
+        self.promises.event(&TOPICS[..1], &data, None)
     }
 
     fn data(&mut self, journal_bytes: u64, is_plain: bool) -> String {
@@ -133,21 +178,44 @@ impl Trial {
         name + &"x".repeat(length)
     }
 
-    fn publish(&self, server: &Server, publisher: &mut Publisher, number: usize) -> Vec<(u64, News)> {
-        let Event { topic, data, key, .. } = &self.promises.events[number];
-        let key = key.as_ref().map_or(String::new(), |key| format!("?key={key}"));
-        let news = match publisher.ask("POST", &format!("/events/{topic}{key}"), data) {
-            Some((200, id)) => News::Published(number, id.trim().parse().ok()),
-            Some(_) => News::Refused(number),
+    fn publish(&self, server: &Server, publisher: &mut Publisher, together: &Range<usize>) -> Vec<(u64, News)> {
+        let events = &self.promises.events[together.clone()];
+        let topics: Vec<_> = events.iter().map(|event| event.topic.as_str()).collect();
+        let key = events[0].key.as_ref().map_or(String::new(), |key| format!("?key={key}"));
+        let answer = publisher.ask("POST", &format!("/events/{}{key}", topics.join(",")), &events[0].data);
+        let mark = server.mark();
+        let Some((status, body)) = answer else { return Vec::new() };
+        let mut ids = body.lines().map(|id| id.parse().ok());
+        let news = |event| match status {
+            200 => News::Published(event, ids.next().flatten()),
+            _ => News::Refused(event),
+        };
+        together.clone().map(news).map(|news| (mark, news)).collect()
+    }
+
+    fn deleted(&self, server: &Server, publisher: &mut Publisher, topic: &str) -> Vec<(u64, News)> {
+        let news = match publisher.ask("DELETE", &format!("/events/{topic}"), "") {
+            Some((200, _)) => News::Deleted(topic.into()),
+            Some(_) => News::NotDeleted(topic.into()),
             None => return Vec::new(),
         };
         vec![(server.mark(), news)]
     }
 
-    fn publish_at_once(&self, server: &Server, events: &[usize]) -> Vec<(u64, News)> {
+    /// Two or three things from as many clients, which the journal may get in one write: events, or a topic is deleted and
+    /// the others get some.
+    fn do_at_once(&mut self, server: &Server, journal_bytes: u64, news: &mut Vec<(u64, News)>) -> Vec<(u64, News)> {
+        let deleted = (self.random.below(2) == 0).then(|| self.delete(server, news));
+        let topics: Vec<_> = TOPICS.into_iter().filter(|topic| Some(*topic) != deleted).collect();
+        let count = 2 + self.random.below(2) - usize::from(deleted.is_some());
+        let events: Vec<_> = (0..count).map(|_| self.next(&topics, journal_bytes).0).collect();
+        events.iter().for_each(|together| self.send(server, together, news));
+        let this = &*self;
         let mut all = thread::scope(|scope| {
-            let publish = |event| scope.spawn(move || self.publish(server, &mut Publisher::to(server), event));
-            let each: Vec<_> = events.iter().map(|event| publish(*event)).collect();
+            let publish = |together| scope.spawn(move || this.publish(server, &mut Publisher::to(server), together));
+            let mut each: Vec<_> = events.iter().map(publish).collect();
+            let delete = |topic| scope.spawn(move || this.deleted(server, &mut Publisher::to(server), topic));
+            each.extend(deleted.map(delete));
             each.into_iter().flat_map(|one| one.join().unwrap()).collect::<Vec<_>>()
         });
         // In the order of the ids, as they are held against the highest so far.
@@ -155,17 +223,17 @@ impl Trial {
         all
     }
 
-    fn publish_lines(&self, server: &Server, publisher: &mut Publisher, events: &[usize]) -> Vec<(u64, News)> {
-        let lines: String = events.iter().map(|event| self.promises.events[*event].data.clone() + "\n").collect();
+    fn publish_lines(&self, server: &Server, publisher: &mut Publisher, events: &[Range<usize>]) -> Vec<(u64, News)> {
+        let lines: String = events.iter().map(|event| self.promises.events[event.start].data.clone() + "\n").collect();
         let Some((_, answer)) = publisher.ask("PUT", "/events/a", &lines) else { return Vec::new() };
         let mark = server.mark();
         let said = answer.split("published ").nth(1).unwrap_or("0").trim();
         let (count, last) = said.split_once(", last id ").map_or((said, None), |(count, id)| (count, id.parse().ok()));
         let count: usize = count.parse().unwrap_or_else(|_| panic!("how many were published? {answer:?}"));
-        let news = |(at, event): (usize, &usize)| match at {
-            _ if at + 1 == count => News::Published(*event, last),
-            _ if at < count => News::Published(*event, None),
-            _ => News::Refused(*event),
+        let news = |(at, event): (usize, &Range<usize>)| match at {
+            _ if at + 1 == count => News::Published(event.start, last),
+            _ if at < count => News::Published(event.start, None),
+            _ => News::Refused(event.start),
         };
         events.iter().enumerate().map(|event| (mark, news(event))).collect()
     }
