@@ -123,7 +123,7 @@ impl Trial {
         if shown.is_empty() {
             return Ok(());
         }
-        // A new server's first id may be anybody's cursor.
+        // After one of them, or before all.
         let cursor = match self.random.below(shown.len() + 1) {
             0 => Id { ms: shown[0].ms - 1, seq: 0 },
             at => shown[at - 1],
