@@ -126,7 +126,7 @@ impl Trial {
             scratch: Scratch::new(),
             disk,
             dir: None,
-            promises: Promises::none(if plan.grows { 8 } else { 1000 }),
+            promises: Promises::none(if plan.grows { 4 } else { 1000 }),
             step: 0,
             runs: 2 + random.below(4),
             boot: 1,
