@@ -297,14 +297,13 @@ impl History {
     /// Notes what an earlier process has forgotten: of one topic, or of all that are not in the table. What was restored
     /// of that topic, up to this id, was deleted.
     pub fn restore_newest_forgotten(&mut self, name: Option<&str>, id: Id) {
-        if let Some(name) = name {
-            self.forget(name, id, usize::MAX);
-        }
         let point = Point { id, moment_ms: self.clock.before_start(id.ms) };
         match name {
             None => self.newest_forgotten = self.newest_forgotten.max(point),
             Some(name) => {
+                // Looked up first: a topic that keeps nothing leaves the table. It may have forgotten more than that.
                 let known = self.topics.get(name).map_or(point, |topic| topic.newest_forgotten);
+                self.forget(name, id, usize::MAX);
                 self.topic(name).newest_forgotten = known.max(point);
             }
         }

@@ -339,7 +339,9 @@ impl Core {
     fn number_forgetting(&self, order: &mut Order, topic: &str) -> io::Result<Option<Numbered>> {
         check_topic(topic)?;
         self.check_running()?;
-        let newest = order.find_newest(&self.history(), topic);
+        let history = self.history();
+        let (newest, forgotten) = (order.find_newest(&history, topic), history.newest_forgotten(topic));
+        drop(history);
         let Some((up_to, None)) = newest else { return Ok(newest) };
         if self.config.journal.is_none() {
             self.hand_out_forgetting(topic, up_to);
@@ -347,7 +349,9 @@ impl Core {
         }
         self.turns.check_disk(order, self.config.threads / 4)?;
         let change = Change::Forget { topic: topic.into(), up_to };
-        Ok(Some((up_to, Some(order.push(change, mark("topic", Some(topic), up_to))))))
+        // The mark says as well what it may have lost before, with a crash: that may be newer than all that it keeps.
+        let mark = mark("topic", Some(topic), up_to.max(forgotten));
+        Ok(Some((up_to, Some(order.push(change, mark)))))
     }
 
     fn check_open(&self, event: &Event) -> io::Result<()> {

@@ -142,6 +142,33 @@ fn an_id_that_a_block_of_several_topics_gives_to_its_last_is_damage_in_another_b
 }
 
 #[test]
+fn a_deleted_topic_still_tells_of_what_a_crash_had_taken_from_it_before() {
+    let dir = Scratch::new();
+    let path = dir.path("events");
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_millis() as u64;
+    let id = |seconds_ago: u64| Id { ms: now - 1000 * seconds_ago, seq: 0 };
+    let mark = |fields: &str, id: Id| sealed(fields, &format!("id: {id}\n\n"));
+    let event = |topic: &str, id: Id| sealed(&format!("topic: {topic}\n"), &format!("data: {topic}\nid: {id}\n\n"));
+    // Everything up to 20 s ago may be missing; then what is left of `a` was deleted.
+    let begin = [mark("", id(20)), mark("topic: a\n", id(20)), event("a", id(40))];
+    fs::write(&path, [begin.concat(), mark("topic: a\n", id(40)), event("a", id(10))].concat()).unwrap();
+    let server = serve(with_journal(&path));
+    assert_eq!(resumed(server.addr().unwrap(), "a", id(30)), (true, vec!["a".into()]));
+    drop(server);
+    // The same, by the server itself; and what was left is too old by the time that this is read.
+    let boot = "boot: 00000000-0000-0000-0000-000000000000\n";
+    fs::write(&path, [mark(boot, id(9000)), event("a", id(7200))].concat()).unwrap();
+    let server = serve(with_journal(&path));
+    let addr = server.addr().unwrap();
+    publish(addr, "/events/b", "b");
+    assert_eq!(delete(addr, "a").status, 200);
+    publish(addr, "/events/a", "new");
+    drop(server);
+    let server = serve(Config { keep_age: std::time::Duration::from_secs(3600), ..with_journal(&path) });
+    assert_eq!(resumed(server.addr().unwrap(), "a", id(5000)), (true, vec!["new".into()]));
+}
+
+#[test]
 fn where_the_journal_fails_an_event_for_several_topics_comes_to_none() {
     if !has("strace") {
         return;
