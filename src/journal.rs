@@ -8,14 +8,16 @@
 //!   only a new file, written from memory, is trusted. <https://wiki.postgresql.org/wiki/Fsync_Errors> An earlier
 //!   process may have died during a failing sync: so with `--fsync`, a start trusts only a file that was ended in order.
 //! - *Unsynced, the end may be missing* after the machine has died, and nothing in the file shows it. So its first
-//!   block names the boot, and after another boot all topics count as forgotten up to now.
+//!   block names the boot, and after another boot all topics count as forgotten up to now. One that was synced is given
+//!   a last block that does, since a new name may be lost, too.
 //! - *The lock is on the file itself*, and once a second its name is checked (`watch.rs`): a file that was moved, cut or
 //!   deleted is written anew; where another server's file has the name, nothing is published any more.
 //!
 //! The journal takes and gives encoded blocks, and knows no history. It waits for the disk: call it without a lock.
 
-use crate::block::{Block, end_mark};
+use crate::block::{Block, end_mark, mark};
 use crate::config::{Config, Log};
+use crate::event::Id;
 use crate::locked::{beside, is_same, sync_directory_of};
 use crate::log::{Logger, OncePerSecond};
 use crate::recovery::{Found, block_limit};
@@ -137,11 +139,13 @@ impl Journal {
         (self.needed, self.kept_bytes) = (kept_bytes, kept_bytes);
         let copy = if found.is_damaged() { Some(self.keep_aside("damaged")?) } else { None };
         let is_trusted = !self.syncs || self.is_on_the_disk(found);
-        if found.may_lack_events() || found.boot != self.boot || !is_trusted {
+        if found.may_lack_events() || found.boot != self.boot || found.is_boot_added || !is_trusted {
             let found_file = self.file.clone();
-            let Err(error) = self.rewrite_at_once(take_snapshot) else { return Ok(()) };
+            let rewritten = self.add_boot(found).and_then(|()| self.rewrite_at_once(take_snapshot));
+            let Err(error) = rewritten else { return Ok(()) };
             let has_its_name = Arc::ptr_eq(&found_file, &self.file);
-            if has_its_name && found.boot.is_some() && !found.is_damaged() && is_trusted {
+            let names_its_boot = found.boot.is_some() && !found.is_boot_added;
+            if has_its_name && names_its_boot && !found.is_damaged() && is_trusted {
                 // Perhaps the disk is full. The file is whole, and since it names an earlier boot, the next start means
                 // a gap too many, but no hole.
                 self.say(format_args!("cannot be written anew: {error}"));
@@ -154,6 +158,20 @@ impl Journal {
         }
         sync_directory_of(self.watch.path())?; // who gave the file its name may have died before that
         if found.whole < found.size { self.take_back() } else { Ok(()) }
+    }
+
+    /// Where everything was synced so far and will not be any more, the old file is to name the boot, too, before a new one
+    /// gets its name: a power cut may undo that, also after a later sync of the directory, if an earlier one had failed.
+    fn add_boot(&mut self, found: &Found) -> io::Result<()> {
+        let may_pass_for_synced = found.blocks > 0 && (found.boot.is_none() || found.is_boot_added);
+        if self.boot.is_none() || found.is_damaged() || !may_pass_for_synced {
+            return Ok(());
+        }
+        if found.whole < found.size {
+            self.take_back()?;
+        }
+        self.write(&mark("boot", self.boot.as_deref(), Id::default()).block().concat())?;
+        self.file.sync_data()
     }
 
     /// Appends from where on ids are given, as a new file's first block would: or yet another death might repeat them.

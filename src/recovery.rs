@@ -42,8 +42,10 @@ pub struct Found {
     pub damaged_at: Vec<u64>,
     /// Its first block is not a mark without a topic, as in every journal: what came before is missing.
     pub is_headless: bool,
-    /// The boot that it was begun in; none if everything in it was synced.
+    /// The boot that is named in it, the last where there are several; none if everything in it was synced.
     pub boot: Option<String>,
+    /// That is not its first block, but one that was added to it (`Journal::repair`), and perhaps is not on the disk.
+    pub is_boot_added: bool,
     /// It was not synced, and the machine has died or restarted since: its end may be missing, which nothing in it
     /// shows.
     pub has_rebooted: bool,
@@ -105,7 +107,9 @@ impl Found {
         let Some((at, block)) = found else { return };
         if is_first {
             self.is_headless = block.topic.is_some();
-            self.boot = block.boot.map(String::from);
+        }
+        if let Some(boot) = block.boot {
+            (self.boot, self.is_boot_added) = (Some(boot.into()), !is_first);
         }
         if !block.is_mark {
             self.newest = Some(block.newest());

@@ -226,6 +226,37 @@ fn after_another_boot_pages_hear_a_gap_unless_everything_was_synced() {
     assert!(!is_gap);
 }
 
+/// A new name may be undone by the power although the directory was synced since: where an earlier try to sync it had
+/// failed, the kernel may have forgotten that there was anything to write.
+#[test]
+fn a_synced_journal_that_comes_back_in_place_of_one_that_was_not_tells_of_what_it_lacks() {
+    let dir = Scratch::new();
+    let (path, old) = (dir.path("events"), dir.path("old"));
+    let cursor = serve(Config { fsync: true, ..with_journal(&path) }).hub().publish("a", Event::new("x")).unwrap();
+    let synced = fs::read(&path).unwrap();
+    fs::hard_link(&path, &old).unwrap();
+    let hears_gap = |config: Config| {
+        let server = serve(config);
+        let target = format!("/events/a?last_event_id={cursor}&poll=1ms");
+        Wire::stream(server.addr().unwrap(), &target, "").event().is_some_and(|first| first.is_gap())
+    };
+    assert!(!hears_gap(with_journal(&path)));
+    let left = fs::read(&old).unwrap();
+    let last = String::from_utf8(left.strip_prefix(&synced[..]).unwrap().to_vec()).unwrap();
+    let boot = fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap();
+    assert_eq!(last, sealed(&format!("boot: {boot}"), "id: 0-0\n\n"));
+    // The process was killed before the new file had the name, and the next one tries it again.
+    fs::rename(&old, &path).unwrap();
+    assert!(!hears_gap(with_journal(&path)));
+    assert!(fs::read(&path).unwrap().starts_with(format!("boot: {boot}").as_bytes()));
+    // The power was lost.
+    let other = sealed("boot: 00000000-0000-0000-0000-000000000000\n", "id: 0-0\n\n");
+    for fsync in [false, true] {
+        fs::write(&path, [&synced, other.as_bytes()].concat()).unwrap();
+        assert!(hears_gap(Config { fsync, ..with_journal(&path) }));
+    }
+}
+
 /// Earlier versions locked a file of this name.
 #[test]
 fn what_stands_beside_the_journal_is_left_alone_and_a_server_of_an_earlier_version_is_seen() {
