@@ -49,7 +49,7 @@ impl Engine for Puppet {
 
 fn puppet() -> (Arc<Puppet>, Handle, Feed) {
     let engine = Arc::new(Puppet::default());
-    let (server, feed) = bind_with(Config { lanes: 2, ..Config::default() }, engine.clone());
+    let (server, feed) = bind_with(Config::default().with(|config| config.lanes = 2), engine.clone());
     (engine, server, feed)
 }
 
@@ -318,7 +318,13 @@ fn what_an_engine_shows_is_checked() {
 #[test]
 fn a_topic_for_which_there_is_no_name_left_has_a_gap_later() {
     let engine = Arc::new(Puppet::default());
-    let (server, feed) = bind_with(Config { topics: 4, keep_events: 1, ..Config::default() }, engine);
+    let (server, feed) = bind_with(
+        Config::default().with(|config| {
+            config.topics = 4;
+            config.keep_events = 1;
+        }),
+        engine,
+    );
     for (n, topic) in ["a", "b", "c", "d"].iter().enumerate() {
         show(&feed, 10 + n as u64, topic);
     }
@@ -345,7 +351,7 @@ fn the_age_of_what_is_shown_late_goes_by_its_id() {
 
 #[test]
 fn an_engine_does_without_a_journal_and_a_feed_does_not_keep_its_server() {
-    let config = Config { journal: Some("nowhere".into()), ..Config::default() };
+    let config = Config::default().with(|config| config.journal = Some("nowhere".into()));
     let error = Server::bind_with_engine("127.0.0.1:0", config, Arc::new(Puppet::default())).err().unwrap();
     assert_eq!((error.kind(), error.to_string().starts_with("journal: ")), (ErrorKind::InvalidInput, true), "{error}");
     let (_engine, server, feed) = puppet();

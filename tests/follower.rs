@@ -70,7 +70,7 @@ fn it_begins_where_it_is_told_to() {
 
 #[test]
 fn one_that_is_slow_takes_no_memory_and_is_told_of_the_gap() {
-    let server = serve(Config { keep_events: 3, ..Config::default() });
+    let server = serve(Config::default().with(|config| config.keep_events = 3));
     let hub = server.hub();
     let mut slow = hub.subscribe(["a", "b"], Since::Now).unwrap();
     publish_to(&hub, "a", 0..2);
@@ -144,7 +144,7 @@ fn it_ends_when_the_server_stops_after_all_that_was_published() {
 
 #[test]
 fn its_topics_are_in_use_until_it_is_dropped() {
-    let server = serve(Config { topics: 4, ..Config::default() });
+    let server = serve(Config::default().with(|config| config.topics = 4));
     let (hub, addr) = (server.hub(), server.addr().unwrap());
     let news = hub.subscribe(["a", "b", "c"], Since::Now).unwrap();
     assert_eq!(metric(addr, "topics"), 3);

@@ -88,7 +88,7 @@ fn a_crowd_of_slow_heads_makes_room_for_those_that_wait_for_a_thread() {
 
 #[test]
 fn who_ends_only_its_sending_side_keeps_its_stream() {
-    let server = serve(Config { heartbeat: Duration::from_secs(4), ..Config::default() });
+    let server = serve(Config::default().with(|config| config.heartbeat = Duration::from_secs(4)));
     let addr = server.addr().unwrap();
     let (mut half, _) = Wire::subscribe(addr, "/events/a", "");
     let (whole, _) = Wire::subscribe(addr, "/events/a", "");

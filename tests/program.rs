@@ -108,7 +108,7 @@ fn a_handler_answers_with_any_status_field_and_bytes_and_the_connection_goes_on(
 #[test]
 fn what_may_not_stand_in_a_head_is_answered_with_500_and_never_sent() {
     let (lines, log) = mpsc::channel();
-    let mut config = Config { log: brooklet::Log::Info, ..Config::default() };
+    let mut config = Config::default().with(|config| config.log = brooklet::Log::Info);
     config.log_to = brooklet::LogTo::lines(move |line| lines.send(line.to_string()).unwrap());
     let (_server, addr) = with_route("/", config, |request| {
         Ok(match request.rest() {
@@ -162,7 +162,7 @@ fn the_longest_route_that_fits_is_called() {
 
 #[test]
 fn a_handlers_error_becomes_the_answer() {
-    let (_server, addr) = with_route("/", Config { topics: 1, ..Config::default() }, |request| {
+    let (_server, addr) = with_route("/", Config::default().with(|config| config.topics = 1), |request| {
         Err(match request.rest() {
             "text" => return Ok(Answer::text(200, request.text()?)),
             "secret" => io::Error::other("the password is c0ffee"),
@@ -237,7 +237,7 @@ fn methods_that_no_program_takes_are_answered_by_the_server() {
 
 #[test]
 fn a_body_beyond_the_limit_never_reaches_a_handler() {
-    let config = Config { body_bytes: 10, ..Config::default() };
+    let config = Config::default().with(|config| config.body_bytes = 10);
     let (_server, addr) = with_route("/mine", config, |request| Ok(Answer::text(200, request.body().len())));
     assert_eq!(ask(addr, "POST /mine HTTP/1.1", &"x".repeat(10)).body, "10\n");
     assert_eq!(ask(addr, "POST /mine HTTP/1.1", &"x".repeat(11)).status, 413);
@@ -245,11 +245,10 @@ fn a_body_beyond_the_limit_never_reaches_a_handler() {
 
 #[test]
 fn a_route_is_closed_to_foreign_hosts_and_to_what_foreign_pages_do_but_asks_for_no_token() {
-    let config = Config {
-        publish_tokens: vec!["p".parse().unwrap()],
-        subscribe_tokens: vec!["s".parse().unwrap()],
-        ..Config::default()
-    };
+    let config = Config::default().with(|config| {
+        config.publish_tokens = vec!["p".parse().unwrap()];
+        config.subscribe_tokens = vec!["s".parse().unwrap()];
+    });
     let (_server, addr) = with_route("/mine", config, |_| Ok(Answer::text(200, "here")));
     assert_eq!(ask(addr, "POST /mine HTTP/1.1", "").status, 200);
     assert_eq!(ask(addr, "POST /mine HTTP/1.1\r\nOrigin: https://evil.example", "").status, 403);
@@ -278,7 +277,7 @@ fn a_route_may_ask_for_a_token_of_its_own() {
 
 #[test]
 fn a_session_cookie_is_enough_to_follow_topics_and_a_page_that_comes_back_misses_nothing() {
-    let config = Config { subscribe_tokens: vec!["s".parse().unwrap()], ..Config::default() };
+    let config = Config::default().with(|config| config.subscribe_tokens = vec!["s".parse().unwrap()]);
     let (server, addr) = with_route("/inbox", config, |request| match request.cookie("session") {
         Some(user) => request.follow_since([format!("user-{user}"), "all".into()], Since::Earliest),
         None => Ok(Answer::text(401, "log in first")),
@@ -322,7 +321,7 @@ fn a_post_may_be_answered_with_a_stream() {
 #[test]
 fn a_stream_without_room_is_told_when_to_come_back_and_its_handler_why() {
     let (sender, errors) = mpsc::channel();
-    let config = Config { subscribers: 0, ..Config::default() };
+    let config = Config::default().with(|config| config.subscribers = 0);
     let (_server, addr) = with_route("/mine", config, move |request| {
         let error = request.stream().map(drop).unwrap_err();
         sender.send(error.to_string()).unwrap();

@@ -52,7 +52,7 @@ fn the_head_of_a_stream_keeps_proxies_from_holding_it_back() {
 /// together.
 #[test]
 fn each_event_of_a_stream_is_exactly_one_chunk() {
-    let server = serve(Config { retry: Duration::from_millis(1234), ..Config::default() });
+    let server = serve(Config::default().with(|config| config.retry = Duration::from_millis(1234)));
     let (addr, hub) = (server.addr().unwrap(), server.hub());
     let kept = hub.publish("a", Event::new("kept")).unwrap();
     let mut wire = Wire::connect(addr);
@@ -79,7 +79,7 @@ fn each_event_of_a_stream_is_exactly_one_chunk() {
 /// What HTTP/1.0 gets is the same without chunks, also where both follow a topic.
 #[test]
 fn http_1_0_gets_the_same_stream_without_chunks() {
-    let server = bind(Config { heartbeat: Duration::from_secs(4), ..Config::default() }).unwrap();
+    let server = bind(Config::default().with(|config| config.heartbeat = Duration::from_secs(4))).unwrap();
     server
         .stream("/two", |stream| {
             stream.send(&Event::new("one"))?;
@@ -119,7 +119,10 @@ fn http_1_0_gets_the_same_stream_without_chunks() {
 /// Wherever the server ends a stream after a whole frame, the last chunk says so; where it is cut, nothing does.
 #[test]
 fn a_stream_that_the_server_ends_has_its_last_chunk_and_a_cut_one_has_none() {
-    let config = Config { subscribers: 1, lifetime: Duration::from_millis(300), ..Config::default() };
+    let config = Config::default().with(|config| {
+        config.subscribers = 1;
+        config.lifetime = Duration::from_millis(300);
+    });
     let server = bind(config).unwrap();
     server.stream("/done", |stream| stream.send(&Event::new("x"))).unwrap();
     server.stream("/nothing", |_| Ok(())).unwrap();

@@ -114,7 +114,7 @@ fn two_hundred_handlers_that_wait_for_ever_end_when_their_pages_close() {
 
 #[test]
 fn a_handler_that_is_silent_has_its_heartbeats_written() {
-    let server = bind(Config { heartbeat: Duration::from_secs(4), ..Config::default() }).unwrap();
+    let server = bind(Config::default().with(|config| config.heartbeat = Duration::from_secs(4))).unwrap();
     let (go_on, silence) = unbounded::<()>();
     server
         .stream("/silent", move |stream| {
@@ -137,7 +137,7 @@ fn a_handler_that_is_silent_has_its_heartbeats_written() {
 
 #[test]
 fn while_a_handler_waits_for_something_else_heartbeats_go_out_and_closing_is_noticed() {
-    let server = bind(Config { heartbeat: Duration::from_millis(3_500), ..Config::default() }).unwrap();
+    let server = bind(Config::default().with(|config| config.heartbeat = Duration::from_millis(3_500))).unwrap();
     let (go_on, news) = mpsc::channel::<()>();
     let (sender, errors) = mpsc::channel();
     let news = std::sync::Mutex::new(news);
