@@ -123,11 +123,9 @@ impl Server {
         config: Config,
         engine: Arc<dyn Engine>,
     ) -> io::Result<(Server, Feed)> {
-        if config.journal.is_some() {
-            return invalid("journal: an engine keeps the events instead: leave one of the two out");
-        }
+        check_without_journal(&config)?;
         let server = Server::bind_to(address, config, Some(engine))?;
-        let feed = Feed { core: Arc::downgrade(&server.handle.shared.streams.core) };
+        let feed = server.feed();
         Ok((server, feed))
     }
 
@@ -166,6 +164,32 @@ impl Server {
     pub fn new(config: Config) -> io::Result<Server> {
         config.check()?;
         Server::start(None, config, None)
+    }
+
+    /// As [`Server::new`], for a server that shares its topics with others: see [`Server::bind_with_engine`].
+    ///
+    /// # Errors
+    /// Those of [`Server::bind_with_engine`] that are not about an address.
+    ///
+    /// ```
+    /// # use brooklet::{Config, Engine, Server};
+    /// # use std::sync::Arc;
+    /// fn start(engine: Arc<dyn Engine>) -> std::io::Result<brooklet::Handle> {
+    ///     let (server, feed) = Server::new_with_engine(Config::default(), engine)?;
+    ///     std::thread::spawn(move || while !feed.is_over() { /* show it what the engine has taken */ });
+    ///     server.spawn()
+    /// }
+    /// ```
+    pub fn new_with_engine(config: Config, engine: Arc<dyn Engine>) -> io::Result<(Server, Feed)> {
+        check_without_journal(&config)?;
+        config.check()?;
+        let server = Server::start(None, config, Some(engine))?;
+        let feed = server.feed();
+        Ok((server, feed))
+    }
+
+    fn feed(&self) -> Feed {
+        Feed { core: Arc::downgrade(&self.handle.shared.streams.core) }
     }
 
     fn start(listening: Option<Listening>, config: Config, engine: Option<Arc<dyn Engine>>) -> io::Result<Server> {
@@ -341,6 +365,13 @@ fn check_reach(config: &Config, address: SocketAddr) -> io::Result<()> {
     let reason =
         format!("open: {address} is beyond loopback, so whoever reaches it could publish: set publish_tokens, or open");
     Err(io::Error::new(ErrorKind::PermissionDenied, reason))
+}
+
+fn check_without_journal(config: &Config) -> io::Result<()> {
+    match config.journal {
+        None => Ok(()),
+        Some(_) => invalid("journal: an engine keeps the events instead: leave one of the two out"),
+    }
 }
 
 fn default_lanes() -> usize {
