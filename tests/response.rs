@@ -1,8 +1,8 @@
 //! What answers look like.
 
 use crate::{both, common::*};
-use brooklet::{Config, Event, Id};
-use std::io::Read;
+use brooklet::{Answer, Config, Event, Id};
+use std::io::{self, Read};
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
@@ -175,4 +175,31 @@ fn curl_can_tell_a_streams_end_from_a_cut() {
     cut.stdout.as_mut().unwrap().read_exact(&mut [0]).unwrap(); // it has the head
     process.child.kill().unwrap();
     assert_eq!(cut.wait().unwrap().code(), Some(18));
+}
+
+#[test]
+fn an_answer_without_content_names_no_type() {
+    let server = bind(Config::default()).unwrap();
+    server
+        .route("/mine/", |request| {
+            let status = request.rest().parse().map_err(io::Error::other)?;
+            Ok(Answer::new(status, "text/plain", ""))
+        })
+        .unwrap();
+    let server = server.spawn().unwrap();
+    let mut wire = Wire::connect(server.addr().unwrap());
+    for (request, status) in [
+        ("OPTIONS /events/a", 204),
+        ("OPTIONS *", 204),
+        ("OPTIONS /mine/", 204),
+        ("GET /mine/204", 204),
+        ("GET /mine/304", 304),
+        ("GET /mine/200", 200),
+    ] {
+        wire.send(format!("{request} HTTP/1.1\r\nHost: localhost\r\n\r\n").as_bytes());
+        let answer = wire.answer();
+        assert_eq!((answer.status, answer.body.as_str()), (status, ""), "{request}");
+        let is_named = answer.header("content-type").is_some() || answer.header("content-length").is_some();
+        assert_eq!(is_named, status == 200, "{request}: {}", answer.head);
+    }
 }
