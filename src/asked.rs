@@ -6,7 +6,7 @@
 
 use crate::config::Token;
 use crate::connection::{Connection, Reason};
-use crate::hub::Core;
+use crate::hub::{Core, Hub};
 use crate::target::Query;
 use crate::text::invalid;
 use std::fmt;
@@ -14,9 +14,9 @@ use std::io;
 use std::net::SocketAddr;
 use std::sync::{Arc, OnceLock};
 
-/// Finds a place among the streams and writes the head, and returns the lane for it; else the stream is rejected in a
+/// Finds a place among the streams and writes the head, with these lines in it, and returns the lane for it; else the stream is rejected in a
 /// way that a browser comes back from, and this says why.
-pub type Opener<'a> = dyn Fn() -> Result<usize, Reason> + Sync + 'a;
+pub type Opener<'a> = dyn Fn(&str) -> Result<usize, Reason> + Sync + 'a;
 
 /// What a request says, taken out of its head and its body.
 pub struct Parts {
@@ -54,10 +54,12 @@ pub struct Parts {
 pub struct Request<'a> {
     pub(crate) parts: Parts,
     pub(crate) c: &'a Arc<Connection>,
-    pub(crate) core: &'a Core,
+    pub(crate) core: &'a Arc<Core>,
     pub(crate) open: &'a Opener<'a>,
     /// Set once a stream was asked for: its lane, or why there is none.
     pub(crate) opened: OnceLock<Result<usize, Reason>>,
+    /// What a HEAD gets of the stream that it does not open: the program's own lines of its head.
+    pub(crate) lines: OnceLock<String>,
 }
 
 impl Request<'_> {
@@ -155,6 +157,11 @@ impl Request<'_> {
     /// The other end's address: behind a proxy, the proxy's.
     pub fn peer(&self) -> SocketAddr {
         self.c.peer
+    }
+
+    /// The server's hub, so that a handler need not bring one along.
+    pub fn hub(&self) -> Hub {
+        Hub { core: self.core.clone() }
     }
 
     pub(crate) fn is_head(&self) -> bool {

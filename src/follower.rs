@@ -28,6 +28,9 @@ pub enum Since {
     Now,
     /// With the oldest event that is kept.
     Earliest,
+    /// With the newest so many events of each topic, all in one order: with `Newest(1)` a dashboard has its current values
+    /// at once.
+    Newest(u64),
     /// With what was published in this time before now.
     Ago(Duration),
     /// After this id, which need not be any event's.
@@ -39,6 +42,7 @@ impl From<Since> for Start {
         match since {
             Since::Now => Start::Now,
             Since::Earliest => Start::Earliest,
+            Since::Newest(count) => Start::Newest(count),
             Since::Ago(time) => Start::Ago(time),
             Since::After(id) => Start::After(Some(id)),
         }
@@ -82,6 +86,8 @@ pub struct Follower {
     read_to: Id,
     /// What each topic had forgotten when the follower was last told of a gap.
     told: Vec<Id>,
+    /// Up to where each topic is passed over, because it begins with its newest events (`cursor.rs`).
+    floors: Box<[Id]>,
     bell: Bell,
     /// What was read and not taken yet, each with its id: at most one run, or one event if it is larger.
     read: VecDeque<(Id, News)>,
@@ -124,12 +130,12 @@ impl Hub {
         let mut history = core.history();
         let names = history.subscribe(&wanted)?;
         let (cursor, gap) = history.start(&names, since.into());
-        let told = history.told(&names);
+        let (told, floors) = (history.told(&names), history.floors(&names, since.into()));
         let oldest = history.whole_from(&names, cursor);
         drop(history);
         let gap = gap.map(|gap| (gap.id, News::Gap { oldest }));
         let bell = core.bells.add(&names);
-        Ok(Follower { core, names, read_to: cursor, told, bell, read: gap.into_iter().collect(), cursor })
+        Ok(Follower { core, names, read_to: cursor, told, floors, bell, read: gap.into_iter().collect(), cursor })
     }
 }
 
@@ -208,7 +214,7 @@ impl Follower {
     /// Reads what comes after the cursor: a gap, some events, or nothing.
     fn read_on(&mut self) {
         let history = self.core.history();
-        match history.next(&self.names, self.read_to, &self.told, &[], Framing::Plain) {
+        match history.next(&self.names, self.read_to, &self.told, &self.floors, Framing::Plain) {
             Next::Nothing => {}
             Next::Gap(gap) => {
                 self.told = history.told(&self.names);

@@ -53,10 +53,9 @@
 //! the end of this file. A `Connection` is called `c`.
 //!
 //! # Where a change goes
-//! *A parameter of a stream* is named and read in `routes` (`STREAM_PARAMETERS`, `wanted_topics`), and kept in
-//! `subscription` (`Wanted`). Where the stream starts is decided in `cursor`; when it ends, in `subscription`
-//! (`Served::step`); what its events look like, in `form`. Live or behind, the events of its topics are written by
-//! `Connection::deliver`, or by `Connection::finish` where one fitted only in part.
+//! *A parameter of a stream* is named and read in `wanted`. Where the stream starts is decided in `cursor`; when it ends, in
+//! `subscription` (`Served::step`); what its events look like, in `form`. Live or behind, the events of its topics are
+//! written by `Connection::deliver`, or by `Connection::finish` where one fitted only in part.
 //!
 //! *Another kind of storage* replaces `journal`, which only `hub`, `tending`, `unwritten` and `kept` name; `kept` stands
 //! between its blocks and the history. One that numbers events itself is an [`Engine`]: `Core::publish_outside` asks it, and
@@ -104,6 +103,7 @@ mod routes; // what each request gets
 mod publishing; // POST, PUT, DELETE
 mod handler; // a program's route: its handler, and what it answers
 mod subscription; // a stream of topics: opened, replayed, ended
+mod wanted; // what a request for one asks for
 mod stream; // a handler's stream
 mod asked; // what a program's route sees of a request
 mod follower; // subscribing in the program

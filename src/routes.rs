@@ -11,7 +11,6 @@ use crate::asked::Parts;
 use crate::connection::STOPPING;
 use crate::cursor::Start;
 use crate::door::Door;
-use crate::form::Form;
 use crate::handler::{Handled, Handler};
 use crate::history::{TopicOverview, Totals};
 use crate::hub::Hub;
@@ -25,10 +24,11 @@ use crate::reader::Reader;
 use crate::request::Request;
 use crate::response::{Response, decline};
 use crate::rights::{ALL, Act};
-use crate::subscription::{POLL_TIME, Streams, Wanted};
+use crate::subscription::Streams;
 use crate::sync::enter;
-use crate::target::{CURSOR_PARAMETERS, Query};
-use crate::text::{invalid, parse_duration, quoted};
+use crate::target::CURSOR_PARAMETERS;
+use crate::text::{invalid, quoted};
+use crate::wanted::{STREAM_PARAMETERS, Wanted};
 use std::fmt::Write;
 use std::io::{self, ErrorKind};
 use std::mem;
@@ -40,8 +40,6 @@ const EVENTS: &str = "/events/";
 const READ_METHODS: &str = "GET, HEAD, OPTIONS";
 const TOPIC_METHODS: &str = "GET, HEAD, POST, PUT, DELETE, OPTIONS";
 const PROGRAM_METHODS: &str = "GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS";
-/// What a stream's query may say, beside the cursor.
-const STREAM_PARAMETERS: [&str; 5] = ["since", "last", "poll", "take", "as"];
 /// Where a query may hold a token (RFC 6750 §2.3).
 const QUERY_TOKEN: &str = "access_token";
 /// Other paths of the server's own.
@@ -142,7 +140,7 @@ impl Routes {
         }
         match (request.method.as_str(), path.strip_prefix(EVENTS)) {
             // Before any token is looked at: browsers send none with a preflight. The door adds what it allows.
-            ("OPTIONS", _) => Ok(Reply::Response(Response::text(204, "").field("Allow", allow))),
+            ("OPTIONS", _) => Ok(Reply::Response(Response::new(204, "", []).field("Allow", allow))),
             ("POST" | "PUT" | "DELETE", Some(topics)) => {
                 let published = self.publish(reader, request, topics);
                 published.inspect_err(|refusal| self.note_refusal(reader, refusal)).map(Reply::Response)
@@ -328,54 +326,12 @@ fn methods_of(path: &str, own: Option<Kind>) -> Option<&'static str> {
 /// What a request for a stream of these topics wants.
 ///
 /// # Errors
-/// 400 for a parameter that is not known, and for a topic, a time, a number, a form or a `since` that cannot be read. A cursor that
-/// cannot be read is no error: it gets a gap.
+/// 400 for a parameter that is not known, for a topic, and for what [`Wanted::read`] cannot read.
 pub fn wanted_topics(request: &Request, list: &str) -> Result<Wanted, Response> {
-    let query = &request.query;
-    query.check(&[&STREAM_PARAMETERS[..], &CURSOR_PARAMETERS[..]].concat())?;
-    let poll = match query.get("poll") {
-        None => None,
-        Some("") => Some(POLL_TIME),
-        Some(time) => Some(parse_duration(time).map_err(|error| Response::text(400, error))?),
-    };
-    let since = wanted_start(query)?;
-    let take = query.get("take").map(|text| count("take", text)).transpose()?;
-    let form = match query.get("as").map(|text| (text, Form::parse(text))) {
-        None => Form::Events,
-        Some((_, Some(form))) => form,
-        Some((text, None)) => {
-            return decline(400, format!("as is lines or json, or left out for an event stream; not {}", quoted(text)));
-        }
-    };
-    // `since` or `last` is in the page's URL for good; a browser that reconnects adds its cursor, which is newer and wins.
-    let start = cursor_of(request).map_or(since, |text| Start::After(text.parse().ok()));
-    let names = topic_names(list).map_err(|error| Response::text(400, error))?;
-    Ok(Wanted { names, start, poll, take, form })
-}
-
-/// Where a stream begins that has no cursor.
-fn wanted_start(query: &Query) -> Result<Start, Response> {
-    match (query.get("since"), query.get("last")) {
-        (None, None) => Ok(Start::Now),
-        (Some(_), Some(_)) => decline(400, "since and last each say where to begin: leave one of them out"),
-        (None, Some(text)) => Ok(Start::Newest(count("last", text)?)),
-        (Some("earliest"), None) => Ok(Start::Earliest),
-        (Some("latest"), None) => Ok(Start::Newest(1)),
-        (Some(text), None) => match (parse_duration(text), text.parse()) {
-            // A time needs its unit, so that `10` is an id and `10s` is not.
-            (Ok(time), _) => Ok(Start::Ago(time)),
-            (_, Ok(id)) => Ok(Start::After(Some(id))),
-            _ => decline(400, format!("since is earliest, latest, a time such as 10m, or an id; not {}", quoted(text))),
-        },
-    }
-}
-
-/// A number of events, of which there is at least one. `parse` alone would take a sign.
-fn count(name: &str, text: &str) -> Result<u64, Response> {
-    match text.parse() {
-        Ok(count) if count > 0 && text.bytes().all(|b| b.is_ascii_digit()) => Ok(count),
-        _ => decline(400, format!("{name} is a number of events, 1 or more; not {}", quoted(text))),
-    }
+    request.query.check(&[&STREAM_PARAMETERS[..], &CURSOR_PARAMETERS[..]].concat())?;
+    let wanted =
+        topic_names(list).and_then(|names| Wanted::read(names, &request.query, cursor_of(request), Start::Now));
+    wanted.map_err(|error| Response::text(400, error))
 }
 
 /// After which event to resume. An empty one says that the client has seen no id yet.

@@ -9,10 +9,11 @@
 use crate::asked::Request;
 use crate::connection::{Connection, Outgoing, Phase, Reason, STOPPING, State, Unfinished};
 use crate::event::Event;
+use crate::follower::{Follower, News};
 use crate::hub::Core;
 use crate::sync::enter;
 use crate::text::{LONGEST, with_lf};
-use crossbeam_channel::{Receiver, bounded};
+use crossbeam_channel::{Receiver, TryRecvError, bounded, select};
 use std::convert::Infallible;
 use std::io;
 use std::sync::Arc;
@@ -33,17 +34,17 @@ pub struct Stream<'a> {
 }
 
 impl<'a> Stream<'a> {
-    /// Takes a place among the streams, writes the head, and gives the socket to its lane; once for each request.
+    /// Takes a place among the streams, writes the head with these lines in it, and gives the socket to its lane; once for each request.
     /// Returns the lane, too, from which whoever called the handler takes the socket back.
     ///
     /// # Errors
     /// There is no stream, and why.
-    pub(crate) fn open(request: &'a Request<'a>) -> Result<(Stream<'a>, usize), Reason> {
+    pub(crate) fn open(request: &'a Request<'a>, lines: &str) -> Result<(Stream<'a>, usize), Reason> {
         let Request { c, core, .. } = *request;
         let (sender, closed) = bounded(0);
         // Before the place is taken: stopping drops it for all that it finds there.
         enter(&c.state).open = Some(sender);
-        let lane = (request.open)()?;
+        let lane = (request.open)(lines)?;
         core.lanes[lane].join(c, &Arc::default());
         enter(&c.state).phase = Phase::Live;
         Ok((Stream { c, core, request, closed }, lane))
@@ -119,6 +120,42 @@ impl Stream<'_> {
         state.phase = Phase::Live;
         let noted = got.and_then(|got| self.c.note_stray(&mut state, got)).map(drop);
         close_if_err(&mut state, noted);
+    }
+
+    /// Waits for what a follower gets next, for as long as the page is there: so a stream serves what the program makes of
+    /// topics.
+    ///
+    /// # Errors
+    /// The page has gone, or the server is stopping: return the error from the handler.
+    ///
+    /// ```
+    /// # fn main() -> std::io::Result<()> {
+    /// # use brooklet::{Config, Event, News, Server, Since};
+    /// # let server = Server::bind("127.0.0.1:0", Config::default())?;
+    /// server.stream("/shouted", |stream| {
+    ///     let mut news = stream.request().hub().subscribe(["news"], Since::Now)?;
+    ///     loop {
+    ///         match stream.wait_for(&mut news)? {
+    ///             News::Event(event) => stream.send(&Event::new(event.data.to_uppercase()))?,
+    ///             _ => stream.comment("some news were missed")?, // a gap
+    ///         }
+    ///     }
+    /// })?;
+    /// # Ok(()) }
+    /// ```
+    pub fn wait_for(&self, news: &mut Follower) -> io::Result<News> {
+        loop {
+            self.check_open()?;
+            match news.try_next() {
+                Ok(item) => return Ok(item),
+                Err(TryRecvError::Disconnected) => return Err(io::Error::other(STOPPING)), // another server of the program's
+                Err(TryRecvError::Empty) => {}
+            }
+            select! {
+                recv(self.closed) -> _ => {}
+                recv(news.ready()) -> _ => {}
+            }
+        }
     }
 
     /// For a `select!` beside a channel of the program's own: nothing ever comes of it, and it is disconnected once the

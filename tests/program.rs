@@ -300,6 +300,98 @@ fn a_session_cookie_is_enough_to_follow_topics_and_a_page_that_comes_back_misses
     assert_eq!(ask(addr, "GET /inbox HTTP/1.1\r\nCookie: session=a/b", "").status, 400);
 }
 
+/// What `GET /events/a,b` takes, and refuses, in the same words: a page that must poll can poll here, too.
+#[test]
+fn a_page_that_may_follow_says_where_it_begins_when_it_ends_and_in_which_form() {
+    let (server, addr) = with_route("/inbox", Config::default(), |request| {
+        let topics = request.query("topics").unwrap_or("a").split(',');
+        request.follow_since(topics, Since::Newest(1))
+    });
+    let hub = server.hub();
+    let ids = ["one", "two", "three"].map(|data| hub.publish("a", Event::new(data)).unwrap());
+    let ask = |query: &str, fields: &str| {
+        let mut wire = Wire::connect(addr);
+        wire.send(format!("GET /inbox?{query} HTTP/1.1\r\nHost: localhost\r\n{fields}\r\n").as_bytes());
+        let head = wire.head();
+        (header(&head, "content-type").unwrap().to_string(), String::from_utf8(wire.rest()).unwrap())
+    };
+    let lines = |query: &str, fields: &str| ask(&format!("as=lines&{query}"), fields).1;
+    assert_eq!(lines("poll", ""), "three\n", "as its handler says");
+    assert_eq!(lines("poll&since=earliest", ""), "one\ntwo\nthree\n");
+    assert_eq!(lines("poll=10s&last=2&_=7", ""), "two\nthree\n");
+    assert_eq!(lines("take=2&since=earliest", ""), "one\ntwo\n");
+    assert_eq!(lines(&format!("poll&since={}", ids[1]), ""), "three\n");
+    assert_eq!(lines("poll&last=3", &format!("Last-Event-ID: {}\r\n", ids[1])), "three\n", "the cursor wins");
+    assert_eq!(lines("poll=1ms&since=earliest&topics=b", ""), "", "a parameter of the program's own");
+    let (content_type, json) = ask("as=json&take=1", "");
+    assert_eq!(content_type, "application/x-ndjson");
+    assert!(json.contains("\"data\":\"three\""), "{json}");
+    let (content_type, polled) = ask("poll", "");
+    assert_eq!(content_type, "text/event-stream");
+    assert!(polled.ends_with(": the poll is over\nretry: 100\n\n") && polled.contains("data: three\n"), "{polled}");
+    for (query, said) in [
+        ("poll=soon", "\"soon\""),
+        ("take=0", "take is a number of events"),
+        ("as=xml", "as is lines or json"),
+        ("since=yesterday", "since is earliest"),
+        ("last=-1", "last is a number of events"),
+        ("since=1-0&last=1", "leave one of them out"),
+        ("topics=a%20b", "is no topic name"),
+    ] {
+        let answer = get(addr, &format!("/inbox?{query}"));
+        assert!(answer.status == 400 && answer.body.contains(said), "{query}: {answer:?}");
+    }
+    // What `/events/` says of the same.
+    assert_eq!(get(addr, "/inbox?take=0").body, get(addr, "/events/a?take=0").body);
+}
+
+#[test]
+fn streams_have_the_programs_fields_in_their_heads() {
+    let (_server, addr) = with_route("/", Config::default(), |request| match request.rest() {
+        "stream" => request.stream_with([("Set-Cookie", "a=1"), ("Set-Cookie", "b=2")])?.end(),
+        "follow" => Ok(request.follow(["a"])?.field("Set-Cookie", "a=1").field("set-cookie", "b=2")),
+        "late" => Ok(request.stream()?.end()?.field("Set-Cookie", "c=3")),
+        own => Ok(request.follow(["a"])?.field(own, "x")),
+    });
+    for (method, target) in [("GET", "stream"), ("GET", "follow?poll=1ms"), ("HEAD", "stream"), ("HEAD", "follow")] {
+        let mut wire = Wire::connect(addr);
+        wire.send(format!("{method} /{target} HTTP/1.1\r\nHost: localhost\r\n\r\n").as_bytes());
+        let head = wire.head();
+        assert_eq!(header(&head, "content-type"), Some("text/event-stream"), "{method} {target}: {head}");
+        let cookies: Vec<_> = head.lines().filter(|line| line.to_lowercase().starts_with("set-cookie: ")).collect();
+        assert_eq!(
+            cookies,
+            ["Set-Cookie: a=1", if target == "stream" { "Set-Cookie: b=2" } else { "set-cookie: b=2" }]
+        );
+        assert!(wire.rest().is_empty() || target.contains("poll"), "{method} {target}");
+    }
+    let late = Wire::stream(addr, "/late", "").rest();
+    assert!(late.is_empty(), "its head was sent before: {late:?}");
+    for own in ["Content-Type", "cache-control", "X-Accel-Buffering", "Transfer-Encoding", "Date", "a b"] {
+        assert_eq!(get(addr, &format!("/{}", own.replace(' ', "%20"))).status, 500, "{own}");
+    }
+}
+
+#[test]
+fn a_stream_whose_head_may_not_be_is_not_opened() {
+    let (_server, addr) = with_route("/", Config::default(), |request| {
+        let (name, value) = request.rest().split_once('/').unwrap();
+        match request.stream_with([(name, value)]) {
+            Ok(stream) => stream.end(),
+            Err(error) if request.query("answers").is_some() => Ok(Answer::text(409, error)),
+            Err(error) => Err(error),
+        }
+    });
+    assert!(Wire::stream(addr, "/X-Mine/1", "").rest().is_empty());
+    for target in ["/X/a%0d%0aX-Evil:1", "/X%0aY/1", "/Content-Type/text%0Dplain", "/Cache-Control/public", "/Date/now"]
+    {
+        let answer = get(addr, target);
+        assert_eq!((answer.status, answer.header("x-evil")), (500, None), "{target}: {answer:?}");
+    }
+    let answer = get(addr, "/Date/now?answers");
+    assert_eq!((answer.status, answer.body.as_str()), (409, "the field Date is the server's own: leave it out\n"));
+}
+
 #[test]
 fn a_post_may_be_answered_with_a_stream() {
     let (_server, addr) = with_route("/ask", Config::default(), |request| {
