@@ -42,12 +42,12 @@ pub struct Parts {
 /// # fn main() -> std::io::Result<()> {
 /// # use brooklet::{Answer, Config, Server};
 /// # let server = Server::bind("127.0.0.1:0", Config::default())?;
-/// server.route("/notes/", |request| match (request.method(), request.rest()) {
-///     ("PUT", name) if request.field("Content-Type") == Some("text/plain") => {
-///         Ok(Answer::text(201, format!("{name}: {} bytes from {}", request.body().len(), request.peer())))
+/// server.route("PUT /notes/", |request| {
+///     if request.field("Content-Type") != Some("text/plain") {
+///         return Ok(Answer::text(415, "notes are text/plain"));
 ///     }
-///     ("PUT", _) => Ok(Answer::text(415, "notes are text/plain")),
-///     _ => Ok(Answer::empty(405).field("Allow", "PUT")),
+///     let (name, bytes) = (request.rest(), request.body().len());
+///     Ok(Answer::text(201, format!("{name}: {bytes} bytes from {}", request.peer())))
 /// })?;
 /// # Ok(()) }
 /// ```

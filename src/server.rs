@@ -172,12 +172,12 @@ impl Server {
     /// Those of [`Server::bind_with_engine`] that are not about an address.
     ///
     /// ```
-    /// # use brooklet::{Config, Engine, Server};
+    /// # use brooklet::{Config, Engine, Feed, Handle, Server};
     /// # use std::sync::Arc;
-    /// fn start(engine: Arc<dyn Engine>) -> std::io::Result<brooklet::Handle> {
+    /// fn start(engine: Arc<dyn Engine>, show: impl Fn(Feed) + Send + 'static) -> std::io::Result<Handle> {
     ///     let (server, feed) = Server::new_with_engine(Config::default(), engine)?;
-    ///     std::thread::spawn(move || while !feed.is_over() { /* show it what the engine has taken */ });
-    ///     server.spawn()
+    ///     std::thread::spawn(move || show(feed)); // whatever the engine has taken, until `feed.is_over()`
+    ///     server.spawn() // then `Handle::serve` takes connections
     /// }
     /// ```
     pub fn new_with_engine(config: Config, engine: Arc<dyn Engine>) -> io::Result<(Server, Feed)> {

@@ -236,6 +236,67 @@ fn methods_that_no_program_takes_are_answered_by_the_server() {
 }
 
 #[test]
+fn a_route_may_be_for_one_method_and_all_others_are_refused_with_what_is_taken() {
+    let server = bind(Config::default()).unwrap();
+    let say = |said: &'static str| move |_: &Request| Ok(Answer::text(200, said));
+    server.route("/any", say("all others")).unwrap();
+    for (route, said) in [
+        ("POST /jobs", "old"),
+        ("POST /jobs", "posted"),
+        ("GET /jobs", "got"),
+        ("DELETE /any", "deleted"),
+        ("GET /jobs/", "below"),
+        ("PUT /", "root"),
+        ("PATCH /with space", "patched"),
+    ] {
+        server.route(route, say(said)).unwrap();
+    }
+    server.page("/page", "text/plain", "a page").unwrap();
+    server.route("POST /page", say("posted to a page")).unwrap();
+    let server = server.spawn().unwrap();
+    let addr = server.addr().unwrap();
+    for (request, said) in [
+        ("POST /jobs", "posted\n"),
+        ("GET /jobs", "got\n"),
+        ("GET /jobs/7", "below\n"),
+        ("DELETE /any", "deleted\n"),
+        ("PUT /any", "all others\n"),
+        ("PUT /elsewhere", "root\n"),
+        ("PATCH /with%20space", "patched\n"),
+        ("GET /page", "a page"),
+        ("POST /page", "posted to a page\n"),
+    ] {
+        assert_eq!(ask(addr, &format!("{request} HTTP/1.1"), "").body, said, "{request}");
+    }
+    for (request, status, allow) in [
+        ("DELETE /jobs", 405, "GET, HEAD, POST, OPTIONS"),
+        ("POST /jobs/7", 405, "GET, HEAD, OPTIONS"), // and not what is above it
+        ("GET /with%20space", 405, "PATCH, OPTIONS"),
+        ("PUT /page", 405, "GET, HEAD, POST, OPTIONS"),
+        ("OPTIONS /page", 204, "GET, HEAD, POST, OPTIONS"),
+        ("OPTIONS /any", 204, "GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS"),
+        ("OPTIONS /jobs", 204, "GET, HEAD, POST, OPTIONS"),
+    ] {
+        let answer = ask(addr, &format!("{request} HTTP/1.1"), "");
+        assert_eq!((answer.status, answer.header("allow")), (status, Some(allow)), "{request}");
+    }
+    let mut wire = Wire::connect(addr);
+    wire.send(b"HEAD /jobs HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n");
+    let head = wire.head();
+    assert!(header(&head, "content-length") == Some("4") && wire.rest().is_empty(), "{head}");
+    let server = bind(Config::default()).unwrap();
+    for wrong in ["HEAD /x", "OPTIONS /x", "get /x", "POST", "POST x", "POST  /x", " /x", "POST /events/a", "GET /x?y"]
+    {
+        let error = server.route(wrong, say("never")).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::InvalidInput, "{wrong}: {error}");
+    }
+    let error = server.route("HEAD /x", say("never")).unwrap_err().to_string();
+    assert!(
+        error.ends_with("begin it with a slash, or with one of GET, POST, PUT, PATCH, DELETE, a space and a slash")
+    );
+}
+
+#[test]
 fn a_body_beyond_the_limit_never_reaches_a_handler() {
     let config = Config::default().with(|config| config.body_bytes = 10);
     let (_server, addr) = with_route("/mine", config, |request| Ok(Answer::text(200, request.body().len())));
