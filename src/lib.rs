@@ -95,7 +95,8 @@
 extern crate model_std as std;
 
 mod program; // what a program adds to its server
-mod server; // bind, accept, start and stop
+mod stopping; // how a server stops
+mod server; // bind, start, accept
 mod tokens; // the tokens' file, and whose right is gone
 mod clerk; // what lanes and acceptors may not do, since they never wait
 mod conversation; // one connection's requests, one after another
