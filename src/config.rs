@@ -299,6 +299,11 @@ impl fmt::Debug for Token {
 }
 
 /// How much is logged.
+///
+/// ```
+/// use brooklet::Log;
+/// assert!(Log::Debug > Log::Info && Log::default() == Log::Off);
+/// ```
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Log {
     /// Nothing: a library stays silent unless it is asked.
@@ -328,6 +333,21 @@ type LogLines = dyn Fn(&str) + Send + Sync;
 impl LogTo {
     /// Calls `take` with each line, without the line's end, one after another on a thread of the log's own. So it may take
     /// its time: lines wait, 1,024 of them, and then are left out and counted. What it panics with is left out, too.
+    ///
+    /// ```
+    /// # fn main() -> std::io::Result<()> {
+    /// # use brooklet::{Config, Log, LogTo, Server};
+    /// let (lines, log) = std::sync::mpsc::channel();
+    /// let config = Config::default().with(|config| {
+    ///     config.log = Log::Debug;
+    ///     config.log_to = LogTo::lines(move |line| drop(lines.send(line.to_string())));
+    /// });
+    /// let server = Server::bind("127.0.0.1:0", config)?.spawn()?;
+    /// # std::io::Write::write_all(&mut std::net::TcpStream::connect(server.addr()?)?, b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")?;
+    /// # let deadline = std::time::Duration::from_secs(10);
+    /// println!("{}", log.recv_timeout(deadline).unwrap()); // Thu, 26 Nov 2026 02:00:00 GMT 127.0.0.1:50000 GET "/health" 200
+    /// # Ok(()) }
+    /// ```
     pub fn lines(take: impl Fn(&str) + Send + Sync + 'static) -> LogTo {
         LogTo(Some(Arc::new(take)))
     }

@@ -21,6 +21,24 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// Where a subscription begins: see [`Hub::subscribe`] and [`Request::follow_since`](crate::Request::follow_since).
+///
+/// ```
+/// # fn main() -> std::io::Result<()> {
+/// # use brooklet::{Config, Event, Server, Since};
+/// # use std::time::Duration;
+/// # let server = Server::bind("127.0.0.1:0", Config::default())?;
+/// let (hub, hour) = (server.hub(), Duration::from_secs(3_600));
+/// ["0.4", "0.5", "0.7"].iter().try_for_each(|load| hub.publish("load", Event::new(*load)).map(drop))?;
+/// let count = |since| -> std::io::Result<usize> {
+///     let mut news = hub.subscribe(["load"], since)?;
+///     Ok(std::iter::from_fn(|| news.try_next().ok()).count())
+/// };
+/// assert_eq!(count(Since::Now)?, 0);
+/// assert_eq!(count(Since::Newest(1))?, 1);
+/// assert_eq!(count(Since::Earliest)?, 3);
+/// assert_eq!(count(Since::Ago(hour))?, 4); // a gap first: the server is not that old
+/// # Ok(()) }
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Since {
@@ -50,6 +68,22 @@ impl From<Since> for Start {
 }
 
 /// What a follower gets next.
+///
+/// ```
+/// # fn main() -> std::io::Result<()> {
+/// # use brooklet::{Config, News, Server};
+/// # let server = Server::bind("127.0.0.1:0", Config::default())?;
+/// fn show(item: News) -> String {
+///     match item {
+///         News::Event(event) => format!("{} of {}: {}", event.id, event.topic, event.data),
+///         News::Gap { oldest: Some(id) } => format!("some events before {id} may be missing"),
+///         _ => "some events may be missing".into(),
+///     }
+/// }
+/// # let mut news = server.hub().subscribe(["a"], brooklet::Since::After("1-0".parse()?))?;
+/// # assert_eq!(show(news.try_next().unwrap()), "some events may be missing");
+/// # Ok(()) }
+/// ```
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum News {
@@ -145,6 +179,17 @@ impl Follower {
     /// # Errors
     /// [`TryRecvError::Empty`]: nothing newer is kept. [`TryRecvError::Disconnected`]: the same, and the server has
     /// stopped.
+    ///
+    /// ```
+    /// # fn main() -> std::io::Result<()> {
+    /// # use brooklet::{Config, Event, News, Server, Since};
+    /// # let server = Server::bind("127.0.0.1:0", Config::default())?;
+    /// let mut news = server.hub().subscribe(["news"], Since::Now)?;
+    /// assert!(news.try_next().is_err()); // nothing yet
+    /// server.hub().publish("news", Event::new("hello"))?;
+    /// assert!(matches!(news.try_next(), Ok(News::Event(event)) if event.data == "hello"));
+    /// # Ok(()) }
+    /// ```
     pub fn try_next(&mut self) -> Result<News, TryRecvError> {
         // Asked first: what was published before the server stopped is still to be had.
         let is_over = self.core.is_stopping();
@@ -162,6 +207,21 @@ impl Follower {
     /// # Errors
     /// [`RecvTimeoutError::Timeout`]: there was none in this time. [`RecvTimeoutError::Disconnected`]: the server has
     /// stopped.
+    ///
+    /// ```
+    /// # fn main() -> std::io::Result<()> {
+    /// # use brooklet::{Config, Server, Since};
+    /// # use brooklet::crossbeam_channel::RecvTimeoutError;
+    /// # use std::time::Duration;
+    /// # let server = Server::bind("127.0.0.1:0", Config::default())?;
+    /// let mut news = server.hub().subscribe(["news"], Since::Now)?;
+    /// match news.recv_timeout(Duration::from_millis(10)) {
+    ///     Ok(item) => println!("{item:?}"),
+    ///     Err(RecvTimeoutError::Timeout) => println!("no news"),
+    ///     Err(RecvTimeoutError::Disconnected) => println!("the server has stopped"),
+    /// }
+    /// # Ok(()) }
+    /// ```
     pub fn recv_timeout(&mut self, time: Duration) -> Result<News, RecvTimeoutError> {
         let deadline = Instant::now() + time.min(LONGEST); // a longer time may overflow, which panics
         loop {
@@ -207,6 +267,19 @@ impl Follower {
 
     /// The id of the event or gap that was taken last, or where the subscription began: `Since::After` this goes on
     /// from here, also in another process where there is a journal.
+    ///
+    /// ```
+    /// # fn main() -> std::io::Result<()> {
+    /// # use brooklet::{Config, Event, News, Server, Since};
+    /// # let server = Server::bind("127.0.0.1:0", Config::default())?;
+    /// let hub = server.hub();
+    /// ["one", "two"].iter().try_for_each(|data| hub.publish("news", Event::new(*data)).map(drop))?;
+    /// let mut news = hub.subscribe(["news"], Since::Earliest)?;
+    /// let _one = news.next();
+    /// let mut later = hub.subscribe(["news"], Since::After(news.cursor()))?;
+    /// assert!(matches!(later.next(), Some(News::Event(event)) if event.data == "two"));
+    /// # Ok(()) }
+    /// ```
     pub fn cursor(&self) -> Id {
         self.cursor
     }

@@ -71,19 +71,31 @@ enum Kind {
 }
 
 impl Answer {
-    /// An answer with a body of this type, such as `text/html; charset=utf-8`. `status` is 200 to 599; without a body
-    /// it has no type either: [`Answer::empty`].
+    /// An answer with a body of this type, such as `text/html; charset=utf-8`. `status` is 200 to 599. 204, 205 and 304 have
+    /// no body: [`Answer::empty`]. What may not be becomes a 500 when the handler returns it, and the log says why.
+    ///
+    /// ```
+    /// let answer = brooklet::Answer::new(200, "image/svg+xml", "<svg xmlns='http://www.w3.org/2000/svg'/>");
+    /// ```
     pub fn new(status: u16, content_type: impl Into<String>, body: impl Into<Vec<u8>>) -> Answer {
         Answer::shared(status, content_type.into(), body.into().into())
     }
 
     /// One line of plain text, to which the line's end is added, as the server's own answers are.
+    ///
+    /// ```
+    /// let answer = brooklet::Answer::text(404, format_args!("there is no job {:?}", "7"));
+    /// ```
     pub fn text(status: u16, line: impl Display) -> Answer {
         Answer::new(status, "text/plain; charset=utf-8", format!("{line}\n"))
     }
 
     /// An answer without a body. 204 tells an `EventSource` not to come back:
     /// <https://html.spec.whatwg.org/multipage/server-sent-events.html#sse-processing-model>.
+    ///
+    /// ```
+    /// let answer = brooklet::Answer::empty(303).field("Location", "/login");
+    /// ```
     pub fn empty(status: u16) -> Answer {
         Answer::of(Kind::Response { status, body: Arc::default() })
     }
@@ -106,6 +118,10 @@ impl Answer {
     /// field that the server writes itself (`Date`, `Content-Length`, `Connection`, `Access-Control-…` and the like; of a
     /// stream also `Content-Type`, `Cache-Control` and `X-Accel-Buffering`), make it a 500, and the log says why. The head
     /// of a stream that has ended was sent when it was opened: see [`Request::stream_with`].
+    ///
+    /// ```
+    /// let answer = brooklet::Answer::text(503, "too many jobs wait").field("Retry-After", 5);
+    /// ```
     pub fn field(mut self, name: impl Into<String>, value: impl Display) -> Answer {
         self.fields.push((name.into(), value.to_string()));
         self
@@ -117,8 +133,9 @@ impl Request<'_> {
     /// besides, it gets on the stream.
     ///
     /// # Errors
-    /// There is no room (the page was told when to come back), the page has gone, the server is stopping, the request
-    /// is a `HEAD`, or a stream was opened before. Return the error from the handler; nothing else can be answered.
+    /// [`Other`](io::ErrorKind::Other): there is no room (the page was told when to come back), the page has gone, the
+    /// server is stopping, the request is a `HEAD`, or a stream was opened before. Return the error from the handler;
+    /// nothing else can be answered.
     ///
     /// ```
     /// # fn main() -> std::io::Result<()> {
@@ -143,7 +160,8 @@ impl Request<'_> {
     /// The same, with fields of the program's own in the head, which are checked as [`Answer::field`] says.
     ///
     /// # Errors
-    /// As for [`Request::stream`]; or a field that may not be, and nothing was sent then.
+    /// As for [`Request::stream`]; also [`Other`](io::ErrorKind::Other) for a field that may not be: nothing was sent then,
+    /// so the handler may still answer, and to return the error is a 500.
     ///
     /// ```
     /// # fn main() -> std::io::Result<()> {
@@ -209,6 +227,14 @@ impl Request<'_> {
     ///
     /// # Errors
     /// As for [`Request::follow`].
+    ///
+    /// ```
+    /// # fn main() -> std::io::Result<()> {
+    /// # use brooklet::{Config, Server, Since};
+    /// # let server = Server::bind("127.0.0.1:0", Config::default())?;
+    /// server.route("GET /values", |request| request.follow_since(["load", "memory"], Since::Newest(1)))?;
+    /// # Ok(()) }
+    /// ```
     pub fn follow_since(&self, topics: impl IntoIterator<Item = impl AsRef<str>>, since: Since) -> io::Result<Answer> {
         if self.opened.get().is_some() {
             return Err(io::Error::other("the stream is open already: it cannot follow topics, too"));
@@ -224,6 +250,18 @@ impl Stream<'_> {
     ///
     /// # Errors
     /// The page has gone already, or the server is stopping.
+    ///
+    /// ```
+    /// # fn main() -> std::io::Result<()> {
+    /// # use brooklet::{Config, Event, Server};
+    /// # let server = Server::bind("127.0.0.1:0", Config::default())?;
+    /// server.route("POST /shout", |request| {
+    ///     let mut stream = request.stream()?;
+    ///     stream.send(&Event::new(request.text()?.to_uppercase()))?;
+    ///     stream.end()
+    /// })?;
+    /// # Ok(()) }
+    /// ```
     pub fn end(self) -> io::Result<Answer> {
         self.check_open().map(|()| Answer::ended())
     }

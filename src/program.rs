@@ -67,6 +67,15 @@ impl Server {
     /// # Errors
     /// [`InvalidInput`](io::ErrorKind::InvalidInput) for a path that may not be, as for [`Server::route`]; and for what
     /// is no content type.
+    ///
+    /// ```
+    /// # fn main() -> std::io::Result<()> {
+    /// # use brooklet::{Config, Server};
+    /// # let server = Server::bind("127.0.0.1:0", Config::default())?;
+    /// server.page("/", "text/html; charset=utf-8", "<!doctype html><title>hello</title>")?;
+    /// server.page("/dot.svg", "image/svg+xml", "<svg xmlns='http://www.w3.org/2000/svg'><circle r='9'/></svg>")?;
+    /// # Ok(()) }
+    /// ```
     pub fn page(&self, path: &str, content_type: &str, body: impl Into<Vec<u8>>) -> io::Result<()> {
         check_content_type(content_type)?;
         let (content_type, body): (String, Arc<[u8]>) = (content_type.into(), body.into().into());

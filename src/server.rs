@@ -42,6 +42,15 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(20);
 
 /// A server that is bound but does not serve yet: add pages and streams, then [`run`](Server::run) or
 /// [`spawn`](Server::spawn) it.
+///
+/// ```
+/// # fn main() -> std::io::Result<()> {
+/// # use brooklet::{Config, Server};
+/// let server = Server::bind("127.0.0.1:0", Config::default())?;
+/// server.page("/", "text/plain", "hello")?;
+/// let server = server.spawn()?;
+/// # Ok(()) }
+/// ```
 pub struct Server {
     pub(crate) handle: Handle,
 }
@@ -96,12 +105,21 @@ impl Server {
     /// ([`ErrorKind::PermissionDenied`]); a limit makes no sense ([`ErrorKind::InvalidInput`]); the journal cannot be
     /// used ([`ErrorKind::ResourceBusy`]: another process has it; [`ErrorKind::InvalidData`]: the file is none); or no
     /// thread can be started; or the system has no room for two connections ([`ErrorKind::QuotaExceeded`]).
+    ///
+    /// ```
+    /// # fn main() -> std::io::Result<()> {
+    /// # use brooklet::{Config, Server};
+    /// let server = Server::bind("127.0.0.1:0", Config::default().with(|config| config.subscribers = 100))?;
+    /// let error = Server::bind("127.0.0.1:0", Config::default().with(|config| config.topics = 0)).err().unwrap();
+    /// assert_eq!(error.to_string(), "topics: without any, nothing is published: give at least 1"); // names the field
+    /// # Ok(()) }
+    /// ```
     pub fn bind(address: impl ToSocketAddrs, config: Config) -> io::Result<Server> {
         Server::bind_to(address, config, None)
     }
 
     /// As [`Server::bind`], for a server that shares its topics with others: the engine numbers what is published on any
-    /// of them, and shows it to this one by the feed. See [`Engine`].
+    /// of them, and shows it to this one by the feed. [`Engine`] has an example.
     ///
     /// # Errors
     /// As for [`Server::bind`]; and a journal is [`ErrorKind::InvalidInput`], since the engine keeps the events.
@@ -220,6 +238,14 @@ impl Server {
     }
 
     /// The hub, to publish with.
+    ///
+    /// ```
+    /// # fn main() -> std::io::Result<()> {
+    /// # use brooklet::{Config, Event, Server};
+    /// # let server = Server::bind("127.0.0.1:0", Config::default())?;
+    /// server.hub().publish("news", Event::new("hello"))?; // before it serves, too
+    /// # Ok(()) }
+    /// ```
     pub fn hub(&self) -> Hub {
         self.handle.hub()
     }
@@ -228,6 +254,14 @@ impl Server {
     ///
     /// # Errors
     /// [`ErrorKind::AddrNotAvailable`]: it listens nowhere ([`Server::new`]).
+    ///
+    /// ```
+    /// # fn main() -> std::io::Result<()> {
+    /// # use brooklet::{Config, Server};
+    /// # let server = Server::bind("127.0.0.1:0", Config::default())?;
+    /// assert_ne!(server.addr()?.port(), 0);
+    /// # Ok(()) }
+    /// ```
     pub fn addr(&self) -> io::Result<SocketAddr> {
         self.handle.addr()
     }
@@ -237,6 +271,13 @@ impl Server {
     /// # Errors
     /// No thread can be started; or it listens nowhere, so there is nothing to wait for
     /// ([`ErrorKind::AddrNotAvailable`]): [`spawn`](Server::spawn) it.
+    ///
+    /// ```no_run
+    /// # use brooklet::{Config, Server};
+    /// fn main() -> std::io::Result<()> {
+    ///     Server::bind("127.0.0.1:3000", Config::default())?.run()
+    /// }
+    /// ```
     pub fn run(self) -> io::Result<()> {
         self.addr()?;
         let handle = self.spawn()?;
@@ -251,6 +292,15 @@ impl Server {
     ///
     /// # Errors
     /// No thread can be started.
+    ///
+    /// ```
+    /// # fn main() -> std::io::Result<()> {
+    /// # use brooklet::{Config, Server};
+    /// # let server = Server::bind("127.0.0.1:0", Config::default())?;
+    /// let handle = server.spawn()?; // to drop it stops the server
+    /// println!("http://{}", handle.addr()?);
+    /// # Ok(()) }
+    /// ```
     pub fn spawn(self) -> io::Result<Handle> {
         let handle = self.handle;
         let Some(listening) = &handle.listening else { return Ok(handle) };
@@ -270,6 +320,15 @@ impl Server {
 
 impl Handle {
     /// The hub, to publish with.
+    ///
+    /// ```
+    /// # fn main() -> std::io::Result<()> {
+    /// # use brooklet::{Config, Event, Server};
+    /// # let server = Server::bind("127.0.0.1:0", Config::default())?;
+    /// let handle = server.spawn()?;
+    /// handle.hub().publish("news", Event::new("hello"))?;
+    /// # Ok(()) }
+    /// ```
     pub fn hub(&self) -> Hub {
         Hub { core: self.shared.streams.core.clone() }
     }
@@ -278,6 +337,15 @@ impl Handle {
     ///
     /// # Errors
     /// [`ErrorKind::AddrNotAvailable`]: it listens nowhere ([`Server::new`]).
+    ///
+    /// ```
+    /// # fn main() -> std::io::Result<()> {
+    /// # use brooklet::{Config, Server};
+    /// # let server = Server::bind("127.0.0.1:0", Config::default())?;
+    /// let handle = server.spawn()?;
+    /// println!("curl -N http://{}/events/news", handle.addr()?);
+    /// # Ok(()) }
+    /// ```
     pub fn addr(&self) -> io::Result<SocketAddr> {
         let address = self.listening.as_ref().map(|listening| listening.address);
         address.ok_or_else(|| io::Error::new(ErrorKind::AddrNotAvailable, "this server listens nowhere itself"))
@@ -288,6 +356,7 @@ impl Handle {
     ///
     /// # Errors
     /// The connection has gone already; or [`ErrorKind::NotConnected`], the server is stopping. The socket is closed.
+    /// [`Server::new`] has an example.
     pub fn serve(&self, socket: TcpStream) -> io::Result<()> {
         self.shared.streams.core.check_running()?;
         let peer = socket.peer_addr()?;

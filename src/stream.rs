@@ -25,6 +25,17 @@ use std::time::{Duration, Instant};
 const STEP: Duration = Duration::from_millis(50);
 
 /// A handler's stream: see [`Request::stream`] and [`Server::stream`](crate::Server::stream).
+///
+/// ```
+/// # fn main() -> std::io::Result<()> {
+/// # use brooklet::{Config, Event, Server};
+/// # let server = Server::bind("127.0.0.1:0", Config::default())?;
+/// server.stream("/hello", |stream| {
+///     stream.comment("here it begins")?;
+///     stream.send(&Event::new("hello").name("greeting"))
+/// })?;
+/// # Ok(()) }
+/// ```
 pub struct Stream<'a> {
     c: &'a Arc<Connection>,
     core: &'a Core,
@@ -51,6 +62,17 @@ impl<'a> Stream<'a> {
     }
 
     /// What asked for this stream.
+    ///
+    /// ```
+    /// # fn main() -> std::io::Result<()> {
+    /// # use brooklet::{Config, Event, Server};
+    /// # let server = Server::bind("127.0.0.1:0", Config::default())?;
+    /// server.stream("/hello", |stream| {
+    ///     let name = stream.request().query("name").unwrap_or("you");
+    ///     stream.send(&Event::new(format!("hello, {name}")))
+    /// })?;
+    /// # Ok(()) }
+    /// ```
     pub fn request(&self) -> &'a Request<'a> {
         self.request
     }
@@ -62,6 +84,14 @@ impl Stream<'_> {
     /// # Errors
     /// [`InvalidInput`](io::ErrorKind::InvalidInput) for an event that may not be; otherwise the stream is closed or
     /// the server is stopping, and the error says so: return it from the handler.
+    ///
+    /// ```
+    /// # fn main() -> std::io::Result<()> {
+    /// # use brooklet::{Config, Event, Server};
+    /// # let server = Server::bind("127.0.0.1:0", Config::default())?;
+    /// server.stream("/once", |stream| stream.send(&Event::new("7").name("order").id("7")))?;
+    /// # Ok(()) }
+    /// ```
     pub fn send(&mut self, event: &Event) -> io::Result<()> {
         event.check()?;
         self.write(event.encode().as_bytes(), 1)
@@ -71,6 +101,14 @@ impl Stream<'_> {
     ///
     /// # Errors
     /// The stream is closed, or the server is stopping.
+    ///
+    /// ```
+    /// # fn main() -> std::io::Result<()> {
+    /// # use brooklet::{Config, Server};
+    /// # let server = Server::bind("127.0.0.1:0", Config::default())?;
+    /// server.stream("/quiet", |stream| stream.comment("nothing to see here"))?; // : nothing to see here
+    /// # Ok(()) }
+    /// ```
     pub fn comment(&mut self, text: &str) -> io::Result<()> {
         let lines: String = with_lf(text).split('\n').map(|line| format!(":{line}\n")).collect();
         self.write(lines.as_bytes(), 0)
@@ -80,6 +118,20 @@ impl Stream<'_> {
     ///
     /// # Errors
     /// The peer closed the connection, or the server is stopping: return the error from the handler.
+    ///
+    /// ```
+    /// # fn main() -> std::io::Result<()> {
+    /// # use brooklet::{Config, Event, Server};
+    /// # use std::time::Duration;
+    /// # let server = Server::bind("127.0.0.1:0", Config::default())?;
+    /// server.stream("/clock", |stream| {
+    ///     loop {
+    ///         stream.send(&Event::new("tick"))?;
+    ///         stream.sleep(Duration::from_secs(1))?;
+    ///     }
+    /// })?;
+    /// # Ok(()) }
+    /// ```
     pub fn sleep(&mut self, time: Duration) -> io::Result<()> {
         let until = Instant::now() + time.min(LONGEST); // a longer time may overflow, which panics
         loop {
