@@ -168,6 +168,7 @@ impl Config {
     /// let server = Server::bind("127.0.0.1:0", Config::default().with(|config| config.subscribers = 100))?;
     /// # Ok(()) }
     /// ```
+    #[must_use = "it returns the changed one"]
     pub fn with(mut self, change: impl FnOnce(&mut Config)) -> Config {
         change(&mut self);
         self

@@ -72,6 +72,7 @@ pub struct Server {
 /// assert_eq!(server.stop(), 0); // no handler is left running
 /// # Ok(()) }
 /// ```
+#[must_use = "dropping it stops the server"]
 pub struct Handle {
     pub(crate) shared: Arc<Shared>,
     /// None where the program accepts.

@@ -211,7 +211,8 @@ impl Stream<'_> {
     }
 
     /// For a `select!` beside a channel of the program's own: nothing ever comes of it, and it is disconnected once the
-    /// page has gone or the server is stopping, whatever the handler is doing.
+    /// page has gone or the server is stopping, whatever the handler is doing. What is sent on a channel that several pages
+    /// share reaches one of them; what is for all of them is better published to a topic.
     ///
     /// ```
     /// # fn main() -> std::io::Result<()> {
