@@ -14,8 +14,8 @@ use std::io;
 use std::net::SocketAddr;
 use std::sync::{Arc, OnceLock};
 
-/// Finds a place among the streams and writes the head, with these lines in it, and returns the lane for it; else the stream is rejected in a
-/// way that a browser comes back from, and this says why.
+/// Finds a place among the streams and writes the head, with these lines in it, and returns the lane for it; else the
+/// stream is rejected in a way that a browser comes back from, and this says why.
 pub type Opener<'a> = dyn Fn(&str) -> Result<usize, Reason> + Sync + 'a;
 
 /// What a request says, taken out of its head and its body.

@@ -159,8 +159,8 @@ impl Default for Config {
 }
 
 impl Config {
-    /// The same with some fields changed, so that it is made in one expression where it is needed. Outside of this crate
-    /// `Config { .. }` cannot be written, or each new field would break the programs that do.
+    /// The same with some fields changed, so that it is made in one expression where it is needed. Outside of this
+    /// crate `Config { .. }` cannot be written, or each new field would break the programs that do.
     ///
     /// ```
     /// # fn main() -> std::io::Result<()> {
@@ -344,9 +344,11 @@ impl LogTo {
     ///     config.log_to = LogTo::lines(move |line| drop(lines.send(line.to_string())));
     /// });
     /// let server = Server::bind("127.0.0.1:0", config)?.spawn()?;
-    /// # std::io::Write::write_all(&mut std::net::TcpStream::connect(server.addr()?)?, b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")?;
+    /// # let mut client = std::net::TcpStream::connect(server.addr()?)?;
+    /// # std::io::Write::write_all(&mut client, b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")?;
     /// # let deadline = std::time::Duration::from_secs(10);
-    /// println!("{}", log.recv_timeout(deadline).unwrap()); // Thu, 26 Nov 2026 02:00:00 GMT 127.0.0.1:50000 GET "/health" 200
+    /// // Thu, 26 Nov 2026 02:00:00 GMT 127.0.0.1:50000 GET "/health" 200
+    /// println!("{}", log.recv_timeout(deadline).unwrap());
     /// # Ok(()) }
     /// ```
     pub fn lines(take: impl Fn(&str) + Send + Sync + 'static) -> LogTo {

@@ -47,8 +47,8 @@ impl Event {
         Event { data: data.into(), ..Event::default() }
     }
 
-    /// The event's type, which pages listen for; without it, `message`. At most 256 bytes without CR, LF or NUL; `gap` is
-    /// reserved.
+    /// The event's type, which pages listen for; without it, `message`. At most 256 bytes without CR, LF or NUL; `gap`
+    /// is reserved.
     ///
     /// ```
     /// let event = brooklet::Event::new("7").name("created"); // source.addEventListener('created', …)

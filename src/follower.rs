@@ -46,8 +46,8 @@ pub enum Since {
     Now,
     /// With the oldest event that is kept.
     Earliest,
-    /// With the newest so many events of each topic, all in one order: with `Newest(1)` a dashboard has its current values
-    /// at once.
+    /// With the newest so many events of each topic, all in one order: with `Newest(1)` a dashboard has its current
+    /// values at once.
     Newest(u64),
     /// With what was published in this time before now.
     Ago(Duration),

@@ -71,8 +71,9 @@ enum Kind {
 }
 
 impl Answer {
-    /// An answer with a body of this type, such as `text/html; charset=utf-8`. `status` is 200 to 599. 204, 205 and 304 have
-    /// no body: [`Answer::empty`]. What may not be becomes a 500 when the handler returns it, and the log says why.
+    /// An answer with a body of this type, such as `text/html; charset=utf-8`. `status` is 200 to 599. 204, 205 and 304
+    /// have no body: [`Answer::empty`]. What may not be becomes a 500 when the handler returns it, and the log says
+    /// why.
     ///
     /// ```
     /// let answer = brooklet::Answer::new(200, "image/svg+xml", "<svg xmlns='http://www.w3.org/2000/svg'/>");
@@ -113,11 +114,11 @@ impl Answer {
         Answer { kind, fields: Vec::new() }
     }
 
-    /// Adds a field to the head, also to that of a stream of topics ([`Request::follow`]). It is checked when the handler
-    /// returns: a name or a value that may not be (an empty name, a space in it; a control character in the value), and a
-    /// field that the server writes itself (`Date`, `Content-Length`, `Connection`, `Access-Control-…` and the like; of a
-    /// stream also `Content-Type`, `Cache-Control` and `X-Accel-Buffering`), make it a 500, and the log says why. The head
-    /// of a stream that has ended was sent when it was opened: see [`Request::stream_with`].
+    /// Adds a field to the head, also to that of a stream of topics ([`Request::follow`]). It is checked when the
+    /// handler returns: a name or a value that may not be (an empty name, a space in it; a control character in the
+    /// value), and a field that the server writes itself (`Date`, `Content-Length`, `Connection`, `Access-Control-…`
+    /// and the like; of a stream also `Content-Type`, `Cache-Control` and `X-Accel-Buffering`), make it a 500, and the
+    /// log says why. The head of a stream that has ended was sent when it was opened: see [`Request::stream_with`].
     ///
     /// ```
     /// let answer = brooklet::Answer::text(503, "too many jobs wait").field("Retry-After", 5);
@@ -160,8 +161,8 @@ impl Request<'_> {
     /// The same, with fields of the program's own in the head, which are checked as [`Answer::field`] says.
     ///
     /// # Errors
-    /// As for [`Request::stream`]; also [`Other`](io::ErrorKind::Other) for a field that may not be: nothing was sent then,
-    /// so the handler may still answer, and to return the error is a 500.
+    /// As for [`Request::stream`]; also [`Other`](io::ErrorKind::Other) for a field that may not be: nothing was sent
+    /// then, so the handler may still answer, and to return the error is a 500.
     ///
     /// ```
     /// # fn main() -> std::io::Result<()> {
@@ -200,13 +201,13 @@ impl Request<'_> {
     /// Lets the connection follow these topics, as `GET /events/a,b` does, but without a token: whoever calls this has
     /// checked who may. The handler's thread is free at once.
     ///
-    /// A page that reconnects goes on after its last event; one that comes first begins now. The parameters of such a `GET`
-    /// mean the same here: `since` and `last` say where it begins, `poll` and `take` when it ends, `as` what its events look
-    /// like. So whoever may follow a topic may also read what it keeps. Other parameters are the program's.
+    /// A page that reconnects goes on after its last event; one that comes first begins now. The parameters of such a
+    /// `GET` mean the same here: `since` and `last` say where it begins, `poll` and `take` when it ends, `as` what its
+    /// events look like. So whoever may follow a topic may also read what it keeps. Other parameters are the program's.
     ///
     /// # Errors
-    /// [`InvalidInput`](io::ErrorKind::InvalidInput) for what is no topic name, for no topic, for more than 64, and for a
-    /// parameter whose value cannot be read; [`Other`](io::ErrorKind::Other) after a stream was opened.
+    /// [`InvalidInput`](io::ErrorKind::InvalidInput) for what is no topic name, for no topic, for more than 64, and for
+    /// a parameter whose value cannot be read; [`Other`](io::ErrorKind::Other) after a stream was opened.
     ///
     /// ```
     /// # fn main() -> std::io::Result<()> {
@@ -223,7 +224,8 @@ impl Request<'_> {
         self.follow_since(topics, Since::Now)
     }
 
-    /// The same, where a page that comes first and does not say where begins elsewhere: with all that is kept, for example.
+    /// The same, where a page that comes first and does not say where begins elsewhere: with all that is kept, for
+    /// example.
     ///
     /// # Errors
     /// As for [`Request::follow`].

@@ -53,9 +53,9 @@
 //! the end of this file. A `Connection` is called `c`.
 //!
 //! # Where a change goes
-//! *A parameter of a stream* is named and read in `wanted`. Where the stream starts is decided in `cursor`; when it ends, in
-//! `subscription` (`Served::step`); what its events look like, in `form`. Live or behind, the events of its topics are
-//! written by `Connection::deliver`, or by `Connection::finish` where one fitted only in part.
+//! *A parameter of a stream* is named and read in `wanted`. Where the stream starts is decided in `cursor`; when it
+//! ends, in `subscription` (`Served::step`); what its events look like, in `form`. Live or behind, the events of its
+//! topics are written by `Connection::deliver`, or by `Connection::finish` where one fitted only in part.
 //!
 //! *Another kind of storage* replaces `journal`, which only `hub`, `tending`, `unwritten` and `kept` name; `kept` stands
 //! between its blocks and the history. One that numbers events itself is an [`Engine`]: `Core::publish_outside` asks it, and

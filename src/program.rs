@@ -13,13 +13,13 @@ use std::io;
 use std::sync::Arc;
 
 impl Server {
-    /// Answers whatever is asked of a path with what the handler says: see [`Request`] and [`Answer`]. `POST /jobs` is the
-    /// route for one method (`GET`, `POST`, `PUT`, `PATCH` or `DELETE`), `/jobs` the one for all methods that have none of
-    /// their own; a method without any is answered with 405. A `HEAD` goes where a `GET` does.
+    /// Answers whatever is asked of a path with what the handler says: see [`Request`] and [`Answer`]. `POST /jobs` is
+    /// the route for one method (`GET`, `POST`, `PUT`, `PATCH` or `DELETE`), `/jobs` the one for all methods that have
+    /// none of their own; a method without any is answered with 405. A `HEAD` goes where a `GET` does.
     ///
-    /// A path that ends in a slash is also the route of everything below it, unless a longer one fits; [`Request::rest`]
-    /// has what follows. The server's own paths (`/events/…`, `/topics`, `/health`, `/metrics`) come first. A path that
-    /// had a route for this method gets the new one.
+    /// A path that ends in a slash is also the route of everything below it, unless a longer one fits;
+    /// [`Request::rest`] has what follows. The server's own paths (`/events/…`, `/topics`, `/health`, `/metrics`) come
+    /// first. A path that had a route for this method gets the new one.
     ///
     /// What is checked before the handler is called: the request is whole and well-formed, its body is at most
     /// [`body_bytes`](crate::Config::body_bytes) and came within [`body_time`](crate::Config::body_time) (413, 408); on

@@ -61,8 +61,8 @@ impl Response {
 
     /// What is written first, and what after that: a large body is not copied, a small one goes out with its head in
     /// one write. A response to HEAD is the head only, with the length that the body would have (RFC 9110 §9.3.2); 204
-    /// and 304 have neither body nor length (RFC 9110 §8.6), so nor a type: there is nothing that is of it. `nosniff` keeps browsers from taking a line that quotes a
-    /// request for a page.
+    /// and 304 have neither body nor length (RFC 9110 §8.6), so nor a type: there is nothing that is of it. `nosniff`
+    /// keeps browsers from taking a line that quotes a request for a page.
     pub fn encode(&self, head_only: bool, close: bool) -> (Vec<u8>, Arc<[u8]>) {
         let mut head = status_line(self.status);
         let has_body = ![204, 304].contains(&self.status);

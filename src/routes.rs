@@ -117,9 +117,9 @@ impl Routes {
         Ok(())
     }
 
-    /// What a program has put at a path, a route for each method or one for all, and where in the path begins what follows
-    /// them. The longest that fits counts: a whole path before any that ends in a slash. Cloned, so that the table is not
-    /// locked while a handler runs.
+    /// What a program has put at a path, a route for each method or one for all, and where in the path begins what
+    /// follows them. The longest that fits counts: a whole path before any that ends in a slash. Cloned, so that the
+    /// table is not locked while a handler runs.
     fn find(&self, path: &str) -> (Vec<Route>, usize) {
         let is_above = |known: &str, kind: Kind| kind == Kind::Own && known.ends_with('/') && path.starts_with(known);
         if is_servers(path) {

@@ -1,7 +1,8 @@
 //! How a server stops: within a second, whatever peers and disks do.
 //!
-//! First streams are ended in order, then sockets are cut, then lanes and the journal end, each with its share of the time.
-//! A thread that does not end is one of a handler that does not return: it is counted, and finds its socket closed.
+//! First streams are ended in order, then sockets are cut, then lanes and the journal end, each with its share of the
+//! time. A thread that does not end is one of a handler that does not return: it is counted, and finds its socket
+//! closed.
 
 use crate::config::Log;
 use crate::connection::STOPPING;

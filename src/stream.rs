@@ -45,8 +45,8 @@ pub struct Stream<'a> {
 }
 
 impl<'a> Stream<'a> {
-    /// Takes a place among the streams, writes the head with these lines in it, and gives the socket to its lane; once for each request.
-    /// Returns the lane, too, from which whoever called the handler takes the socket back.
+    /// Takes a place among the streams, writes the head with these lines in it, and gives the socket to its lane; once
+    /// for each request. Returns the lane, too, from which whoever called the handler takes the socket back.
     ///
     /// # Errors
     /// There is no stream, and why.
@@ -174,8 +174,8 @@ impl Stream<'_> {
         close_if_err(&mut state, noted);
     }
 
-    /// Waits for what a follower gets next, for as long as the page is there: so a stream serves what the program makes of
-    /// topics.
+    /// Waits for what a follower gets next, for as long as the page is there: so a stream serves what the program makes
+    /// of topics.
     ///
     /// # Errors
     /// The page has gone, or the server is stopping: return the error from the handler.
@@ -200,7 +200,8 @@ impl Stream<'_> {
             self.check_open()?;
             match news.try_next() {
                 Ok(item) => return Ok(item),
-                Err(TryRecvError::Disconnected) => return Err(io::Error::other(STOPPING)), // another server of the program's
+                // It may be of another server of the program's.
+                Err(TryRecvError::Disconnected) => return Err(io::Error::other(STOPPING)),
                 Err(TryRecvError::Empty) => {}
             }
             select! {
@@ -211,8 +212,8 @@ impl Stream<'_> {
     }
 
     /// For a `select!` beside a channel of the program's own: nothing ever comes of it, and it is disconnected once the
-    /// page has gone or the server is stopping, whatever the handler is doing. What is sent on a channel that several pages
-    /// share reaches one of them; what is for all of them is better published to a topic.
+    /// page has gone or the server is stopping, whatever the handler is doing. What is sent on a channel that several
+    /// pages share reaches one of them; what is for all of them is better published to a topic.
     ///
     /// ```
     /// # fn main() -> std::io::Result<()> {

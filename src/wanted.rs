@@ -30,12 +30,12 @@ pub struct Wanted {
 }
 
 impl Wanted {
-    /// Reads the query of a request for these topics. It resumes after `cursor`, if there is one; else it begins where the
-    /// query says, or at `start` where it says nothing.
+    /// Reads the query of a request for these topics. It resumes after `cursor`, if there is one; else it begins where
+    /// the query says, or at `start` where it says nothing.
     ///
     /// # Errors
-    /// [`ErrorKind::InvalidInput`](io::ErrorKind::InvalidInput) for a time, a number, a form or a `since` that cannot be
-    /// read. A cursor that cannot be read is no error.
+    /// [`ErrorKind::InvalidInput`](io::ErrorKind::InvalidInput) for a time, a number, a form or a `since` that cannot
+    /// be read. A cursor that cannot be read is no error.
     pub fn read(names: Vec<String>, query: &Query, cursor: Option<&str>, start: Start) -> io::Result<Wanted> {
         let poll = match query.get("poll") {
             None => None,
@@ -52,7 +52,8 @@ impl Wanted {
                 return invalid(reason);
             }
         };
-        // `since` or `last` is in the page's URL for good; a browser that reconnects adds its cursor, which is newer and wins.
+        // `since` or `last` is in the page's URL for good; a browser that reconnects adds its cursor, which is newer and
+        // wins.
         let start = cursor.map_or(since, |text| Start::After(text.parse().ok()));
         Ok(Wanted { names, start, poll, take, form })
     }

@@ -362,7 +362,8 @@ fn a_poll_waits_for_the_first_event_sends_what_there_is_and_ends() {
 
 #[test]
 fn polling_over_and_over_loses_nothing() {
-    let server = serve(Config::default().with(|config| config.keep_events = 2_000)); // all, however far behind the poll is
+    // All is kept, however far behind the poll is.
+    let server = serve(Config::default().with(|config| config.keep_events = 2_000));
     let addr = server.addr().unwrap();
     let (_, mut cursor) = Wire::subscribe(addr, "/events/a", "");
     let hub = server.hub();
