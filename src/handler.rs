@@ -309,7 +309,7 @@ impl Handled {
                 Outcome::Failed(io::Error::other("it ended a stream of another request"))
             }
             (None, Err(error)) => Outcome::Failed(error),
-            (Some(Err(_)), _) if is_head => Outcome::Head(request.lines.into_inner().unwrap_or_default()),
+            (Some(Err(_)), _) if is_head => Outcome::Head(request.lines.get().cloned().unwrap_or_default()),
             (Some(Err(reason)), _) => Outcome::Ended((*reason).into()),
             (Some(Ok(lane)), result) => Outcome::Ended(end_stream(core, c, *lane, result, has_panicked)),
         }
