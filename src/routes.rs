@@ -29,6 +29,7 @@ use crate::sync::enter;
 use crate::target::CURSOR_PARAMETERS;
 use crate::text::{invalid, quoted};
 use crate::wanted::{STREAM_PARAMETERS, Wanted};
+use std::borrow::Cow;
 use std::fmt::Write;
 use std::io::{self, ErrorKind};
 use std::mem;
@@ -338,7 +339,7 @@ fn is_for(route: &Route, method: &str) -> bool {
 }
 
 /// The methods that a path takes, for `Allow`; none where there is nothing. `own` is what the program has put there.
-fn methods_of(path: &str, own: &[Route]) -> Option<String> {
+fn methods_of(path: &str, own: &[Route]) -> Option<Cow<'static, str>> {
     if path.starts_with(EVENTS) || path == "*" {
         return Some(TOPIC_METHODS.into());
     } else if OWN_PATHS.contains(&path) {
@@ -347,7 +348,7 @@ fn methods_of(path: &str, own: &[Route]) -> Option<String> {
         return None;
     }
     let is_taken = |method: &&str| *method == "OPTIONS" || own.iter().any(|route| is_for(route, method));
-    Some(PROGRAM_METHODS.split(", ").filter(is_taken).collect::<Vec<_>>().join(", "))
+    Some(PROGRAM_METHODS.split(", ").filter(is_taken).collect::<Vec<_>>().join(", ").into())
 }
 
 /// What a request for a stream of these topics wants.
