@@ -16,8 +16,23 @@
 //! A program adds [routes](Server::route), which see a [request](Request) first and then [answer](Answer) it, open a
 //! [stream](Request::stream), or let the page [follow](Request::follow) topics; [pages](Server::page) and
 //! [streams](Server::stream) are the short forms. It [subscribes](Hub::subscribe) in itself, reads what is
-//! [kept](Hub::kept), sees the [topics](Hub::topics), and is told [who comes and goes](Server::on_subscription). Every limit is a field of [`Config`].
-//! `tests/embed` has three programs of about 60 lines: a job queue, a chat, a dashboard.
+//! [kept](Hub::kept), sees the [topics](Hub::topics), and is told [who comes and goes](Server::on_subscription). Every
+//! limit is a field of [`Config`]. `tests/embed` has three programs of about 60 lines: a job queue, a chat, a dashboard.
+//!
+//! ```
+//! # fn main() -> std::io::Result<()> {
+//! # use brooklet::{Answer, Config, Event, Server};
+//! # let server = Server::bind("127.0.0.1:0", Config::default())?;
+//! server.route("GET /inbox", |request| match request.cookie("user") {
+//!     Some(user) => request.follow([format!("user-{user}")]), // a real program checks a session here
+//!     None => Ok(Answer::text(401, "log in first")),
+//! })?;
+//! server.route("POST /tell/", |request| {
+//!     let id = request.hub().publish(&format!("user-{}", request.rest()), Event::new(request.text()?))?;
+//!     Ok(Answer::text(200, id))
+//! })?;
+//! # Ok(()) }
+//! ```
 //!
 //! # The idea: a live subscriber is never waited for
 //! Server-Sent Events go one way. Once its request is read, a subscriber sends nothing, so there is nothing to wait
