@@ -232,7 +232,8 @@ fn after_another_boot_pages_hear_a_gap_unless_everything_was_synced() {
 fn a_synced_journal_that_comes_back_in_place_of_one_that_was_not_tells_of_what_it_lacks() {
     let dir = Scratch::new();
     let (path, old) = (dir.path("events"), dir.path("old"));
-    let cursor = serve(Config { fsync: true, ..with_journal(&path) }).hub().publish("a", Event::new("x")).unwrap();
+    let cursor =
+        serve(with_journal(&path).with(|config| config.fsync = true)).hub().publish("a", Event::new("x")).unwrap();
     let synced = fs::read(&path).unwrap();
     fs::hard_link(&path, &old).unwrap();
     let hears_gap = |config: Config| {
@@ -253,7 +254,7 @@ fn a_synced_journal_that_comes_back_in_place_of_one_that_was_not_tells_of_what_i
     let other = sealed("boot: 00000000-0000-0000-0000-000000000000\n", "id: 0-0\n\n");
     for fsync in [false, true] {
         fs::write(&path, [&synced, other.as_bytes()].concat()).unwrap();
-        assert!(hears_gap(Config { fsync, ..with_journal(&path) }));
+        assert!(hears_gap(with_journal(&path).with(|config| config.fsync = fsync)));
     }
 }
 

@@ -171,7 +171,7 @@ fn a_deleted_topic_still_tells_of_what_a_crash_had_taken_from_it_before() {
     assert_eq!(delete(addr, "a").status, 200);
     publish(addr, "/events/a", "new");
     drop(server);
-    let server = serve(Config { keep_age: std::time::Duration::from_secs(3600), ..with_journal(&path) });
+    let server = serve(with_journal(&path).with(|config| config.keep_age = std::time::Duration::from_secs(3600)));
     assert_eq!(resumed(server.addr().unwrap(), "a", id(5000)), (true, vec!["new".into()]));
 }
 
