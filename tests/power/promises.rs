@@ -288,7 +288,8 @@ impl Promises {
                             }
                         }
                         None => {
-                            if std::mem::take(&mut self.events[number].was_here) {
+                            let is_lost = !self.may_be_forgotten(&self.events[number], seen);
+                            if std::mem::take(&mut self.events[number].was_here) && is_lost {
                                 self.may_miss_up_to = Some(self.highest);
                             }
                             let event = &mut self.events[number];
