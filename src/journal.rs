@@ -8,8 +8,8 @@
 //!   only a new file, written from memory, is trusted. <https://wiki.postgresql.org/wiki/Fsync_Errors> An earlier
 //!   process may have died during a failing sync: so with `--fsync`, a start trusts only a file that was ended in order.
 //! - *Unsynced, the end may be missing* after the machine has died, and nothing in the file shows it. So its first
-//!   block names the boot, and after another boot all topics count as forgotten up to now. One that was synced is given
-//!   a last block that does, since a new name may be lost, too.
+//!   block names the boot, and after another boot all topics count as forgotten up to now. A synced file is given such a
+//!   block at its end before an unsynced one takes its name, since the power may undo that.
 //! - *The lock is on the file itself*, and once a second its name is checked (`watch.rs`): a file that was moved, cut or
 //!   deleted is written anew; where another server's file has the name, nothing is published any more.
 //!
