@@ -54,6 +54,7 @@ use crate::hub::Core;
 use crate::log::Logger;
 use crate::places::Places;
 use crate::pool::{Kind, Pool, Seat};
+use crate::presence::FAR_BEHIND;
 use crate::subscriber::{Opened, Subscriber};
 use crate::sync::{MutexGuard, enter};
 use crate::text::quoted;
@@ -251,7 +252,8 @@ impl Streams {
         let line =
             format_args!("closed peer={peer} path={path} reason={reason:?} seconds={seconds}.{tenths} events={sent}");
         // As fast as a flood.
-        let repeats = [POLL_IS_OVER, ALL_IS_TAKEN, NO_ROOM, NO_THREAD, NO_NAMES, NOT_REACHED].contains(&reason);
+        let repeats =
+            [POLL_IS_OVER, ALL_IS_TAKEN, NO_ROOM, NO_THREAD, NO_NAMES, NOT_REACHED, FAR_BEHIND].contains(&reason);
         self.log.line(if repeats { Log::Debug } else { Log::Info }, line);
     }
 }

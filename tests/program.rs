@@ -394,6 +394,35 @@ fn a_hook_that_takes_its_time_holds_up_neither_streams_nor_their_ends() {
     assert!(peers.iter().all(|peer| calls[10..].contains(&(*peer, true))), "{calls:?}");
 }
 
+#[test]
+fn a_hook_that_is_stuck_locks_out_nobody_but_new_streams() {
+    const MOST_CALLS: usize = 1_024; // as `presence.rs` has it
+    let server = bind(Config { threads: 8, ..Config::default() }).unwrap();
+    let (release, held) = mpsc::channel::<()>();
+    server.on_subscription(move |_| drop(held.recv())).unwrap();
+    let server = server.spawn().unwrap();
+    let addr = server.addr().unwrap();
+    // Half of them come, and half of them go. The hook has the first.
+    for _ in 0..MOST_CALLS / 2 + 1 {
+        Wire::subscribe(addr, "/events/a", "").0.reset();
+    }
+    wait_for_metric(addr, "subscribers", 0);
+    // More than there are threads for requests. Some of them may have to make room.
+    let mut late: Vec<_> = (0..8).map(|_| Wire::connect(addr)).collect();
+    for wire in &mut late {
+        wire.send(b"GET /events/a HTTP/1.1\r\nHost: localhost\r\n\r\n");
+    }
+    assert_eq!(get(addr, "/health").body, "ok\n");
+    late.iter_mut().for_each(|wire| drop(wire.rest())); // each has its end
+    let end = Wire::stream(addr, "/events/a", "").block().unwrap();
+    assert!(end.retry.is_some() && end.comments == ["the program's hook is far behind"], "{end:?}");
+    drop(release);
+    wait_for("a newcomer to be let in", || {
+        let mut wire = Wire::stream(addr, "/events/a", "");
+        wire.block().filter(|first| first.id.is_some())
+    });
+}
+
 /// The next event, whichever it is, so that each of several streams has one.
 fn wire_arrives_alone(server: &Handle, stream: &mut Wire) {
     server.hub().publish("a", Event::new("x")).unwrap();
