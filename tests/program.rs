@@ -199,6 +199,19 @@ fn a_handlers_error_becomes_the_answer() {
 }
 
 #[test]
+fn a_handlers_error_is_one_line_of_the_log_whatever_stands_in_it() {
+    let (lines, log) = mpsc::channel();
+    let mut config = Config { log: brooklet::Log::Info, ..Config::default() };
+    config.log_to = brooklet::LogTo::lines(move |line| lines.send(line.to_string()).unwrap());
+    let (_server, addr) = with_route("/", config, |request| {
+        Err(io::Error::other(format!("no such job: {}", request.rest()))) // not quoted, as it should be
+    });
+    assert_eq!(get(addr, "/7%0Aa%20line%20of%20the%20peer's%1B[2J").status, 500);
+    let line = log.iter().find(|line| line.contains("the handler of")).unwrap();
+    assert!(line.ends_with(r"failed: no such job: 7\na line of the peer's\u{1b}[2J"), "{line}");
+}
+
+#[test]
 fn a_head_request_is_seen_as_a_get_and_gets_the_head_alone() {
     let (_server, addr) = with_route("/", Config::default(), |request| {
         assert_eq!(request.method(), "GET");
