@@ -181,9 +181,10 @@ impl Watch {
         self.judged_at = now;
         self.ending.retain(|(since, c)| match c.upgrade() {
             Some(c) if since.elapsed() >= END_TIME => {
-                let is_withdrawn = self.door.is_withdrawn(&enter(&c.state));
-                if is_withdrawn {
-                    c.cut(WITHDRAWN);
+                let mut state = enter(&c.state);
+                match self.door.is_withdrawn(&state) {
+                    true => c.cut(WITHDRAWN),
+                    false => state.ending = state.ending.filter(|why| *why != WITHDRAWN), // it may be withdrawn again
                 }
                 false
             }

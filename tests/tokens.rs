@@ -1,13 +1,13 @@
 //! The tokens' file: rights to some topics each, changed while streams are open.
 
 use crate::common::*;
-use brooklet::{Config, Event, Handle, Id};
+use brooklet::{Config, Event, Handle, Id, Stream};
 use std::fs;
 use std::io::{ErrorKind, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::path::Path;
-use std::sync::Mutex;
-use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::SeqCst};
+use std::sync::{Arc, Mutex, mpsc};
 use std::thread;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
@@ -180,6 +180,65 @@ fn a_stream_whose_right_is_withdrawn_or_over_ends_within_seconds_and_no_other_do
     assert!(mine.rest().iter().all(|byte| b":\n".contains(byte)), "cut, since nobody ends it");
     server.hub().publish("b", Event::new("four")).unwrap();
     assert_eq!(kept.event().unwrap().data(), "four");
+}
+
+#[test]
+fn a_stream_whose_right_came_back_at_once_ends_when_it_is_withdrawn_again() {
+    let dir = Scratch::new();
+    let path = dir.path("tokens");
+    write(&path, "root both *\n");
+    let (server, round) = (bind(with_tokens(&path)).unwrap(), Arc::new(AtomicUsize::new(0)));
+    let now = round.clone();
+    let says_the_round = move |stream: &mut Stream| {
+        loop {
+            stream.comment(&format!("round {}.", now.load(SeqCst)))?;
+            stream.sleep(Duration::from_millis(100))?;
+        }
+    };
+    server.stream("/mine", says_the_round).unwrap();
+    let server = server.spawn().unwrap();
+    let addr = server.addr().unwrap();
+    let has_right = |token: &str| ask(addr, "GET", "/topics", token).status == 200;
+    // On a busy machine the right may come back too late: then the stream is cut, and another is tried.
+    let mut mine = wait_longer_for("a stream to keep its right", || {
+        write(&path, "root both *\npage both *\nother both *\n");
+        wait_for("the rights", || (has_right("page") && has_right("other")).then_some(()));
+        let [mut mine, mut other] = ["page", "other"].map(|token| Wire::stream(addr, "/mine", &bearer(token)));
+        write(&path, "root both *\n");
+        wait_for("the rights to go", || (!has_right("page")).then_some(()));
+        write(&path, "root both *\npage both *\n");
+        other.rest(); // it was cut, so both have been looked at again
+        let round = round.fetch_add(1, SeqCst) + 1;
+        mine.take_until(format!(":round {round}.\n").as_bytes()).map(|_| mine)
+    });
+    write(&path, "root both *\n");
+    assert_eq!(mine.take_until(b"no more"), None, "it is cut");
+}
+
+#[test]
+fn a_page_that_closes_when_its_right_has_just_ended_is_seen_to_close() {
+    let dir = Scratch::new();
+    let path = dir.path("tokens");
+    write(&path, "root both *\n");
+    let (lines, log) = mpsc::channel();
+    let mut config = with_tokens(&path);
+    config.log = brooklet::Log::Info;
+    config.log_to = brooklet::LogTo::lines(move |line| lines.send(line.to_string()).unwrap());
+    let server = bind(config).unwrap();
+    server.stream("/mine", |stream| stream.sleep(Duration::from_secs(600))).unwrap();
+    let server = server.spawn().unwrap();
+    let addr = server.addr().unwrap();
+    let has_right = || ask(addr, "GET", "/topics", "page").status == 200;
+    wait_longer_for("the page's end, before its stream is cut", || {
+        write(&path, "root both *\npage both *\n");
+        wait_for("the right", || has_right().then_some(()));
+        let mine = Wire::stream(addr, "/mine", &bearer("page"));
+        write(&path, "root both *\n");
+        wait_for("the right to go", || (!has_right()).then_some(()));
+        mine.close();
+        let line = log.iter().find(|line| line.contains("path=\"/mine\"")).unwrap();
+        line.contains("reason=\"the peer ").then_some(())
+    });
 }
 
 #[test]
