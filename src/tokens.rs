@@ -116,7 +116,12 @@ impl TokensFile {
     /// None where the content is the same.
     fn read(&mut self) -> Result<Option<Rights>, String> {
         let mut bytes = Vec::new();
-        let read = File::open(&self.path).and_then(|file| file.take(FILE_BYTES + 1).read_to_end(&mut bytes));
+        // To open a pipe waits for whoever writes to it, and what was read from one is not there to be read again.
+        let open = || match fs::metadata(&self.path)?.is_file() {
+            true => File::open(&self.path),
+            false => invalid("it is no regular file: write the rights into one"),
+        };
+        let read = open().and_then(|file| file.take(FILE_BYTES + 1).read_to_end(&mut bytes));
         read.map_err(|error| error.to_string())?;
         if bytes.len() as u64 > FILE_BYTES {
             return Err(format!("it has more than {FILE_BYTES} bytes"));

@@ -291,6 +291,8 @@ fn a_file_that_cannot_be_understood_stops_the_start_with_its_line_and_shows_no_t
     assert!(bind(with_tokens(&path)).err().unwrap().to_string().contains("it is not UTF-8 from byte 9 on"));
     let missing = bind(with_tokens(&dir.path("missing"))).err().unwrap().to_string();
     assert!(missing.contains("No such file"), "{missing}");
+    let other = bind(with_tokens("/dev/null")).err().unwrap().to_string();
+    assert_eq!(other, "tokens: /dev/null: it is no regular file: write the rights into one");
 }
 
 #[test]
@@ -320,6 +322,19 @@ fn a_file_that_goes_bad_or_away_changes_nothing_and_is_logged_once_with_its_line
     assert_eq!(log.matches("rights stay as they were").count(), 2, "{log}");
     assert!(!log.contains("-secret"), "{log}");
     process.finish();
+}
+
+/// To open a pipe waits for whoever writes to it; and what was read from one once is not there to be read again.
+#[test]
+fn a_pipe_in_place_of_the_file_changes_nothing_and_rights_end_in_time() {
+    let dir = Scratch::new();
+    let path = dir.path("tokens");
+    write(&path, &format!("page subscribe a until={}\n", unix_time() + 4));
+    let server = serve(with_tokens(&path));
+    let (mut stream, _) = Wire::subscribe(server.addr().unwrap(), "/events/a", &bearer("page"));
+    fs::remove_file(&path).unwrap();
+    assert!(shell(&format!("mkfifo {path}")));
+    assert_eq!(end_of(&mut stream), (vec![WITHDRAWN.into()], true));
 }
 
 /// The entry of the file says the same after a change, as far as a program can bring that about.
