@@ -7,7 +7,7 @@
 
 use crate::clock::spread;
 use crate::config::{Config, Log};
-use crate::connection::{AWAKE_TIME, Connection, LINGER, Reason, STOPPING};
+use crate::connection::{Connection, LINGER, Reason, STOPPING};
 use crate::encoded::{Framing, Shape};
 use crate::form::Form;
 use crate::handler::Outcome;
@@ -15,7 +15,7 @@ use crate::log::OncePerSecond;
 use crate::places::{MADE_ROOM, Place, Places};
 use crate::pool::{Kind, Seat};
 use crate::presence::FAR_BEHIND;
-use crate::reader::Reader;
+use crate::reader::{AWAKE_TIME, Reader};
 use crate::request::Request;
 use crate::response::{Response, stream_head};
 use crate::routes::{Reply, Routes};
@@ -139,7 +139,7 @@ impl Conversation {
             // Only a client that has just shown that it asks at once is waited for awake; for all others that would
             // burn the processor for nothing. What has come already is not waited for.
             let stays_awake = is_keen && reader.unread().is_empty();
-            if !places.move_to(Place::Idle, c) || stays_awake && c.stay_awake().is_err() {
+            if !places.move_to(Place::Idle, c) || stays_awake && reader.stay_awake().is_err() {
                 return AfterRequest::End;
             }
             answered = Instant::now();

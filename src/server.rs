@@ -282,6 +282,7 @@ impl Handle {
     pub fn serve(&self, socket: TcpStream) -> io::Result<()> {
         self.shared.streams.core.check_running()?;
         let peer = socket.peer_addr()?;
+        socket.set_nonblocking(false)?; // on some systems it has its listener's mode
         admit(&self.shared, &self.address_space, socket, peer);
         Ok(())
     }

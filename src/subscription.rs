@@ -42,10 +42,10 @@
 
 use crate::clock::spread;
 use crate::config::Log;
-use crate::connection::{Connection, Outgoing, Phase, Reason, STOPPING, Unfinished, Written};
+use crate::connection::{Connection, Outgoing, Phase, Reason, STOPPING, Unfinished};
 use crate::cursor::{Next, Start};
 use crate::desk::Desk;
-use crate::encoded::Shapes;
+use crate::encoded::{Run, Shapes};
 use crate::event::Id;
 use crate::feed::{NOT_REACHED, reach};
 use crate::form::Form;
@@ -179,7 +179,10 @@ impl Streams {
             Err(reason) => served.reason = reason,
             // Where it has no share, because others are slow, it still gets what it takes without waiting: mostly that is
             // all there is, and it is live.
-            Ok(()) => served.serve(seat.change_to(Kind::Behind)),
+            Ok(()) => match served.begin() {
+                Ok(()) => served.serve(seat.change_to(Kind::Behind)),
+                Err(reason) => served.reason = reason,
+            },
         }
     }
 
@@ -284,8 +287,8 @@ impl<'a> Served<'a> {
         let Some(subscriber) = &mut self.subscriber else { return Step::Live };
         // First of all: an event or heartbeat that the lane has begun must end before anything else is written.
         match c.finish(subscriber.deadline, &|| may_wait && may_go_on()) {
-            Ok((Written::Whole, finished)) => core.counters.delivered.fetch_add(finished, Relaxed),
-            Ok((Written::Part, _)) => return Step::Queue,
+            Ok((true, finished)) => core.counters.delivered.fetch_add(finished, Relaxed),
+            Ok((false, _)) => return Step::Queue,
             Err(reason) => return Step::End(reason),
         };
         // The state's lock is given up before the history's is taken: whoever takes both takes the history's first.
@@ -325,17 +328,37 @@ impl<'a> Served<'a> {
             }
             Next::Events(run) => {
                 drop(history);
-                let mut state = enter(&c.state);
-                match c.deliver(&mut state, Shapes::of(&run).get(shape), Instant::now()) {
-                    Ok(whole) => core.counters.delivered.fetch_add(whole, Relaxed),
-                    Err(reason) => return Step::End(reason),
-                };
-                if let Some(Unfinished { what: Outgoing::Event(event, _), .. }) = &mut state.unfinished {
-                    *event = enter(&core.begun).share(event);
-                }
-                Step::Again
+                self.deliver(&run).map_or_else(Step::End, |()| Step::Again)
             }
         }
+    }
+
+    /// Of a stream that has just been opened, writes the head and the first events in one go, so that a crowd that comes
+    /// back costs one write for each, as far as the kernel takes it.
+    fn begin(&self) -> Result<(), Reason> {
+        let Some(subscriber) = &self.subscriber else { return Ok(()) };
+        let state = enter(&self.c.state);
+        if state.ending.is_some() {
+            return Ok(()); // its right has ended since it was checked: it gets no event
+        }
+        let (cursor, framing) = (state.cursor, state.shape.framing);
+        drop(state);
+        let history = self.streams.core.history();
+        let next = history.next(&subscriber.names, cursor, &subscriber.told, &subscriber.floors, framing);
+        drop(history);
+        if let Next::Events(run) = next { self.deliver(&run) } else { Ok(()) }
+    }
+
+    /// Writes a run without waiting.
+    fn deliver(&self, run: &Run) -> Result<(), Reason> {
+        let (core, mut state) = (&*self.streams.core, enter(&self.c.state));
+        let shape = state.shape;
+        let whole = self.c.deliver(&mut state, Shapes::of(run).get(shape), Instant::now())?;
+        core.counters.delivered.fetch_add(whole, Relaxed);
+        if let Some(Unfinished { what: Outgoing::Event(event, _), .. }) = &mut state.unfinished {
+            *event = enter(&core.begun).share(event);
+        }
+        Ok(())
     }
 
     /// Gives the socket to the lane, in the hold of the history's lock that has shown that nothing newer is kept: 2 and 3

@@ -242,6 +242,27 @@ fn a_page_that_closes_when_its_right_has_just_ended_is_seen_to_close() {
 }
 
 #[test]
+fn a_request_whose_right_ends_before_its_body_has_come_gets_no_event() {
+    let dir = Scratch::new();
+    let path = dir.path("tokens");
+    write(&path, "page both a\n");
+    let server = serve(with_tokens(&path));
+    let addr = server.addr().unwrap();
+    server.hub().publish("a", Event::new("a secret")).unwrap();
+    let fields = format!("Host: localhost\r\nContent-Length: 1\r\nExpect: 100-continue\r\n{}", bearer("page"));
+    let mut wire = Wire::connect(addr);
+    wire.send(format!("GET /events/a?since=earliest HTTP/1.1\r\n{fields}\r\n").as_bytes());
+    assert_eq!(wire.head(), "HTTP/1.1 100 Continue\r\n\r\n", "it has the right");
+    let (mut other, _) = Wire::subscribe(addr, "/events/a", &bearer("page"));
+    write(&path, "root both *\n");
+    assert_eq!(end_of(&mut other), (vec![WITHDRAWN.into()], true)); // and those before it were looked at, too
+    wire.send(b"x");
+    assert!(wire.head().starts_with("HTTP/1.1 200 OK\r\n"));
+    let stream = String::from_utf8(wire.rest()).unwrap();
+    assert!(stream.contains(WITHDRAWN) && !stream.contains("a secret"), "{stream}");
+}
+
+#[test]
 fn a_reader_that_takes_nothing_is_cut_when_its_right_is_gone() {
     let dir = Scratch::new();
     let path = dir.path("tokens");
