@@ -421,7 +421,8 @@ impl Core {
             check_topic(&entry.topic)?;
             self.check_open(entry.event.as_ref().unwrap_or(&Event::default()))?;
         }
-        let published: Vec<_> = entries.iter().filter(|entry| !entry.is_forget()).map(Entry::topic).collect();
+        let mut published: Vec<_> = entries.iter().filter(|entry| !entry.is_forget()).map(Entry::topic).collect();
+        published.dedup(); // the lines of a `PUT` are all of one topic
         self.history().check_room(&published)?;
         self.engine.as_ref().map_or(Ok(Vec::new()), |engine| engine::publish(&**engine, &entries))
     }

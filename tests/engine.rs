@@ -332,6 +332,16 @@ fn a_topic_for_which_there_is_no_name_left_has_a_gap_later() {
 }
 
 #[test]
+fn many_events_of_a_new_topic_take_one_name() {
+    let config = Config { topics: 4, ..Config::default() };
+    let (_engine, [server, _other]) = two_servers(&config);
+    let (ids, result) = server.hub().publish_all("a", (0..100).map(|n| numbered(n, 1)));
+    assert!(result.is_ok() && ids.len() == 100, "{result:?}");
+    let each = server.hub().publish_each(["a", "b", "c", "d", "e"], Event::new("x"));
+    assert_eq!(each.unwrap_err().kind(), ErrorKind::QuotaExceeded);
+}
+
+#[test]
 fn the_age_of_what_is_shown_late_goes_by_its_id() {
     let (_engine, server, feed) = puppet();
     let ago = |ms| Id { ms: now_ms() - ms, seq: 0 };
