@@ -43,7 +43,7 @@
 use crate::clock::spread;
 use crate::config::Log;
 use crate::connection::{Connection, Outgoing, Phase, Reason, STOPPING, Unfinished};
-use crate::cursor::{Next, Start};
+use crate::cursor::Next;
 use crate::desk::Desk;
 use crate::encoded::{Run, Shapes};
 use crate::event::Id;
@@ -58,14 +58,13 @@ use crate::presence::FAR_BEHIND;
 use crate::subscriber::{Opened, Subscriber};
 use crate::sync::{MutexGuard, enter};
 use crate::text::quoted;
+use crate::wanted::Wanted;
 use std::mem::take;
 use std::net::Shutdown;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant};
 
-/// How long `?poll` waits for its first event: less than the 30 s after which some proxies cut a silent answer.
-pub const POLL_TIME: Duration = Duration::from_secs(25);
 /// How soon a client comes back after a poll. What is published meanwhile is kept, so this only bounds the requests.
 const POLL_RETRY: Duration = Duration::from_millis(100);
 /// The log writes this end only at its debug level, since polls end all the time.
@@ -80,18 +79,6 @@ const TURN: Duration = Duration::from_millis(250);
 pub const NO_ROOM: Reason = "no room for another stream";
 pub const NO_THREAD: Reason = "no thread for another stream of a handler";
 const NO_NAMES: Reason = "all topic names are in use";
-
-/// What a request for a stream of topics has asked for.
-pub struct Wanted {
-    /// Each once.
-    pub names: Vec<String>,
-    pub start: Start,
-    /// How long it waits for its first event; then it ends. None for a stream that goes on.
-    pub poll: Option<Duration>,
-    /// It ends after so many events, gaps not counted.
-    pub take: Option<u64>,
-    pub form: Form,
-}
 
 /// What serving streams takes. Shared by all threads.
 pub struct Streams {
