@@ -22,8 +22,8 @@ pub const SWEEP: Duration = Duration::from_millis(1_750);
 const MOST_LANES: usize = 256;
 /// With fewer there is no share for each kind of connection (`pool.rs`).
 pub const FEWEST_THREADS: usize = 4;
-/// Places in an event's bytes are counted in 32 bits (`encoded.rs`), and data that is all newlines becomes seven times as
-/// much.
+/// Places in an event's bytes are counted in 32 bits (`encoded.rs`), and data that is all newlines becomes seven times
+/// as much.
 const MOST_DATA_BYTES: usize = 512 * 1024 * 1024;
 const _: () = assert!(7 * MOST_DATA_BYTES as u64 + 1024 * 1024 < u32::MAX as u64, "with all other fields");
 const _: () =

@@ -130,7 +130,8 @@ impl Server {
     ///
     /// A topic's stream has a queue, and nobody waits for a slow reader. If it takes nothing for PATIENCE, a write fails
     /// ("Resource temporarily unavailable"). If its queue is full, `publish` drops the sending end. If its next event is
-    /// not kept any more, the reference to it in the queue is empty. In each case the stream ends; the browser comes back for what it missed.
+    /// not kept any more, the reference to it in the queue is empty. In each case the stream ends; the browser comes back
+    /// for what it missed.
     fn stream(&self, socket: &mut TcpStream, topic: Option<&str>, last_event_id: &str) -> io::Result<String> {
         let (timer, (first_block, queue)) = match topic {
             None => (tick(Duration::from_secs(1)), (String::new(), never())),

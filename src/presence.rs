@@ -2,9 +2,9 @@
 //!
 //! The program's hook may take its time, publish, or panic. So it has a thread of its own, which holds no lock while it
 //! calls the hook, and what it panics with ends there: neither a lane nor the clerk ever waits for it. What it has not
-//! heard yet waits in a queue, in the order in which it happened. While that is long, whoever comes waits a moment, and is
-//! then told to come back: a hook that is stuck must not hold the threads that publishers need. Whoever goes does not
-//! wait. So the queue has about `WAITING` beginnings at most, and one end for each subscriber that is open.
+//! heard yet waits in a queue, in the order in which it happened. While that is long, whoever comes waits a moment, and
+//! is then told to come back: a hook that is stuck must not hold the threads that publishers need. Whoever goes does
+//! not wait. So the queue has about `WAITING` beginnings at most, and one end for each subscriber that is open.
 
 use crate::connection::Reason;
 use crate::sync::{Condvar, Mutex, MutexGuard, enter, start_thread, wait};
@@ -18,8 +18,8 @@ use std::time::{Duration, Instant};
 
 /// How many calls may wait before newcomers do.
 const WAITING: usize = 1_024;
-/// How long a newcomer waits for room in the queue, with a thread that others may want: less than the 100 ms after which
-/// one connection makes room for another's request (`pool.rs`).
+/// How long a newcomer waits for room in the queue, with a thread that others may want: less than the 100 ms after
+/// which one connection makes room for another's request (`pool.rs`).
 const ROOM_TIME: Duration = Duration::from_millis(50);
 /// Said to a newcomer for which there is none by then.
 pub const FAR_BEHIND: Reason = "the program's hook is far behind";
@@ -88,8 +88,8 @@ impl PresenceHook {
             .inspect_err(|_| enter(&self.queue).is_wanted = false)
     }
 
-    /// Whether another subscription may begin: asked before each. Waits a moment while the hook is far behind; no lock may
-    /// be held.
+    /// Whether another subscription may begin: asked before each. Waits a moment while the hook is far behind; no lock
+    /// may be held.
     pub fn has_room(&self) -> bool {
         let deadline = Instant::now() + ROOM_TIME;
         let mut queue = enter(&self.queue);
