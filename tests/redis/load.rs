@@ -1,8 +1,111 @@
 //! Many subscribers on three servers, of which each must have every event of its topics, once and in the order of the ids.
 
+use super::crowd::Crowd;
 use super::*;
 use crate::common::wait_longer_for;
-use std::io::{ErrorKind, Read};
+use std::collections::BTreeSet;
+use std::io::ErrorKind;
+use std::sync::Mutex;
+use std::sync::atomic::AtomicUsize;
+
+/// No stream may end or say anything but events meanwhile, and what a slow machine's readers lack must not be forgotten.
+const FLAGS: [&str; 10] =
+    ["--log", "off", "--lifetime", "1h", "--heartbeat", "1h", "--keep-events", "20000", "--stall-time", "1m"];
+const EVENTS: usize = 20_000;
+const PUBLISHERS: usize = 4;
+
+/// Publishes all events to one topic, which 3,000 subscribers follow on three servers, of which so many are killed meanwhile.
+/// Every subscriber must have every event once and in order, wherever it goes on.
+pub fn sixty_million_deliveries(kills: usize) {
+    let redis = Redis::start();
+    let mut servers = three(&redis.url(), &FLAGS);
+    let addrs = addresses(&servers);
+    let mut crowd = Crowd::subscribe(&addrs, subscribers(), kills > 0);
+    let (began, published, over) = (Instant::now(), AtomicUsize::new(0), Mutex::new(None));
+    let taken = thread::scope(|scope| {
+        let publishers: Vec<_> = (0..PUBLISHERS)
+            .map(|p| {
+                let (addrs, published) = (&addrs, &published);
+                scope.spawn(move || publish_share(p, addrs, published))
+            })
+            .collect();
+        scope.spawn(|| {
+            for kill in 0..kills {
+                // Evenly spread over the events, the last ones in the middle of the end.
+                let due = EVENTS * (kill + 1) / (kills + 1);
+                wait_longer_for("the next kill", || (published.load(SeqCst) >= due).then_some(()));
+                let killed = &mut servers[kill % 3];
+                killed.child.kill().unwrap();
+                killed.child.wait().unwrap();
+                *killed = server(&redis.url(), &FLAGS);
+                addrs.lock().unwrap()[kill % 3] = killed.addr;
+            }
+        });
+        let all = scope.spawn(|| {
+            let taken: BTreeMap<Id, String> =
+                publishers.into_iter().flat_map(|publisher| publisher.join().unwrap()).collect();
+            let bytes = taken.iter().map(|(id, data)| crowd::chunk(*id, data).len()).sum();
+            *over.lock().unwrap() = Some(bytes);
+            taken
+        });
+        crowd.read(|| *over.lock().unwrap());
+        all.join().unwrap()
+    });
+    let took = began.elapsed();
+    assert_eq!(taken.values().collect::<BTreeSet<_>>().len(), EVENTS, "each was published once");
+    let delivered = crowd.check(&taken);
+    assert_eq!(delivered, EVENTS * crowd.len());
+    assert!(kills == 0 || crowd.cuts >= crowd.len(), "only {} streams were cut", crowd.cuts);
+    println!(
+        "{delivered} deliveries of {EVENTS} events to {} subscribers of three servers, {kills} times killed, {} streams cut: \
+         every event once and in order, in {took:.1?}",
+        crowd.len(),
+        crowd.cuts
+    );
+}
+
+/// 3,000, or as many as the system gives descriptors for.
+fn subscribers() -> usize {
+    let (wanted, others) = (3_000, 500);
+    let limits = std::fs::read_to_string("/proc/self/limits").unwrap();
+    let files = limits.lines().find_map(|line| line.strip_prefix("Max open files")?.split_whitespace().next());
+    let files = files.and_then(|files| files.parse().ok()).unwrap_or(usize::MAX);
+    if files < wanted + others {
+        left_out(&format!("{} descriptors (ulimit -n) to have {wanted} subscribers, and has fewer", wanted + others));
+    }
+    wanted.min(files.saturating_sub(others).max(100))
+}
+
+/// Publishes every fourth event, each on another server than the one before. An event that may have been published, since
+/// its server was killed or Redis did not answer in time, is published again with its key.
+fn publish_share(p: usize, addrs: &Servers, published: &AtomicUsize) -> Vec<(Id, String)> {
+    let mut taken = Vec::new();
+    let mut wires: [Option<Wire>; 3] = [None, None, None];
+    for n in (p..EVENTS).step_by(PUBLISHERS) {
+        let (data, target, mut server) = (n.to_string(), format!("/events/a?key={n}"), n / PUBLISHERS + p);
+        let id = wait_longer_for("an event to be taken", || {
+            server += 1;
+            let wire = &mut wires[server % 3];
+            if wire.is_none() {
+                let addr = { addrs.lock().unwrap()[server % 3] };
+                *wire = std::net::TcpStream::connect(addr).ok().map(Wire::on);
+            }
+            let answer = wire.as_mut().and_then(|wire| try_post_on(wire, &target, &data));
+            match answer {
+                Some((200, body)) => Some(body.trim().parse().unwrap()),
+                Some((503, _)) => None,
+                Some(other) => panic!("{other:?}"),
+                None => {
+                    *wire = None;
+                    None
+                }
+            }
+        });
+        taken.push((id, data));
+        published.fetch_add(1, SeqCst);
+    }
+    taken
+}
 
 pub struct Size {
     pub subscribers: usize,

@@ -3,6 +3,7 @@
 #[allow(dead_code)]
 #[path = "../common.rs"]
 mod common;
+mod crowd;
 mod load;
 mod world;
 
@@ -91,12 +92,19 @@ fn every_subscriber_of_three_servers_has_every_event_once_and_in_order() {
 }
 
 #[test]
-#[ignore = "sixty million deliveries: make redis-load"]
-fn every_subscriber_of_one_topic_has_all_of_twenty_thousand_events() {
-    if !has("redis-server") {
-        return;
+#[ignore = "sixty million deliveries, for an optimized build: make redis-test"]
+fn sixty_million_deliveries_come_once_and_in_order() {
+    if has("redis-server") {
+        load::sixty_million_deliveries(0);
     }
-    load::run(&load::Size { subscribers: 3_000, of_many: 0, topics: 1, events: 20_000, publishers: 4 });
+}
+
+#[test]
+#[ignore = "sixty million deliveries, for an optimized build: make redis-test"]
+fn sixty_million_deliveries_come_once_and_in_order_while_servers_are_killed() {
+    if has("redis-server") {
+        load::sixty_million_deliveries(9);
+    }
 }
 
 #[test]

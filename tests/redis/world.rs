@@ -199,8 +199,11 @@ pub fn publisher(name: &str, servers: &Servers, over: &Over, topic: &str) -> Joi
 
 /// The status and the body; none where the server is gone.
 pub fn try_post(addr: SocketAddr, target: &str, body: &str) -> Option<(u16, String)> {
-    let socket = TcpStream::connect(addr).ok()?;
-    let mut wire = Wire::on(socket);
+    try_post_on(&mut Wire::on(TcpStream::connect(addr).ok()?), target, body)
+}
+
+/// The same on a connection that may be there.
+pub fn try_post_on(wire: &mut Wire, target: &str, body: &str) -> Option<(u16, String)> {
     wire.socket.write_all(post_request(target, body).as_bytes()).ok()?;
     let head = wire.head_if_any()?;
     let status = head.split(' ').nth(1)?.parse().ok()?;
