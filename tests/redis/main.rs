@@ -3,6 +3,7 @@
 #[allow(dead_code)]
 #[path = "../common.rs"]
 mod common;
+mod cost;
 mod crowd;
 mod load;
 mod world;
@@ -11,6 +12,7 @@ use brooklet::Id;
 use common::{
     BROOKLET, PATIENCE, Process, Scratch, Wire, get, has, left_out, metric, output, post, shell, start, wait_for,
 };
+use crowd::May;
 use std::collections::BTreeMap;
 use std::io::{Read, Write};
 use std::process::Command;
@@ -35,7 +37,7 @@ fn is_open(stream: &mut Wire, addr: std::net::SocketAddr, topic: &str) {
 
 #[test]
 fn a_start_that_cannot_be_says_why_and_shows_no_password() {
-    if !has("redis-server") {
+    if !has_redis() {
         return;
     }
     let locked = Redis::with(&["--save", "", "--requirepass", "sesame"]);
@@ -83,42 +85,77 @@ fn help_names_the_flags_that_this_build_has_more() {
 }
 
 #[test]
-fn every_subscriber_of_three_servers_has_every_event_once_and_in_order() {
-    if !has("redis-server") {
+fn every_subscriber_of_three_servers_has_every_event_of_its_topics_once_and_in_order() {
+    if !has_redis() {
         return;
     }
-    // 3,000 subscribers of one of 100 topics each, and 30 of 16 topics: 700,000 deliveries. `make redis-load` has all of it.
-    load::run(&load::Size { subscribers: 3_000, of_many: 30, topics: 100, events: 20_000, publishers: 4 });
+    load::many_topics();
 }
 
 #[test]
 #[ignore = "sixty million deliveries, for an optimized build: make redis-test"]
 fn sixty_million_deliveries_come_once_and_in_order() {
-    if has("redis-server") {
-        load::sixty_million_deliveries(0);
+    if has_redis() {
+        load::sixty_million_deliveries(&mut Redis::start(), May::default(), |_, _, _, _| {});
     }
 }
 
 #[test]
 #[ignore = "sixty million deliveries, for an optimized build: make redis-test"]
 fn sixty_million_deliveries_come_once_and_in_order_while_servers_are_killed() {
-    if has("redis-server") {
-        load::sixty_million_deliveries(9);
+    if !has_redis() {
+        return;
     }
+    let may = May { be_cut: true, ..May::default() };
+    let crowd = load::sixty_million_deliveries(&mut Redis::start(), may, |progress, redis, servers, addrs| {
+        for kill in 0..9 {
+            progress.reach(kill + 1, 10);
+            let killed = &mut servers[kill % 3];
+            killed.child.kill().unwrap();
+            killed.child.wait().unwrap();
+            *killed = server(&redis.url(), &load::FLAGS);
+            addrs.lock().unwrap()[kill % 3] = killed.addr;
+        }
+    });
+    assert!(crowd.cuts >= crowd.len(), "only {} streams were cut", crowd.cuts);
+}
+
+#[test]
+#[ignore = "sixty million deliveries, for an optimized build: make redis-test"]
+fn sixty_million_deliveries_come_once_and_in_order_while_redis_stands_still_and_is_killed() {
+    if !has_redis() {
+        return;
+    }
+    let may = May { have_gaps: true, ..May::default() };
+    let flags = ["--appendonly", "yes", "--appendfsync", "always", "--save", ""];
+    let crowd = load::sixty_million_deliveries(&mut Redis::with(&flags), may, |progress, redis, _, _| {
+        for hurt in 0..4 {
+            progress.reach(hurt + 1, 5);
+            if hurt % 2 == 0 {
+                redis.signal("STOP");
+                thread::sleep(Duration::from_millis(1_200)); // longer than anybody waits for it
+                redis.signal("CONT");
+            } else {
+                redis.kill();
+                redis.flags[3] = "everysec".into(); // the next time it is killed
+                redis.restart();
+            }
+        }
+    });
+    assert!(crowd.least_gaps() > 0, "nobody knows what another process lacks");
 }
 
 #[test]
 #[ignore = "figures for the README: make redis-load"]
 fn what_it_costs_to_go_through_redis() {
-    if !has("redis-server") {
-        return;
+    if has_redis() {
+        cost::print_tables();
     }
-    load::compare_cost();
 }
 
 #[test]
 fn servers_are_killed_and_their_subscribers_go_on_elsewhere() {
-    if !has("redis-server") {
+    if !has_redis() {
         return;
     }
     let redis = Redis::start();
@@ -174,7 +211,7 @@ fn while_hurt(redis: &mut Redis, hurt: impl FnOnce(&mut Redis)) -> (Vec<Vec<Had>
 
 #[test]
 fn redis_stands_still_and_goes_on() {
-    if !has("redis-server") {
+    if !has_redis() {
         return;
     }
     let (had, refused) = while_hurt(&mut Redis::start(), |redis| {
@@ -191,7 +228,7 @@ fn redis_stands_still_and_goes_on() {
 
 #[test]
 fn redis_is_killed_and_comes_back_with_what_it_has_written() {
-    if !has("redis-server") {
+    if !has_redis() {
         return;
     }
     for sync in ["always", "everysec"] {
@@ -211,7 +248,7 @@ fn redis_is_killed_and_comes_back_with_what_it_has_written() {
 
 #[test]
 fn redis_forgets_everything_and_all_hear_a_gap() {
-    if !has("redis-server") {
+    if !has_redis() {
         return;
     }
     let (had, _) = while_hurt(&mut Redis::start(), |redis| {
@@ -263,7 +300,7 @@ fn a_gap_and_then_new_events(redis: &Redis, hurt: impl FnOnce(&Redis)) {
 
 #[test]
 fn after_a_flush_there_is_a_gap_though_nothing_is_published() {
-    if !has("redis-server") {
+    if !has_redis() {
         return;
     }
     let redis = Redis::start();
@@ -273,7 +310,7 @@ fn after_a_flush_there_is_a_gap_though_nothing_is_published() {
 
 #[test]
 fn after_the_stream_is_set_back_there_is_a_gap_and_then_new_events() {
-    if !has("redis-server") {
+    if !has_redis() {
         return;
     }
     let redis = Redis::start();
@@ -289,7 +326,7 @@ fn after_the_stream_is_set_back_there_is_a_gap_and_then_new_events() {
 
 #[test]
 fn readers_that_were_trimmed_past_hear_a_gap() {
-    if !has("redis-server") {
+    if !has_redis() {
         return;
     }
     let redis = Redis::start();
@@ -322,7 +359,7 @@ fn readers_that_were_trimmed_past_hear_a_gap() {
 
 #[test]
 fn after_a_fail_over_to_a_replica_that_lacks_the_newest_there_is_a_gap_and_then_new_events() {
-    if !has("redis-server") {
+    if !has_redis() {
         return;
     }
     // Servers know one address. What stands behind it changes, as with a virtual address or a proxy.
@@ -367,7 +404,7 @@ fn after_a_fail_over_to_a_replica_that_lacks_the_newest_there_is_a_gap_and_then_
 
 #[test]
 fn ids_do_not_go_back_where_a_replica_with_a_slow_clock_takes_over() {
-    if !has("redis-server") {
+    if !has_redis() {
         return;
     }
     let mut primary = Redis::start();
@@ -402,7 +439,7 @@ fn ids_do_not_go_back_where_a_replica_with_a_slow_clock_takes_over() {
 
 #[test]
 fn a_server_that_is_cut_off_catches_up_without_a_gap_and_tells_nobody_anything_twice() {
-    if !has("redis-server") {
+    if !has_redis() {
         return;
     }
     let redis = Redis::start();
@@ -430,7 +467,7 @@ fn a_server_that_is_cut_off_catches_up_without_a_gap_and_tells_nobody_anything_t
 
 #[test]
 fn a_primary_that_becomes_a_replica_takes_nothing_until_it_is_a_primary_again() {
-    if !has("redis-server") {
+    if !has_redis() {
         return;
     }
     let (redis, other) = (Redis::start(), Redis::start());
@@ -448,7 +485,7 @@ fn a_primary_that_becomes_a_replica_takes_nothing_until_it_is_a_primary_again() 
 
 #[test]
 fn while_redis_is_away_streams_stay_and_publishers_are_told_when_to_try_again() {
-    if !has("redis-server") {
+    if !has_redis() {
         return;
     }
     let mut redis = Redis::with(&["--appendonly", "yes", "--appendfsync", "always", "--save", ""]);
@@ -470,7 +507,7 @@ fn while_redis_is_away_streams_stay_and_publishers_are_told_when_to_try_again() 
 
 #[test]
 fn a_redis_that_stands_still_holds_neither_publishers_nor_stopping() {
-    if !has("redis-server") {
+    if !has_redis() {
         return;
     }
     let redis = Redis::start();
@@ -497,7 +534,7 @@ fn a_redis_that_stands_still_holds_neither_publishers_nor_stopping() {
 
 #[test]
 fn a_key_holds_on_all_servers_after_a_restart_and_for_as_long_as_events_are_kept() {
-    if !has("redis-server") {
+    if !has_redis() {
         return;
     }
     let mut redis = Redis::with(&["--appendonly", "yes", "--appendfsync", "always", "--save", ""]);
@@ -516,7 +553,7 @@ fn a_key_holds_on_all_servers_after_a_restart_and_for_as_long_as_events_are_kept
 
 #[test]
 fn an_event_of_several_topics_has_neighbouring_entries_and_a_deleted_topic_is_gone_on_all_servers() {
-    if !has("redis-server") {
+    if !has_redis() {
         return;
     }
     let redis = Redis::start();
@@ -555,7 +592,7 @@ fn an_event_of_several_topics_has_neighbouring_entries_and_a_deleted_topic_is_go
 
 #[test]
 fn any_program_can_publish_by_xadd_and_nonsense_is_passed_over() {
-    if !has("redis-server") {
+    if !has_redis() {
         return;
     }
     let redis = Redis::start();
@@ -586,7 +623,7 @@ fn any_program_can_publish_by_xadd_and_nonsense_is_passed_over() {
 
 #[test]
 fn a_stream_may_have_another_name_and_is_bounded() {
-    if !has("redis-server") {
+    if !has_redis() {
         return;
     }
     let redis = Redis::start();
@@ -617,7 +654,7 @@ fn a_stream_may_have_another_name_and_is_bounded() {
 
 #[test]
 fn the_way_to_redis_may_be_encrypted() {
-    if !has("redis-server") || !has("openssl") {
+    if !has_redis() || !has("openssl") {
         return;
     }
     let dir = Scratch::new();
@@ -644,7 +681,7 @@ fn the_way_to_redis_may_be_encrypted() {
 
 #[test]
 fn a_user_of_redis_needs_no_more_rights_than_the_readme_says() {
-    if !has("redis-server") {
+    if !has_redis() {
         return;
     }
     let redis = Redis::start();
@@ -667,7 +704,7 @@ fn a_user_of_redis_needs_no_more_rights_than_the_readme_says() {
 
 #[test]
 fn the_readmes_page_of_commands_makes_three_servers_and_a_load_balancer() {
-    if !has("redis-server") || !(std::path::Path::new("/usr/sbin/nginx").exists() || left_out("nginx")) {
+    if !has_redis() || !(std::path::Path::new("/usr/sbin/nginx").exists() || left_out("nginx")) {
         return;
     }
     let readme = include_str!("../../README.md");

@@ -1,7 +1,7 @@
 //! A real Redis that can be hurt, servers that share it, publishers that note what they were told, and followers that go
 //! from server to server with their last id.
 
-use crate::common::{PATIENCE, Process, Scratch, Wire, header, output, post_request, shell, start, wait_for};
+use crate::common::{PATIENCE, Process, Scratch, Wire, has, header, output, post_request, shell, start, wait_for};
 use brooklet::Id;
 use std::collections::BTreeMap;
 use std::io::Write;
@@ -12,11 +12,21 @@ use std::sync::{Arc, Mutex};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
+/// The program, which may be another that speaks the same language: `REDIS_SERVER=valkey-server make redis-test`.
+pub fn redis_server() -> String {
+    std::env::var("REDIS_SERVER").unwrap_or_else(|_| "redis-server".into())
+}
+
+/// Whether it is there, and what hurts it.
+pub fn has_redis() -> bool {
+    has(&redis_server()) && has("redis-cli")
+}
+
 /// A Redis of our own, in a directory of its own.
 pub struct Redis {
     pub port: u16,
     dir: Scratch,
-    flags: Vec<String>,
+    pub flags: Vec<String>,
     child: Child,
 }
 
@@ -37,7 +47,7 @@ impl Redis {
     }
 
     fn run(port: u16, dir: &Scratch, flags: &[String]) -> Child {
-        let mut command = Command::new("redis-server");
+        let mut command = Command::new(redis_server());
         command.args(["--port", &port.to_string(), "--bind", "127.0.0.1", "--dir"]).arg(&dir.0);
         command.args(["--repl-diskless-sync-delay", "0"]).args(flags); // a replica is in step at once
         start(command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()))
@@ -76,6 +86,12 @@ impl Redis {
     pub fn restart(&mut self) {
         self.child = Redis::run(self.port, &self.dir, &self.flags);
         self.wait();
+    }
+
+    /// What its one thread that works has had of the processor.
+    pub fn processor_us(&self) -> u64 {
+        let text = std::fs::read_to_string(format!("/proc/{}/schedstat", self.child.id())).unwrap();
+        text.split(' ').next().unwrap().parse::<u64>().unwrap() / 1_000
     }
 
     /// What the stream holds: the ids of events, and their data.
