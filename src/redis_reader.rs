@@ -40,7 +40,7 @@ pub fn load(link: &Link, session: &mut Session, feed: &Feed) -> Result<Position,
         let read = range(link, session, &from)?;
         let is_last = read.len() < READ_COUNT;
         if let (None, Some((first, _))) = (cursor, read.first()) {
-            feed.missing_up_to(before(*first)).map_err(words)?;
+            feed.missing_up_to(first.before()).map_err(words)?;
         }
         cursor = show(link, feed, read)?.or(cursor);
         match cursor {
@@ -119,7 +119,7 @@ fn take_turn(link: &Link, session: &mut Session, at: &mut Position, feed: &Feed)
     }
     at.epoch = epoch;
     if let (false, Some((first, Err(_) | Ok(Some(_))))) = (is_here, read.first()) {
-        feed.missing_up_to(before(*first)).map_err(words)?; // trimmed past us; a mark would say it itself
+        feed.missing_up_to(first.before()).map_err(words)?; // trimmed past us; a mark would say it itself
     }
     at.cursor = show(link, feed, read)?.unwrap_or(at.cursor);
     Ok(())
@@ -143,14 +143,6 @@ fn show(link: &Link, feed: &Feed, read: Vec<Read>) -> Result<Option<Id>, String>
         }
     }
     Ok(last)
-}
-
-/// The position just before an id.
-fn before(id: Id) -> Id {
-    match id.seq.checked_sub(1) {
-        Some(seq) => Id { ms: id.ms, seq },
-        None => Id { ms: id.ms.saturating_sub(1), seq: u64::MAX },
-    }
 }
 
 /// What `XREAD` found in the one stream; nothing where it has waited in vain.
