@@ -10,13 +10,14 @@ mod world;
 
 use brooklet::Id;
 use common::{
-    BROOKLET, PATIENCE, Process, Scratch, Wire, get, has, left_out, metric, output, post, shell, start, wait_for,
+    BROOKLET, Clock, PATIENCE, Process, Scratch, Wire, get, has, left_out, metric, output, post, shell, start, wait_for,
 };
 use crowd::May;
 use std::collections::BTreeMap;
 use std::io::{Read, Write};
 use std::process::Command;
-use std::sync::atomic::Ordering::SeqCst;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::SeqCst};
 use std::thread;
 use std::time::{Duration, Instant};
 use world::*;
@@ -325,6 +326,41 @@ fn after_the_stream_is_set_back_there_is_a_gap_and_then_new_events() {
 }
 
 #[test]
+fn in_a_stream_that_was_set_back_200_means_all_the_same_that_the_event_is_shown() {
+    if !has_redis() {
+        return;
+    }
+    let redis = Redis::start();
+    let server = server(&redis.url(), &[]);
+    let (mut stream, _) = Wire::subscribe(server.addr, "/events/a", "");
+    let mut ahead: Id = publish(server.addr, "/events/a", "first").parse().unwrap();
+    for (round, target) in ["/events/a?key=", "/events/a?event=", "/events/a,b?key="].repeat(4).into_iter().enumerate()
+    {
+        // As a primary would number it whose clock is fast; then one takes over that lacks it, and whose clock is right.
+        ahead.ms += 60_000;
+        redis.cli(&["xadd", "brooklet", &ahead.to_string(), "topic", "a", "data", "ahead"]);
+        while stream.event().unwrap().data() != "ahead" {}
+        redis.cli(&[
+            "eval",
+            "redis.call('xtrim', KEYS[1], 'maxlen', 0) redis.call('xsetid', KEYS[1], '1-1')",
+            "1",
+            "brooklet",
+        ]);
+        // Before the reader has looked, or after: that is a matter of luck.
+        let (status, body) = try_post(server.addr, &format!("{target}{round}"), &round.to_string()).unwrap();
+        if status == 200 {
+            let id: Id = body.lines().next().unwrap().parse().unwrap();
+            assert!(id > ahead, "{target}: {id} is below {ahead}, which was shown, so nobody will be shown it");
+            while stream.event().unwrap().data() != round.to_string() {}
+        } else {
+            assert!(status == 503 && body.contains("was set back"), "{target}: {status} {body}");
+            while !stream.event().unwrap().is_gap() {}
+        }
+        ahead = ahead.max(publish(server.addr, "/events/a", "next").parse().unwrap());
+    }
+}
+
+#[test]
 fn readers_that_were_trimmed_past_hear_a_gap() {
     if !has_redis() {
         return;
@@ -549,6 +585,137 @@ fn a_key_holds_on_all_servers_after_a_restart_and_for_as_long_as_events_are_kept
     let second = wait_for("Redis to be back", again).1;
     assert!(second.trim() == first || began.elapsed() > Duration::from_secs(3), "{second} is not {first}");
     wait_for("the key to be forgotten", || again().filter(|(_, id)| id.trim() != first));
+}
+
+#[test]
+fn a_key_of_a_topic_that_was_deleted_before_holds_as_long_as_any_other() {
+    if !has_redis() {
+        return;
+    }
+    let redis = Redis::start();
+    let server = server(&redis.url(), &[]);
+    let script = |script: &str| redis.cli(&["eval", script, "0"]);
+    let left = |name: &str| script(&format!("return redis.call('pttl', '{{brooklet}}:{name}')"));
+    publish(server.addr, "/events/a?key=k", "once");
+    Wire::ask(server.addr, "DELETE /events/a HTTP/1.1\r\nHost: localhost\r\n\r\n");
+    let whole: u64 = wait_for("the topic to be deleted", || left("forgotten/a").parse().ok());
+    wait_for("some time to pass", || (left("forgotten/a").parse::<u64>().unwrap() < whole - 50).then_some(()));
+    let first = publish(server.addr, "/events/a?key=k", "once more");
+    // A key counts only together with what says when its topic was deleted: that must not be gone before it.
+    let outlives =
+        "return redis.call('pttl', '{brooklet}:forgotten/a') >= redis.call('pttl', '{brooklet}:key/a/k') and 1";
+    assert_eq!(script(outlives), "1");
+    assert_eq!(publish(server.addr, "/events/a?key=k", "twice"), first);
+}
+
+#[test]
+fn an_event_whose_reply_was_lost_is_never_published_again() {
+    if !has_redis() {
+        return;
+    }
+    let redis = Redis::start();
+    let is_deaf = Arc::new(AtomicBool::new(false));
+    let deaf = is_deaf.clone();
+    let relay = Relay::watched(redis.port, move |is_for_redis, _| is_for_redis || !deaf.load(SeqCst));
+    let server = server(&relay.url(), &[]);
+    let (mut stream, _) = Wire::subscribe(server.addr, "/events/a", "");
+    is_open(&mut stream, server.addr, "a");
+    is_deaf.store(true, SeqCst);
+    let mut answers = Vec::new();
+    for target in ["/events/a", "/events/a?key=k"] {
+        relay.turn_to(redis.port); // or it would have noticed by the first that nothing comes
+        is_deaf.store(false, SeqCst);
+        is_open(&mut stream, server.addr, "a");
+        is_deaf.store(true, SeqCst);
+        answers.push(post(server.addr, target, "in doubt"));
+    }
+    for answer in answers {
+        assert_eq!((answer.status, answer.header("retry-after")), (503, Some("1")), "{answer:?}");
+        assert!(answer.body.contains("it may be published, or not; publish it again with the same key"), "{answer:?}");
+    }
+    is_deaf.store(false, SeqCst);
+    let again = publish(server.addr, "/events/a?key=k", "in doubt");
+    is_open(&mut stream, server.addr, "a");
+    let mut ids = redis.events().into_iter().filter(|(_, data)| data == "in doubt").map(|(id, _)| id.to_string());
+    assert!(ids.next() < ids.next() && ids.next().is_none(), "each of the two once");
+    let keyed = redis.events().into_iter().filter(|(_, data)| data == "in doubt").map(|(id, _)| id).max();
+    assert_eq!(keyed, again.parse().ok(), "the key finds what was published then");
+}
+
+#[test]
+fn a_server_that_is_trimmed_past_while_it_starts_knows_that_it_lacks_something() {
+    if !has_redis() {
+        return;
+    }
+    let redis = Redis::start();
+    let first = server(&redis.url(), &[]);
+    let ids: Vec<String> = (0..400).map(|n| publish(first.addr, "/events/a", &n.to_string())).collect();
+    let (port, reads) = (redis.port.to_string(), AtomicUsize::new(0));
+    let relay = Relay::watched(redis.port, move |is_for_redis, bytes| {
+        let is_read = is_for_redis && bytes.windows(6).any(|word| word == b"XRANGE") && !bytes.starts_with(b"*2");
+        if is_read && !bytes.windows(4).any(|word| word == b"EVAL") && reads.fetch_add(1, SeqCst) == 1 {
+            let trimmed = output(Command::new("redis-cli").args(["-p", &port, "xtrim", "brooklet", "maxlen", "100"]));
+            assert!(trimmed.status.success());
+        }
+        true
+    });
+    let late = server(&relay.url(), &[]);
+    let (mut stream, _) = Wire::subscribe(late.addr, "/events/a", &format!("Last-Event-ID: {}\r\n", ids[100]));
+    let mut had = Vec::new();
+    while had.last().is_none_or(|last| last != "399") {
+        let event = stream.event().unwrap();
+        had.push(if event.is_gap() { "gap".into() } else { event.data().to_string() });
+    }
+    assert!(had.iter().any(|had| had == "gap") && had[had.len() - 100] == "300", "a hole without a word: {had:?}");
+}
+
+#[test]
+fn a_cursor_is_judged_by_redis_and_not_by_the_clock_of_the_server() {
+    if !has_redis() {
+        return;
+    }
+    let dir = Scratch::new();
+    let Some(clock) = Clock::new(&dir) else { return };
+    let redis = Redis::start();
+    let right = server(&redis.url(), &[]);
+    for offset in ["-1h", "+1h"] {
+        clock.set(offset);
+        let wrong = clock.start(&["--redis", &redis.url(), "--retry", "100ms"]);
+        let mut last = publish(right.addr, "/events/a", "0");
+        for n in 1..4 {
+            // Each is an id that was given just now, on another server: by the wrong clock an hour early or late.
+            let (mut stream, cursor) = Wire::subscribe(wrong.addr, "/events/a", &format!("Last-Event-ID: {last}\r\n"));
+            assert_eq!(cursor.to_string(), last, "{offset}");
+            last = publish(right.addr, "/events/a", &n.to_string());
+            let next = stream.event().unwrap();
+            assert_eq!((next.data(), next.id.as_deref()), (n.to_string().as_str(), Some(last.as_str())), "{offset}");
+        }
+        // One that Redis has not given: half an hour from now, which by one of the clocks is long ago.
+        let newest: Id = last.parse().unwrap();
+        let never = Id { ms: newest.ms + 1_800_000, seq: 0 };
+        let (mut stream, _) = Wire::subscribe(wrong.addr, "/events/a", &format!("Last-Event-ID: {never}\r\n"));
+        assert!(stream.event().unwrap().is_gap(), "{offset}");
+    }
+}
+
+#[test]
+fn a_password_that_changes_stops_publishers_and_no_stream() {
+    if !has_redis() {
+        return;
+    }
+    let redis = Redis::start();
+    let server = server(&redis.url(), &[]);
+    let (mut stream, _) = Wire::subscribe(server.addr, "/events/a", "");
+    is_open(&mut stream, server.addr, "a");
+    redis.cli(&["config", "set", "requirepass", "sesame"]);
+    redis.cli(&["--pass", "sesame", "--no-auth-warning", "client", "kill", "type", "normal"]);
+    server.wait_for_log("Redis is away: it wants a password");
+    let answer = post(server.addr, "/events/a", "x");
+    assert_eq!((answer.status, answer.header("retry-after")), (503, Some("1")), "{answer:?}");
+    assert!(answer.body.contains("nothing was published: it wants a password"), "{answer:?}");
+    redis.cli(&["--pass", "sesame", "--no-auth-warning", "config", "set", "requirepass", ""]);
+    server.wait_for_log("Redis is back");
+    is_open(&mut stream, server.addr, "a");
 }
 
 #[test]

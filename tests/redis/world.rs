@@ -4,7 +4,7 @@
 use crate::common::{PATIENCE, Process, Scratch, Wire, has, header, output, post_request, shell, start, wait_for};
 use brooklet::Id;
 use std::collections::BTreeMap;
-use std::io::Write;
+use std::io::{self, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::SeqCst};
@@ -128,18 +128,26 @@ pub struct Relay {
     to: Arc<Mutex<(u16, Vec<TcpStream>)>>,
 }
 
+/// Sees what goes through a relay, first whether it is for Redis, and says whether it goes on.
+type Watch = dyn Fn(bool, &[u8]) -> bool + Send + Sync;
+
 impl Relay {
     pub fn to(port: u16) -> Relay {
+        Relay::watched(port, |_, _| true)
+    }
+
+    pub fn watched(port: u16, watch: impl Fn(bool, &[u8]) -> bool + Send + Sync + 'static) -> Relay {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let relay = Relay { port: listener.local_addr().unwrap().port(), to: Arc::new(Mutex::new((port, Vec::new()))) };
-        let to = relay.to.clone();
+        let (to, watch): (_, Arc<Watch>) = (relay.to.clone(), Arc::new(watch));
         thread::spawn(move || {
             for near in listener.incoming().map_while(Result::ok) {
                 let mut to = to.lock().unwrap();
                 let Ok(far) = TcpStream::connect(("127.0.0.1", to.0)) else { continue };
-                for (mut from, mut into) in [(&near, &far), (&far, &near)].map(|(a, b)| (clone(a), clone(b))) {
+                for (from, into, is_for_redis) in [(&near, &far, true), (&far, &near, false)] {
+                    let (from, into, watch) = (clone(from), clone(into), watch.clone());
                     thread::spawn(move || {
-                        let _ = std::io::copy(&mut from, &mut into);
+                        let _ = carry(&from, &into, |bytes| watch(is_for_redis, bytes));
                         let _ = into.shutdown(Shutdown::Both);
                     });
                 }
@@ -162,6 +170,17 @@ impl Relay {
 
 fn clone(socket: &TcpStream) -> TcpStream {
     socket.try_clone().unwrap()
+}
+
+fn carry(mut from: &TcpStream, mut into: &TcpStream, goes_on: impl Fn(&[u8]) -> bool) -> io::Result<()> {
+    let mut buffer = [0; 64 * 1024];
+    loop {
+        match from.read(&mut buffer)? {
+            0 => return Ok(()),
+            got if goes_on(&buffer[..got]) => into.write_all(&buffer[..got])?,
+            _ => {}
+        }
+    }
 }
 
 /// A server that shares what goes through `url`.
