@@ -41,14 +41,16 @@ pub fn print_tables() {
     }
     println!("\n| measured | each published for itself | lines of a `PUT` |\n|---|---:|---:|");
     let [[one, one_of_many], [six, six_of_many]] =
-        [1, 6].map(|servers| [false, true].map(|put| redis_us(servers, put)));
-    let sent = [(six - one) / 5.0, (six_of_many - one_of_many) / 5.0];
-    println!("| Redis takes an event, µs | {:.1} | {:.1} |", one - sent[0], one_of_many - sent[1]);
-    println!("| Redis sends it to one server, µs | {:.1} | {:.1} |", sent[0], sent[1]);
+        [1, 6].map(|servers| [false, true].map(|put| of_redis(servers, put)));
+    let sent = [six.less(&one), six_of_many.less(&one_of_many)];
+    println!("| Redis takes an event | {:.1} µs | {:.1} µs |", one.us - sent[0].us, one_of_many.us - sent[1].us);
+    println!("| Redis sends it to one server | {:.1} µs | {:.1} µs |", sent[0].us, sent[1].us);
+    println!("| in so many bytes | {:.0} | {:.0} |", sent[0].bytes, sent[1].bytes);
     let [plain, keyed] = memory();
     println!("\n| measured | |\n|---|---:|");
     println!("| Redis keeps an event of {BODY_BYTES} bytes | {plain:.0} bytes |");
-    println!("| its key | {keyed:.0} bytes |");
+    println!("| and its key | {keyed:.0} bytes |");
+    println!("| a server sends it to a subscriber | {} bytes |", wire_bytes());
     println!("| a subscriber comes to a server, and goes | {:.0} µs |", arrival_us());
 }
 
@@ -89,41 +91,57 @@ fn publish_each(addrs: &[std::net::SocketAddr], publishers: usize, events: usize
     })
 }
 
-/// The processor time of Redis for each event, where so many servers read it.
-fn redis_us(servers: usize, put: bool) -> f64 {
+/// What Redis spends on an event: time of its processor, and what it sends.
+struct Spent {
+    us: f64,
+    bytes: f64,
+}
+
+impl Spent {
+    /// For each of five servers more.
+    fn less(&self, one: &Spent) -> Spent {
+        Spent { us: (self.us - one.us) / 5.0, bytes: (self.bytes - one.bytes) / 5.0 }
+    }
+}
+
+fn of_redis(servers: usize, put: bool) -> Spent {
     let redis = Redis::start();
     let servers: Vec<Process> = (0..servers).map(|_| server(&redis.url(), &["--log", "off"])).collect();
     let addrs: Vec<_> = servers.iter().map(|server| server.addr).collect();
     let mut streams: Vec<Wire> = addrs.iter().map(|addr| Wire::subscribe(*addr, "/events/end", "").0).collect();
-    let before = redis.processor_us();
+    let sent = || redis.info("stats", "total_net_output_bytes");
+    let before = (redis.processor_us(), sent());
+    let mut all_have_read = || {
+        publish(addrs[0], "/events/end", "all is read");
+        streams.iter_mut().for_each(|stream| assert_eq!(stream.event().unwrap().data(), "all is read"));
+    };
     let events = if put {
-        let lines = format!("{}\n", "x".repeat(BODY_BYTES)).repeat(10_000);
+        let (puts, count) = (20, 10_000);
+        let lines = format!("{}\n", "x".repeat(BODY_BYTES)).repeat(count);
         let head = format!("PUT /events/quiet HTTP/1.1\r\nHost: localhost\r\nContent-Length: {}\r\n\r\n", lines.len());
         let mut wire = Wire::connect(addrs[0]);
-        for _ in 0..20 {
+        for _ in 0..puts {
             wire.send(head.as_bytes());
             wire.send(lines.as_bytes());
             let answer = wire.answer();
-            assert!(answer.body.starts_with("published 10000, "), "{answer:?}");
+            assert!(answer.body.starts_with(&format!("published {count}, ")), "{answer:?}");
+            all_have_read(); // none may lag until Redis has deleted what it had not read
         }
-        200_000
+        puts * count
     } else {
-        publish_each(&addrs[..1], 4, 40_000).len()
+        let events = publish_each(&addrs[..1], 4, 40_000).len();
+        all_have_read();
+        events
     };
-    publish(addrs[0], "/events/end", "all is read");
-    streams.iter_mut().for_each(|stream| assert_eq!(stream.event().unwrap().data(), "all is read"));
-    (redis.processor_us() - before) as f64 / events as f64
+    let each = |before: u64, after: u64| (after - before) as f64 / events as f64;
+    Spent { us: each(before.0, redis.processor_us()), bytes: each(before.1, sent()) }
 }
 
 /// What Redis keeps of an event, and of its key.
 fn memory() -> [f64; 2] {
     let redis = Redis::start();
     let server = server(&redis.url(), &["--log", "off"]);
-    let used = || {
-        let info = redis.cli(&["info", "memory"]);
-        let line = info.lines().find_map(|line| line.strip_prefix("used_memory_dataset:")).unwrap();
-        line.trim().parse::<f64>().unwrap()
-    };
+    let used = || redis.info("memory", "used_memory_dataset") as f64;
     let events = 20_000;
     let empty = used();
     publish_each(&[server.addr], 4, events);
@@ -135,6 +153,20 @@ fn memory() -> [f64; 2] {
     }
     let each = |before: f64, after: f64| (after - before) / events as f64;
     [each(empty, plain), each(plain, used()) - each(empty, plain)]
+}
+
+/// An event in its chunk, as a client receives it.
+fn wire_bytes() -> usize {
+    let server = Process::start(&["--log", "off"]);
+    let (stream, _) = Wire::subscribe(server.addr, "/events/a", "");
+    publish(server.addr, "/events/a", &"x".repeat(BODY_BYTES));
+    let mut bytes = Vec::new();
+    while !bytes.ends_with(b"\n\n\r\n") {
+        let mut chunk = [0; 1024];
+        let got = (&stream.socket).read(&mut chunk).unwrap();
+        bytes.extend_from_slice(&chunk[..got]);
+    }
+    bytes.len()
 }
 
 /// The processor time of the servers for each subscriber who comes and goes.

@@ -88,6 +88,13 @@ impl Redis {
         self.wait();
     }
 
+    /// A number that it tells of itself.
+    pub fn info(&self, section: &str, name: &str) -> u64 {
+        let info = self.cli(&["info", section]);
+        let value = info.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'));
+        value.and_then(|value| value.trim().parse().ok()).unwrap_or_else(|| panic!("no {name} in {info}"))
+    }
+
     /// What its one thread that works has had of the processor.
     pub fn processor_us(&self) -> u64 {
         let text = std::fs::read_to_string(format!("/proc/{}/schedstat", self.child.id())).unwrap();
