@@ -26,14 +26,19 @@ const _: () =
     assert!(SWEEP.as_millis() == 1_750 && MOST_LANES == 256 && FEWEST_THREADS == 4, "`Config::check` names all");
 
 /// Every limit of a [`Server`](crate::Server); each is a flag of the command, too. [`Config::default`] has the defaults
-/// named here. More fields may come, so end the list with `..Config::default()`, or set the fields of a default one.
+/// named here. A program sets the fields that it wants otherwise by [`Config::with`], or one after another. More fields
+/// may come without breaking it.
 ///
 /// ```
 /// # use brooklet::Config;
-/// let small = Config { subscribers: 100, keep_bytes: 1024 * 1024, ..Config::default() };
+/// let small = Config::default().with(|config| {
+///     config.subscribers = 100;
+///     config.keep_bytes = 1024 * 1024;
+/// });
 /// assert_eq!(small.heartbeat.as_secs(), 15);
 /// ```
 #[derive(Clone, Debug)]
+#[non_exhaustive]
 pub struct Config {
     /// Listen beyond loopback without a publish token, so that whoever reaches the port may publish (default: no).
     pub open: bool,
@@ -114,10 +119,6 @@ pub struct Config {
     pub log: Log,
     /// Where the lines of the log go (stderr).
     pub log_to: LogTo,
-    /// More fields may come without breaking a program: one that does not name this must say `..Config::default()`.
-    /// (`#[non_exhaustive]` would forbid just that.)
-    #[doc(hidden)]
-    pub and_more: (),
 }
 
 impl Default for Config {
@@ -153,12 +154,26 @@ impl Default for Config {
             lanes: 0,
             log: Log::Off,
             log_to: LogTo::default(),
-            and_more: (),
         }
     }
 }
 
 impl Config {
+    /// The same with some fields changed, so that it is made in one expression where it is needed. Outside of this
+    /// crate `Config { .. }` cannot be written, or each new field would break the programs that do.
+    ///
+    /// ```
+    /// # fn main() -> std::io::Result<()> {
+    /// # use brooklet::{Config, Server};
+    /// let server = Server::bind("127.0.0.1:0", Config::default().with(|config| config.subscribers = 100))?;
+    /// # Ok(()) }
+    /// ```
+    #[must_use = "it returns the changed one"]
+    pub fn with(mut self, change: impl FnOnce(&mut Config)) -> Config {
+        change(&mut self);
+        self
+    }
+
     /// Rejects limits that make no sense.
     ///
     /// # Errors
@@ -285,6 +300,11 @@ impl fmt::Debug for Token {
 }
 
 /// How much is logged.
+///
+/// ```
+/// use brooklet::Log;
+/// assert!(Log::Debug > Log::Info && Log::default() == Log::Off);
+/// ```
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Log {
     /// Nothing: a library stays silent unless it is asked.
@@ -301,7 +321,10 @@ pub enum Log {
 /// ```
 /// use brooklet::{Config, Log, LogTo};
 /// let log_to = LogTo::lines(|line| println!("sse: {line}"));
-/// let config = Config { log: Log::Info, log_to, ..Config::default() };
+/// let config = Config::default().with(|config| {
+///     config.log = Log::Info;
+///     config.log_to = log_to;
+/// });
 /// ```
 #[derive(Clone, Default)]
 pub struct LogTo(Option<Arc<LogLines>>);
@@ -311,6 +334,23 @@ type LogLines = dyn Fn(&str) + Send + Sync;
 impl LogTo {
     /// Calls `take` with each line, without the line's end, one after another on a thread of the log's own. So it may take
     /// its time: lines wait, 1,024 of them, and then are left out and counted. What it panics with is left out, too.
+    ///
+    /// ```
+    /// # fn main() -> std::io::Result<()> {
+    /// # use brooklet::{Config, Log, LogTo, Server};
+    /// let (lines, log) = std::sync::mpsc::channel();
+    /// let config = Config::default().with(|config| {
+    ///     config.log = Log::Debug;
+    ///     config.log_to = LogTo::lines(move |line| drop(lines.send(line.to_string())));
+    /// });
+    /// let server = Server::bind("127.0.0.1:0", config)?.spawn()?;
+    /// # let mut client = std::net::TcpStream::connect(server.addr()?)?;
+    /// # std::io::Write::write_all(&mut client, b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")?;
+    /// # let deadline = std::time::Duration::from_secs(10);
+    /// // Thu, 26 Nov 2026 02:00:00 GMT 127.0.0.1:50000 GET "/health" 200
+    /// println!("{}", log.recv_timeout(deadline).unwrap());
+    /// # Ok(()) }
+    /// ```
     pub fn lines(take: impl Fn(&str) + Send + Sync + 'static) -> LogTo {
         LogTo(Some(Arc::new(take)))
     }

@@ -17,10 +17,9 @@ use crate::sync::{Mutex, enter};
 use crossbeam_channel::Sender;
 use std::borrow::Cow;
 use std::convert::Infallible;
-use std::io::{self, ErrorKind, Read, Write};
+use std::io::{self, ErrorKind, IoSlice, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpStream};
 use std::sync::{Arc, OnceLock};
-use std::thread;
 use std::time::{Duration, Instant};
 
 /// How long a peer gets for the last bytes of its answer. After a refusal the rest of its request is read for this
@@ -30,10 +29,6 @@ pub const LINGER: Duration = Duration::from_secs(1);
 /// One write waits this long; then its owner looks whether it may wait on. The kernel wakes a blocked writer only once a
 /// third of the buffer is free, but a new write takes whatever is: so a slow peer is served at least this often.
 pub const PATIENCE: Duration = Duration::from_millis(250);
-/// A client that sends its next request as soon as it has its answer is waited for without sleeping, for this long: to
-/// put the thread to sleep and to wake it on another core takes longer than to answer. One publisher gets 2.8 times as
-/// many answers.
-pub const AWAKE_TIME: Duration = Duration::from_micros(50);
 /// A subscriber has nothing to say after its request; one that sends more than this is closed.
 const STRAY_BYTES: usize = 4 * 1024;
 /// Why something about a connection ended, for the log and for a handler. Never text from outside.
@@ -119,14 +114,6 @@ pub enum Outgoing {
     Other(Vec<u8>),
 }
 
-/// How far a write has come.
-#[derive(PartialEq, Eq)]
-pub enum Written {
-    Whole,
-    /// The rest was left, because others wait for the thread.
-    Part,
-}
-
 impl Outgoing {
     /// A form is made anew wherever it goes on: so what is unfinished takes no memory of its own.
     fn bytes(&self, shape: Shape) -> Cow<'_, [u8]> {
@@ -160,19 +147,19 @@ impl Connection {
         Connection { serial, peer, socket, stall_time, state: Mutex::new(state), cut: OnceLock::new() }
     }
 
-    /// Sets the socket up for requests. An accepted one may have its listener's mode, and an embedder's listener may not
-    /// block. Without `nodelay` small events wait for the peer to acknowledge the one before (RFC 896).
+    /// Sets the socket up for requests. Without `nodelay` small events wait for the peer to acknowledge the one before
+    /// (RFC 896).
     ///
     /// # Errors
     /// The peer has gone already.
     pub fn prepare(&self) -> io::Result<()> {
-        self.socket.set_nonblocking(false)?;
         self.socket.set_nodelay(true)?;
         self.socket.set_write_timeout(Some(PATIENCE.min(self.stall_time)))
     }
 
-    /// One non-blocking write of what in `run` is newer than the cursor, and wanted. Returns how many events went out whole.
-    /// Where not all did, the first of the rest is unfinished, and the subscriber behind. For the owner, with the state locked.
+    /// One non-blocking write of what in `run` is newer than the cursor, and wanted; a stream's head goes out before it, in
+    /// the same write. Returns how many events went out whole. Where not all did, the first of the rest is unfinished, and
+    /// the subscriber behind. For the owner, with the state locked.
     ///
     /// # Errors
     /// The connection is closed.
@@ -180,8 +167,17 @@ impl Connection {
         // Leg 5 of the proof in `subscription.rs`: what was replayed and still stood in the queue is skipped.
         let first = run.events.partition_point(|(id, _)| *id <= state.cursor);
         let last = (first as u64).saturating_add(state.wanted).min(run.events.len() as u64) as usize;
-        let start = run.end_of(first);
-        let reached = start + self.write_some(state, &run.bytes[start..run.end_of(last)])?;
+        let (start, end) = (run.end_of(first), run.end_of(last));
+        let head = match state.unfinished.take_if(|unfinished| matches!(unfinished.what, Outgoing::Other(_))) {
+            Some(Unfinished { what: Outgoing::Other(head), .. }) => head,
+            _ => Vec::new(),
+        };
+        let written = self.write_some(state, &head, &run.bytes[start..end])?;
+        if written < head.len() {
+            state.unfinished = Some(Unfinished { what: Outgoing::Other(head), offset: written });
+            return Ok(0);
+        }
+        let reached = start + written - head.len();
         // The cursor moves by whole events only: what was begun is finished from `unfinished`, never replayed.
         let whole = run.events.partition_point(|(_, end)| *end <= reached);
         if whole > first {
@@ -214,7 +210,7 @@ impl Connection {
     /// # Errors
     /// The connection is closed.
     pub fn write_or_leave(&self, state: &mut State, bytes: Vec<u8>) -> Result<bool, Reason> {
-        let offset = self.write_some(state, &bytes)?;
+        let offset = self.write_some(state, &[], &bytes)?;
         if offset < bytes.len() {
             state.unfinished = Some(Unfinished { what: Outgoing::Other(bytes), offset });
         }
@@ -243,8 +239,13 @@ impl Connection {
     }
 
     /// One write that does not wait. A peer that had ended its sending side has closed, where it fails.
-    fn write_some(&self, state: &State, bytes: &[u8]) -> Result<usize, Reason> {
-        write_now(&self.socket, bytes).map_err(|reason| if state.has_said_all { CLOSED } else { reason })
+    fn write_some(&self, state: &State, head: &[u8], bytes: &[u8]) -> Result<usize, Reason> {
+        let both = [IoSlice::new(head), IoSlice::new(bytes)];
+        let written = match head {
+            [] => write_now(&self.socket, bytes),
+            _ => try_now(|| (&self.socket).write_vectored(&both)),
+        };
+        written.map_err(|reason| if state.has_said_all { CLOSED } else { reason })
     }
 
     /// One read of what a subscriber has no reason to send. None where nothing came.
@@ -281,25 +282,15 @@ impl Connection {
         if state.stray > STRAY_BYTES { Err("the peer sent too much after its request") } else { Ok(false) }
     }
 
-    /// Waits for the next request without sleeping, but not for long; other threads that are due on this core go first.
-    pub fn stay_awake(&self) -> io::Result<()> {
-        let until = Instant::now() + AWAKE_TIME;
-        self.socket.set_nonblocking(true)?;
-        while self.socket.peek(&mut [0]).is_err_and(|error| would_block(&error)) && Instant::now() < until {
-            thread::yield_now();
-        }
-        self.socket.set_nonblocking(false)
-    }
-
     /// Writes what is unfinished, and waits for the peer where it must; with writes that wait as long as `may_wait` lets
-    /// them. Returns how many events went out whole.
+    /// them. Returns whether nothing is unfinished any more, and how many events went out whole.
     ///
     /// # Errors
     /// The peer took nothing for the stall time, closed or reset the connection, or the deadline has passed. The stream
     /// may have ended in the middle of an event, so nothing may follow.
-    pub fn finish(&self, deadline: Instant, may_wait: &dyn Fn() -> bool) -> Result<(Written, u64), Reason> {
+    pub fn finish(&self, deadline: Instant, may_wait: &dyn Fn() -> bool) -> Result<(bool, u64), Reason> {
         let mut state = enter(&self.state);
-        let Some(Unfinished { what, offset }) = state.unfinished.take() else { return Ok((Written::Whole, 0)) };
+        let Some(Unfinished { what, offset }) = state.unfinished.take() else { return Ok((true, 0)) };
         let (shape, mut stalled) = (state.shape, state.stalled);
         drop(state); // the write may take a while
         let bytes = what.bytes(shape);
@@ -322,20 +313,20 @@ impl Connection {
         match what {
             what if !is_whole => {
                 state.unfinished = Some(Unfinished { what, offset: reached });
-                Ok((Written::Part, 0))
+                Ok((false, 0))
             }
             Outgoing::Event(event, _) => {
                 state.cursor = event.id;
                 state.sent += 1;
                 state.wanted -= 1;
-                Ok((Written::Whole, 1))
+                Ok((true, 1))
             }
             Outgoing::Gap(gap) => {
                 state.cursor = gap.id;
                 state.sent += 1;
-                Ok((Written::Whole, 1))
+                Ok((true, 1))
             }
-            Outgoing::Other(_) => Ok((Written::Whole, 0)),
+            Outgoing::Other(_) => Ok((true, 0)),
         }
     }
 
@@ -444,8 +435,13 @@ impl Connection {
 
 /// One write that does not wait; 0 if the socket is full. The socket must be in non-blocking mode.
 fn write_now(mut socket: &TcpStream, bytes: &[u8]) -> Result<usize, Reason> {
+    try_now(|| socket.write(bytes))
+}
+
+/// The same for any write.
+fn try_now(mut write: impl FnMut() -> io::Result<usize>) -> Result<usize, Reason> {
     loop {
-        match socket.write(bytes) {
+        match write() {
             Err(error) if error.kind() == ErrorKind::Interrupted => {}
             Err(error) if would_block(&error) => return Ok(0),
             written => return written.map_err(|error| reason_of(&error)),

@@ -7,21 +7,22 @@
 
 use crate::clock::spread;
 use crate::config::{Config, Log};
-use crate::connection::{AWAKE_TIME, Connection, LINGER, Reason, STOPPING};
+use crate::connection::{Connection, LINGER, Reason, STOPPING};
 use crate::encoded::{Framing, Shape};
 use crate::form::Form;
 use crate::handler::Outcome;
 use crate::log::OncePerSecond;
 use crate::places::{MADE_ROOM, Place, Places};
 use crate::pool::{Kind, Seat};
-use crate::reader::Reader;
+use crate::reader::{AWAKE_TIME, Reader};
 use crate::request::Request;
 use crate::response::{Response, stream_head};
 use crate::routes::{Reply, Routes};
 use crate::subscriber::Opened;
-use crate::subscription::{NO_ROOM, NO_THREAD, Streams, Wanted};
+use crate::subscription::{NO_ROOM, NO_THREAD, Streams};
 use crate::sync::{Mutex, enter};
 use crate::text::quoted;
+use crate::wanted::Wanted;
 use std::borrow::Cow;
 use std::net::Shutdown;
 use std::sync::Arc;
@@ -57,7 +58,7 @@ struct Conversation {
 struct Opening {
     path: String,
     shape: Shape,
-    cors: String,
+    lines: String,
     wanted: Wanted,
 }
 
@@ -88,10 +89,10 @@ impl Conversation {
             return; // it has made room, or gone, already
         }
         match self.answer_requests(seat) {
-            AfterRequest::Open(Opening { path, shape, cors, wanted }) => {
+            AfterRequest::Open(Opening { path, shape, lines, wanted }) => {
                 enter(&self.c.state).shape = shape;
                 let opened = Opened { path: path.into(), at: Instant::now() };
-                self.stream(seat, shape, &cors, wanted, opened);
+                self.stream(seat, shape, &lines, wanted, opened);
             }
             AfterRequest::Ended(opened, reason) => (self.opened, self.reason) = (Some(opened), reason),
             AfterRequest::Respond { .. } | AfterRequest::End => {}
@@ -138,7 +139,7 @@ impl Conversation {
             // Only a client that has just shown that it asks at once is waited for awake; for all others that would
             // burn the processor for nothing. What has come already is not waited for.
             let stays_awake = is_keen && reader.unread().is_empty();
-            if !places.move_to(Place::Idle, c) || stays_awake && c.stay_awake().is_err() {
+            if !places.move_to(Place::Idle, c) || stays_awake && reader.stay_awake().is_err() {
                 return AfterRequest::End;
             }
             answered = Instant::now();
@@ -155,11 +156,12 @@ impl Conversation {
         let at = Instant::now();
         let outcome = match self.shared.routes.reply(reader, &mut request) {
             Ok(Reply::Response(response)) | Err(response) => Outcome::Respond(response),
-            Ok(Reply::Topics(wanted)) => Outcome::Follow(wanted),
+            Ok(Reply::Topics(wanted)) => Outcome::Follow(wanted, String::new()),
             Ok(Reply::Handler(handled)) => {
                 reader.give_up_memory(); // a handler's stream may last
                 let seat = Mutex::new(seat); // a request may be lent to other threads
-                handled.run(&self.shared.streams.core, &self.c, &|| self.open(&mut enter(&seat), framing, &cors))
+                let open = |lines: &str| self.open(&mut enter(&seat), framing, &(cors.clone() + lines));
+                handled.run(&self.shared.streams.core, &self.c, &open)
             }
         };
         let mut response = match outcome {
@@ -173,16 +175,12 @@ impl Conversation {
                 response
             }
             Outcome::Ended(reason) => return AfterRequest::Ended(Opened { path: request.path.into(), at }, reason),
-            Outcome::Follow(wanted) if !is_head => {
+            Outcome::Follow(wanted, lines) if !is_head => {
                 let shape = Shape { form: wanted.form, framing };
-                return AfterRequest::Open(Opening { path: request.path, shape, cors, wanted });
+                return AfterRequest::Open(Opening { path: request.path, shape, lines: cors + &lines, wanted });
             }
-            outcome @ (Outcome::Follow(_) | Outcome::Head) => {
-                self.log_request(&request, 200);
-                let form = if let Outcome::Follow(wanted) = outcome { wanted.form } else { Form::Events };
-                let head = stream_head(Shape { form, framing }, &cors).into_bytes();
-                return AfterRequest::Respond { parts: (head, Arc::default()), close: true };
-            }
+            Outcome::Follow(Wanted { form, .. }, lines) => return self.head(&request, form, cors + &lines),
+            Outcome::Head(lines) => return self.head(&request, Form::Events, cors + &lines),
         };
         response.fields += &cors; // refusals, too: without these lines no page of another origin could read why
         self.log_request(&request, response.status);
@@ -197,6 +195,13 @@ impl Conversation {
             response.fields += &format!("Connection: keep-alive\r\nKeep-Alive: timeout={idle_time}\r\n");
         }
         AfterRequest::Respond { parts: response.encode(is_head, close), close }
+    }
+
+    /// The head of a stream, to a HEAD.
+    fn head(&self, request: &Request, form: Form, lines: String) -> AfterRequest {
+        self.log_request(request, 200);
+        let head = stream_head(Shape { form, framing: request.framing }, &lines).into_bytes();
+        AfterRequest::Respond { parts: (head, Arc::default()), close: true }
     }
 
     /// The response to a head that was refused, and so still stands in the reader. To HEAD it has no body.
@@ -216,62 +221,62 @@ impl Conversation {
     }
 
     /// Finds a stream of topics its place, and gives the subscriber away.
-    fn stream(&mut self, seat: &mut Seat, shape: Shape, cors: &str, wanted: Wanted, opened: Opened) {
+    fn stream(&mut self, seat: &mut Seat, shape: Shape, lines: &str, wanted: Wanted, opened: Opened) {
         let (c, streams) = (self.c.clone(), self.shared.streams.clone());
-        let lane = match self.take_place(Place::Stream, shape, cors) {
+        let lane = match self.take_place(Place::Stream, shape, lines) {
             Ok(lane) => lane,
             Err(reason) => return (self.opened, self.reason) = (Some(opened), reason.into()),
         };
-        match streams.open(&c, lane, wanted, &stream_head(shape, cors), opened) {
+        match streams.open(&c, lane, wanted, &stream_head(shape, lines), opened) {
             Ok(subscriber) => {
                 self.is_over = true;
                 streams.core.presence.note_begin(&subscriber.names, c.peer);
                 streams.start(seat, &c, subscriber);
             }
             Err((reason, opened)) => {
-                (self.opened, self.reason) = (Some(opened), self.reject(shape, cors, reason).into());
+                (self.opened, self.reason) = (Some(opened), self.reject(shape, lines, reason).into());
             }
         }
     }
 
     /// Opens a handler's stream: its place, its thread's share, its head. Returns its lane.
-    fn open(&self, seat: &mut Seat, framing: Framing, cors: &str) -> Result<usize, Reason> {
+    fn open(&self, seat: &mut Seat, framing: Framing, lines: &str) -> Result<usize, Reason> {
         let shape = Shape { form: Form::Events, framing };
         enter(&self.c.state).shape = shape;
-        let lane = self.take_place(Place::Handler, shape, cors)?;
+        let lane = self.take_place(Place::Handler, shape, lines)?;
         if !seat.change_to(Kind::Handler) {
-            return Err(self.reject(shape, cors, NO_THREAD));
+            return Err(self.reject(shape, lines, NO_THREAD));
         }
-        self.c.write_whole(stream_head(shape, cors).as_bytes(), Instant::now() + self.config().body_time)?;
+        self.c.write_whole(stream_head(shape, lines).as_bytes(), Instant::now() + self.config().body_time)?;
         self.c.set_nonblocking(true)?;
         Ok(lane)
     }
 
     /// Finds a place among the streams, and a lane: they take turns. Or rejects the stream.
-    fn take_place(&self, place: Place, shape: Shape, cors: &str) -> Result<usize, Reason> {
+    fn take_place(&self, place: Place, shape: Shape, lines: &str) -> Result<usize, Reason> {
         let core = &self.shared.streams.core;
         let count = self.places().move_to_streams(place, &self.c);
         // Checked after the move: a server that begins to stop from here on finds this connection among its streams.
         if core.is_stopping() {
-            return Err(self.reject(shape, cors, STOPPING));
+            return Err(self.reject(shape, lines, STOPPING));
         }
         let was_cut = self.c.cut.get().copied(); // since its request was read
-        let count = count.ok_or_else(|| was_cut.unwrap_or_else(|| self.reject(shape, cors, NO_ROOM)))?;
+        let count = count.ok_or_else(|| was_cut.unwrap_or_else(|| self.reject(shape, lines, NO_ROOM)))?;
         Ok(count % core.lanes.len())
     }
 
     /// Rejects a stream in a way that a browser comes back from: it is opened, told when to come back, and ended. The
     /// time is spread, or all that were rejected would return at the same moment. A script would take an empty stream for
     /// success, so other forms are refused.
-    fn reject(&self, shape: Shape, cors: &str, why: Reason) -> Reason {
+    fn reject(&self, shape: Shape, lines: &str, why: Reason) -> Reason {
         self.shared.streams.core.counters.rejected.fetch_add(1, Relaxed);
         self.shared.streams.log.warn(format_args!("{} was rejected: {why}", self.c.peer));
         let retry = spread(self.config().retry, 50, 150);
         let head = match shape.form {
-            Form::Events => stream_head(shape, cors).into_bytes(),
+            Form::Events => stream_head(shape, lines).into_bytes(),
             Form::Lines | Form::Json => {
                 let mut refusal = Response::text(503, why).field("Retry-After", retry.as_millis().div_ceil(1000));
-                refusal.fields += cors;
+                refusal.fields += lines;
                 refusal.encode(false, true).0
             }
         };

@@ -69,6 +69,17 @@ pub fn publish(engine: &dyn Engine, entries: &[Entry]) -> io::Result<Vec<Id>> {
 }
 
 /// What an engine puts in order: an event of a topic, or that everything up to here is to be forgotten of a topic.
+///
+/// ```
+/// use brooklet::{Entry, Event};
+/// let entry = Entry::new("orders", Event::new("7").name("created").key("order-7"));
+/// assert_eq!((entry.topic(), entry.key(), entry.is_forget()), ("orders", Some("order-7"), false));
+/// assert_eq!(
+///     entry.fields(),
+///     [("topic", "orders".into()), ("event", "created".into()), ("data", "7".to_string())]
+/// );
+/// assert!(Entry::forget("orders").is_forget());
+/// ```
 #[derive(Clone, Debug)]
 pub struct Entry {
     pub(crate) topic: String,

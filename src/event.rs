@@ -26,6 +26,7 @@ const KEY_BYTES: usize = 1024;
 /// use brooklet::Event;
 /// let event = Event::new("line one\nline two").name("note").key("order-7");
 /// ```
+/// It is checked where it is used: what may not be is [`InvalidInput`](io::ErrorKind::InvalidInput) there.
 #[derive(Clone, Debug, Default)]
 pub struct Event {
     pub(crate) name: Option<String>,
@@ -39,23 +40,47 @@ pub struct Event {
 
 impl Event {
     /// An event with this data. LF, CRLF and CR in it each begin a new `data:` line; the page gets them as LF.
+    ///
+    /// ```
+    /// let event = brooklet::Event::new("a: 1\nb: 2"); // goes out as data: a: 1 ⏎ data: b: 2 ⏎
+    /// ```
     pub fn new(data: impl Into<String>) -> Event {
         Event { data: data.into(), ..Event::default() }
     }
 
-    /// The event's type, which pages listen for; without it, `message`. May not hold CR, LF or NUL; `gap` is reserved.
+    /// The event's type, which pages listen for; without it, `message`. At most 256 bytes without CR, LF or NUL; `gap`
+    /// is reserved.
+    ///
+    /// ```
+    /// let event = brooklet::Event::new("7").name("created"); // source.addEventListener('created', …)
+    /// ```
     pub fn name(mut self, name: impl Into<String>) -> Event {
         self.name = Some(name.into());
         self
     }
 
     /// The last event ID, on a handler's stream only (topics number their events). May not hold CR, LF or NUL.
+    ///
+    /// ```
+    /// # fn main() -> std::io::Result<()> {
+    /// # use brooklet::{Config, Event, Server};
+    /// # let server = Server::bind("127.0.0.1:0", Config::default())?;
+    /// server.stream("/clock", |stream| {
+    ///     stream.send(&Event::new("tick").id("1")) // whoever reconnects says Last-Event-ID: 1
+    /// })?;
+    /// # Ok(()) }
+    /// ```
     pub fn id(mut self, id: impl Into<String>) -> Event {
         self.id = Some(id.into());
         self
     }
 
     /// The reconnection time, in whole milliseconds.
+    ///
+    /// ```
+    /// use std::time::Duration;
+    /// let event = brooklet::Event::new("7").retry(Duration::from_secs(10)); // retry: 10000
+    /// ```
     pub fn retry(mut self, time: Duration) -> Event {
         self.retry = Some(time);
         self
@@ -63,6 +88,16 @@ impl Event {
 
     /// Makes publishing repeatable: a second event of the same topic with this key (1 to 1,024 bytes without CR, LF or
     /// NUL) is not published, and gets the first one's id, for as long as the first is kept.
+    ///
+    /// ```
+    /// # fn main() -> std::io::Result<()> {
+    /// # use brooklet::{Config, Event, Server};
+    /// # let server = Server::bind("127.0.0.1:0", Config::default())?;
+    /// let hub = server.hub();
+    /// let first = hub.publish("orders", Event::new("created").key("order-7"))?;
+    /// assert_eq!(hub.publish("orders", Event::new("created").key("order-7"))?, first);
+    /// # Ok(()) }
+    /// ```
     pub fn key(mut self, key: impl Into<String>) -> Event {
         self.key = Some(key.into());
         self

@@ -32,6 +32,28 @@ const REACH_TIME: Duration = Duration::from_millis(500);
 pub const NOT_REACHED: &str = "events that another server has sent have not come here yet";
 
 /// By this an engine shows its server what was published. Cheap to clone.
+///
+/// ```
+/// # fn main() -> std::io::Result<()> {
+/// # use brooklet::{Config, Engine, Entry, Event, Id, Server};
+/// # #[derive(Default)]
+/// # struct Nothing;
+/// # impl Engine for Nothing {
+/// #     fn publish(&self, _: &[Entry]) -> std::io::Result<Vec<Id>> { Ok(Vec::new()) }
+/// #     fn newest(&self) -> std::io::Result<Id> { Ok(Id::default()) }
+/// # }
+/// # let engine = std::sync::Arc::new(Nothing);
+/// let (server, feed) = Server::bind_with_engine("127.0.0.1:0", Config::default(), engine)?;
+/// let id = |seq| Id { ms: 4_000_000_000_000, seq };
+/// feed.missing_up_to(id(1))?; // what came before, this server has not seen
+/// feed.show(id(2), Entry::new("news", Event::new("hello")))?;
+/// assert_eq!(server.hub().newest("news")?.map(|event| event.id), Some(id(2)));
+/// assert!(feed.show(id(2), Entry::new("news", Event::new("again"))).is_err()); // ids rise
+/// feed.log("the engine is here"); // where `Config::log` lets it through
+/// drop(server);
+/// assert!(feed.is_over());
+/// # Ok(()) }
+/// ```
 #[derive(Clone)]
 pub struct Feed {
     pub(crate) core: Weak<Core>,

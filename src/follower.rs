@@ -21,6 +21,24 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// Where a subscription begins: see [`Hub::subscribe`] and [`Request::follow_since`](crate::Request::follow_since).
+///
+/// ```
+/// # fn main() -> std::io::Result<()> {
+/// # use brooklet::{Config, Event, Server, Since};
+/// # use std::time::Duration;
+/// # let server = Server::bind("127.0.0.1:0", Config::default())?;
+/// let (hub, hour) = (server.hub(), Duration::from_secs(3_600));
+/// ["0.4", "0.5", "0.7"].iter().try_for_each(|load| hub.publish("load", Event::new(*load)).map(drop))?;
+/// let count = |since| -> std::io::Result<usize> {
+///     let mut news = hub.subscribe(["load"], since)?;
+///     Ok(std::iter::from_fn(|| news.try_next().ok()).count())
+/// };
+/// assert_eq!(count(Since::Now)?, 0);
+/// assert_eq!(count(Since::Newest(1))?, 1);
+/// assert_eq!(count(Since::Earliest)?, 3);
+/// assert_eq!(count(Since::Ago(hour))?, 4); // a gap first: the server is not that old
+/// # Ok(()) }
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Since {
@@ -28,6 +46,9 @@ pub enum Since {
     Now,
     /// With the oldest event that is kept.
     Earliest,
+    /// With the newest so many events of each topic, all in one order: with `Newest(1)` a dashboard has its current
+    /// values at once.
+    Newest(u64),
     /// With what was published in this time before now.
     Ago(Duration),
     /// After this id, which need not be any event's.
@@ -39,6 +60,7 @@ impl From<Since> for Start {
         match since {
             Since::Now => Start::Now,
             Since::Earliest => Start::Earliest,
+            Since::Newest(count) => Start::Newest(count),
             Since::Ago(time) => Start::Ago(time),
             Since::After(id) => Start::After(Some(id)),
         }
@@ -46,6 +68,22 @@ impl From<Since> for Start {
 }
 
 /// What a follower gets next.
+///
+/// ```
+/// # fn main() -> std::io::Result<()> {
+/// # use brooklet::{Config, News, Server};
+/// # let server = Server::bind("127.0.0.1:0", Config::default())?;
+/// fn show(item: News) -> String {
+///     match item {
+///         News::Event(event) => format!("{} of {}: {}", event.id, event.topic, event.data),
+///         News::Gap { oldest: Some(id) } => format!("some events before {id} may be missing"),
+///         _ => "some events may be missing".into(),
+///     }
+/// }
+/// # let mut news = server.hub().subscribe(["a"], brooklet::Since::After("1-0".parse()?))?;
+/// # assert_eq!(show(news.try_next().unwrap()), "some events may be missing");
+/// # Ok(()) }
+/// ```
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum News {
@@ -82,6 +120,8 @@ pub struct Follower {
     read_to: Id,
     /// What each topic had forgotten when the follower was last told of a gap.
     told: Vec<Id>,
+    /// Up to where each topic is passed over, because it begins with its newest events (`cursor.rs`).
+    floors: Box<[Id]>,
     bell: Bell,
     /// What was read and not taken yet, each with its id: at most one run, or one event if it is larger.
     read: VecDeque<(Id, News)>,
@@ -124,12 +164,12 @@ impl Hub {
         let mut history = core.history();
         let names = history.subscribe(&wanted)?;
         let (cursor, gap) = history.start(&names, since.into());
-        let told = history.told(&names);
+        let (told, floors) = (history.told(&names), history.floors(&names, since.into()));
         let oldest = history.whole_from(&names, cursor);
         drop(history);
         let gap = gap.map(|gap| (gap.id, News::Gap { oldest }));
         let bell = core.bells.add(&names);
-        Ok(Follower { core, names, read_to: cursor, told, bell, read: gap.into_iter().collect(), cursor })
+        Ok(Follower { core, names, read_to: cursor, told, floors, bell, read: gap.into_iter().collect(), cursor })
     }
 }
 
@@ -139,6 +179,17 @@ impl Follower {
     /// # Errors
     /// [`TryRecvError::Empty`]: nothing newer is kept. [`TryRecvError::Disconnected`]: the same, and the server has
     /// stopped.
+    ///
+    /// ```
+    /// # fn main() -> std::io::Result<()> {
+    /// # use brooklet::{Config, Event, News, Server, Since};
+    /// # let server = Server::bind("127.0.0.1:0", Config::default())?;
+    /// let mut news = server.hub().subscribe(["news"], Since::Now)?;
+    /// assert!(news.try_next().is_err()); // nothing yet
+    /// server.hub().publish("news", Event::new("hello"))?;
+    /// assert!(matches!(news.try_next(), Ok(News::Event(event)) if event.data == "hello"));
+    /// # Ok(()) }
+    /// ```
     pub fn try_next(&mut self) -> Result<News, TryRecvError> {
         // Asked first: what was published before the server stopped is still to be had.
         let is_over = self.core.is_stopping();
@@ -156,6 +207,21 @@ impl Follower {
     /// # Errors
     /// [`RecvTimeoutError::Timeout`]: there was none in this time. [`RecvTimeoutError::Disconnected`]: the server has
     /// stopped.
+    ///
+    /// ```
+    /// # fn main() -> std::io::Result<()> {
+    /// # use brooklet::{Config, Server, Since};
+    /// # use brooklet::crossbeam_channel::RecvTimeoutError;
+    /// # use std::time::Duration;
+    /// # let server = Server::bind("127.0.0.1:0", Config::default())?;
+    /// let mut news = server.hub().subscribe(["news"], Since::Now)?;
+    /// match news.recv_timeout(Duration::from_millis(10)) {
+    ///     Ok(item) => println!("{item:?}"),
+    ///     Err(RecvTimeoutError::Timeout) => println!("no news"),
+    ///     Err(RecvTimeoutError::Disconnected) => println!("the server has stopped"),
+    /// }
+    /// # Ok(()) }
+    /// ```
     pub fn recv_timeout(&mut self, time: Duration) -> Result<News, RecvTimeoutError> {
         let deadline = Instant::now() + time.min(LONGEST); // a longer time may overflow, which panics
         loop {
@@ -200,7 +266,21 @@ impl Follower {
     }
 
     /// The id of the event or gap that was taken last, or where the subscription began: `Since::After` this goes on
-    /// from here, also in another process where there is a journal.
+    /// from here, also in another process where there is a journal. Of one that began with [`Since::Newest`] and has not
+    /// taken all of these yet, that also gives what they have overtaken.
+    ///
+    /// ```
+    /// # fn main() -> std::io::Result<()> {
+    /// # use brooklet::{Config, Event, News, Server, Since};
+    /// # let server = Server::bind("127.0.0.1:0", Config::default())?;
+    /// let hub = server.hub();
+    /// ["one", "two"].iter().try_for_each(|data| hub.publish("news", Event::new(*data)).map(drop))?;
+    /// let mut news = hub.subscribe(["news"], Since::Earliest)?;
+    /// let _one = news.next();
+    /// let mut later = hub.subscribe(["news"], Since::After(news.cursor()))?;
+    /// assert!(matches!(later.next(), Some(News::Event(event)) if event.data == "two"));
+    /// # Ok(()) }
+    /// ```
     pub fn cursor(&self) -> Id {
         self.cursor
     }
@@ -208,7 +288,7 @@ impl Follower {
     /// Reads what comes after the cursor: a gap, some events, or nothing.
     fn read_on(&mut self) {
         let history = self.core.history();
-        match history.next(&self.names, self.read_to, &self.told, &[], Framing::Plain) {
+        match history.next(&self.names, self.read_to, &self.told, &self.floors, Framing::Plain) {
             Next::Nothing => {}
             Next::Gap(gap) => {
                 self.told = history.told(&self.names);

@@ -74,7 +74,7 @@ pub struct Walk {
     until: Id,
 }
 
-/// What there is of one topic: see [`Hub::topics`](crate::Hub::topics).
+/// What there is of one topic: see [`Hub::topics`](crate::Hub::topics), which has an example.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct TopicOverview {

@@ -42,7 +42,7 @@ pub const STOP_WAIT: Duration = Duration::from_millis(400);
 const NOT_TAKEN: &str =
     "the disk has not taken the event yet: it may be published, or not; publish it again with the same key";
 
-/// Publishes events, from any thread. Cheap to clone; clones are the same hub.
+/// Publishes events, from any thread. Cheap to clone; clones are the same hub. Each of its methods has an example.
 #[derive(Clone)]
 pub struct Hub {
     pub(crate) core: Arc<Core>,

@@ -16,8 +16,23 @@
 //! A program adds [routes](Server::route), which see a [request](Request) first and then [answer](Answer) it, open a
 //! [stream](Request::stream), or let the page [follow](Request::follow) topics; [pages](Server::page) and
 //! [streams](Server::stream) are the short forms. It [subscribes](Hub::subscribe) in itself, reads what is
-//! [kept](Hub::kept), sees the [topics](Hub::topics), and is told [who comes and goes](Server::on_subscription). Every limit is a field of [`Config`].
-//! `tests/embed` has three programs of about 60 lines: a job queue, a chat, a dashboard.
+//! [kept](Hub::kept), sees the [topics](Hub::topics), and is told [who comes and goes](Server::on_subscription). Every
+//! limit is a field of [`Config`]. `tests/embed` has three programs of about 60 lines: a job queue, a chat, a dashboard.
+//!
+//! ```
+//! # fn main() -> std::io::Result<()> {
+//! # use brooklet::{Answer, Config, Event, Server};
+//! # let server = Server::bind("127.0.0.1:0", Config::default())?;
+//! server.route("GET /inbox", |request| match request.cookie("user") {
+//!     Some(user) => request.follow([format!("user-{user}")]), // a real program checks a session here
+//!     None => Ok(Answer::text(401, "log in first")),
+//! })?;
+//! server.route("POST /tell/", |request| {
+//!     let id = request.hub().publish(&format!("user-{}", request.rest()), Event::new(request.text()?))?;
+//!     Ok(Answer::text(200, id))
+//! })?;
+//! # Ok(()) }
+//! ```
 //!
 //! # The idea: a live subscriber is never waited for
 //! Server-Sent Events go one way. Once its request is read, a subscriber sends nothing, so there is nothing to wait
@@ -53,10 +68,9 @@
 //! the end of this file. A `Connection` is called `c`.
 //!
 //! # Where a change goes
-//! *A parameter of a stream* is named and read in `routes` (`STREAM_PARAMETERS`, `wanted_topics`), and kept in
-//! `subscription` (`Wanted`). Where the stream starts is decided in `cursor`; when it ends, in `subscription`
-//! (`Served::step`); what its events look like, in `form`. Live or behind, the events of its topics are written by
-//! `Connection::deliver`, or by `Connection::finish` where one fitted only in part.
+//! *A parameter of a stream* is named and read in `wanted`. Where the stream starts is decided in `cursor`; when it
+//! ends, in `subscription` (`Served::step`); what its events look like, in `form`. Live or behind, the events of its
+//! topics are written by `Connection::deliver`, or by `Connection::finish` where one fitted only in part.
 //!
 //! *Another kind of storage* replaces `journal`, which only `hub`, `tending`, `unwritten` and `kept` name; `kept` stands
 //! between its blocks and the history. One that numbers events itself is an [`Engine`]: `Core::publish_outside` asks it, and
@@ -96,7 +110,8 @@
 extern crate model_std as std;
 
 mod program; // what a program adds to its server
-mod server; // bind, accept, start and stop
+mod stopping; // how a server stops
+mod server; // bind, start, accept
 mod tokens; // the tokens' file, and whose right is gone
 mod clerk; // what lanes and acceptors may not do, since they never wait
 mod conversation; // one connection's requests, one after another
@@ -104,6 +119,7 @@ mod routes; // what each request gets
 mod publishing; // POST, PUT, DELETE
 mod handler; // a program's route: its handler, and what it answers
 mod subscription; // a stream of topics: opened, replayed, ended
+mod wanted; // what a request for one asks for
 mod stream; // a handler's stream
 mod asked; // what a program's route sees of a request
 mod follower; // subscribing in the program

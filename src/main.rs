@@ -174,7 +174,7 @@ impl Command {
     fn parse(args: impl Iterator<Item = OsString>) -> Result<Option<Command>, Failure> {
         let mut command = Command {
             listen: SocketAddr::from(([127, 0, 0, 1], 3000)),
-            config: Config { log: Log::Info, ..Config::default() },
+            config: Config::default().with(|config| config.log = Log::Info),
             redis: RedisFlags { url: None, stream: "brooklet".into(), length: 100_000 },
         };
         // What cannot be read is not shown: it may hold a token.

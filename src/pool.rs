@@ -10,7 +10,7 @@
 
 use crate::config::FEWEST_THREADS;
 use crate::desk::Desk;
-use crate::sync::{Condvar, Mutex, enter, start_thread, wait};
+use crate::sync::{Condvar, Mutex, MutexGuard, enter, start_thread, wait};
 use std::collections::VecDeque;
 use std::io::{self, ErrorKind};
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -137,8 +137,7 @@ impl Pool {
         let waiting = lines.requests.len() + lines.behind.len();
         let must_ring = (waiting > lines.idle || !lines.has_share(kind, self.limit)) && !lines.is_watched;
         lines.is_watched |= must_ring;
-        drop(lines);
-        self.work.notify_one();
+        self.wake_one(lines);
         if must_ring {
             self.desk.ring();
         }
@@ -217,6 +216,16 @@ impl Pool {
         }
     }
 
+    /// Wakes a thread that has nothing to do. Where there is none, the next that has ended its job looks by itself, and
+    /// this saves a call to the system.
+    fn wake_one(&self, lines: MutexGuard<'_, Lines>) {
+        let somebody_sleeps = lines.idle > 0;
+        drop(lines);
+        if somebody_sleeps {
+            self.work.notify_one();
+        }
+    }
+
     fn start_worker(self: &Arc<Pool>) -> io::Result<()> {
         let mut lines = enter(&self.lines);
         lines.threads += 1;
@@ -228,19 +237,24 @@ impl Pool {
 
     /// The life of a thread: one job after another.
     fn work(&self) {
-        while let Some((kind, job)) = self.next() {
+        let mut ended = None;
+        while let Some((kind, job)) = self.next(ended) {
             let mut seat = Seat { pool: self, kind };
             // A job's panic must take neither its thread nor the lines along. What it served is ended as it unwinds.
             let _ = catch_unwind(AssertUnwindSafe(|| job(&mut seat)));
-            enter(&self.lines).running[seat.kind as usize] -= 1;
+            ended = Some(seat.kind);
             // Many short jobs one after another would hold up those who accept for as long as a turn of the processor.
             thread::yield_now();
         }
     }
 
-    /// Waits for the next job. None where the thread is to end, which it is counted out for.
-    fn next(&self) -> Option<(Kind, Job)> {
+    /// Waits for the next job, after one of this kind has ended. None where the thread is to end, which it is counted
+    /// out for.
+    fn next(&self, ended: Option<Kind>) -> Option<(Kind, Job)> {
         let mut lines = enter(&self.lines);
+        if let Some(kind) = ended {
+            lines.running[kind as usize] -= 1;
+        }
         let idle_until = Instant::now() + IDLE_TIME;
         lines.idle += 1;
         loop {
@@ -301,7 +315,7 @@ impl Seat<'_> {
             lines.running[self.kind as usize] -= 1;
             lines.running[kind as usize] += 1;
             self.kind = kind;
-            self.pool.work.notify_one(); // for whoever waited for this share
+            self.pool.wake_one(lines); // for whoever waited for this share
         }
         has_share
     }

@@ -21,6 +21,17 @@ const WAITING: usize = 1_024;
 const SLEEP_TIME: Duration = Duration::from_secs(60);
 
 /// A subscriber of topics that has come, or gone: see [`Server::on_subscription`](crate::Server::on_subscription).
+///
+/// ```
+/// # fn main() -> std::io::Result<()> {
+/// # use brooklet::{Config, Presence, Server};
+/// # let server = Server::bind("127.0.0.1:0", Config::default())?;
+/// server.on_subscription(|Presence { topics, peer, ended, .. }| match ended {
+///     None => println!("{peer} follows {}", topics.join(",")),
+///     Some(reason) => println!("{peer} has gone: {reason}"),
+/// })?;
+/// # Ok(()) }
+/// ```
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub struct Presence {

@@ -6,17 +6,20 @@
 use crate::asked::Request;
 use crate::handler::{Answer, check_content_type};
 use crate::presence::Presence;
-use crate::routes::{Kind, Route};
+use crate::routes::{Kind, Route, split_method};
 use crate::server::Server;
 use crate::stream::Stream;
 use std::io;
 use std::sync::Arc;
 
 impl Server {
-    /// Answers whatever is asked of `path` with what the handler says: see [`Request`] and [`Answer`]. A path that ends
-    /// in a slash is also the route of everything below it, unless a longer one fits; [`Request::rest`] has what
-    /// follows. The server's own paths (`/events/…`, `/topics`, `/health`, `/metrics`) come first. A path that had a
-    /// route gets the new one.
+    /// Answers whatever is asked of a path with what the handler says: see [`Request`] and [`Answer`]. `POST /jobs` is
+    /// the route for one method (`GET`, `POST`, `PUT`, `PATCH` or `DELETE`), `/jobs` the one for all methods that have
+    /// none of their own; a method without any is answered with 405. A `HEAD` goes where a `GET` does.
+    ///
+    /// A path that ends in a slash is also the route of everything below it, unless a longer one fits;
+    /// [`Request::rest`] has what follows. The server's own paths (`/events/…`, `/topics`, `/health`, `/metrics`) come
+    /// first. A path that had a route for this method gets the new one.
     ///
     /// What is checked before the handler is called: the request is whole and well-formed, its body is at most
     /// [`body_bytes`](crate::Config::body_bytes) and came within [`body_time`](crate::Config::body_time) (413, 408); on
@@ -43,22 +46,19 @@ impl Server {
     /// # fn main() -> std::io::Result<()> {
     /// # use brooklet::{Answer, Config, Event, Server};
     /// # let server = Server::bind("127.0.0.1:0", Config::default())?;
-    /// let hub = server.hub();
-    /// server.route("/rooms/", move |request| match (request.method(), request.rest()) {
-    ///     ("GET", room) => request.follow([room]),
-    ///     ("POST", room) => {
-    ///         let id = hub.publish(room, Event::new(request.text()?))?;
-    ///         Ok(Answer::text(201, id))
-    ///     }
-    ///     _ => Ok(Answer::empty(405).field("Allow", "GET, POST")),
+    /// server.route("GET /rooms/", |request| request.follow([request.rest()]))?;
+    /// server.route("POST /rooms/", |request| {
+    ///     let id = request.hub().publish(request.rest(), Event::new(request.text()?))?;
+    ///     Ok(Answer::text(201, id))
     /// })?;
     /// # Ok(()) }
     /// ```
-    pub fn route<H>(&self, path: &str, handler: H) -> io::Result<()>
+    pub fn route<H>(&self, route: &str, handler: H) -> io::Result<()>
     where
         H: Fn(&Request) -> io::Result<Answer> + Send + Sync + 'static,
     {
-        self.add(path, Kind::Own, handler)
+        let (method, path) = split_method(route);
+        self.add(path, method, Kind::Own, handler)
     }
 
     /// Answers `GET path` with these bytes: a page, a script, a small answer of one's own. Other sites may not show it
@@ -67,10 +67,19 @@ impl Server {
     /// # Errors
     /// [`InvalidInput`](io::ErrorKind::InvalidInput) for a path that may not be, as for [`Server::route`]; and for what
     /// is no content type.
+    ///
+    /// ```
+    /// # fn main() -> std::io::Result<()> {
+    /// # use brooklet::{Config, Server};
+    /// # let server = Server::bind("127.0.0.1:0", Config::default())?;
+    /// server.page("/", "text/html; charset=utf-8", "<!doctype html><title>hello</title>")?;
+    /// server.page("/dot.svg", "image/svg+xml", "<svg xmlns='http://www.w3.org/2000/svg'><circle r='9'/></svg>")?;
+    /// # Ok(()) }
+    /// ```
     pub fn page(&self, path: &str, content_type: &str, body: impl Into<Vec<u8>>) -> io::Result<()> {
         check_content_type(content_type)?;
         let (content_type, body): (String, Arc<[u8]>) = (content_type.into(), body.into().into());
-        self.add(path, Kind::Page, move |_| {
+        self.add(path, Some("GET"), Kind::Page, move |_| {
             // In a frame of another site, a page that publishes could be made to take a click not meant for it.
             Ok(Answer::shared(200, content_type.clone(), body.clone()).field("X-Frame-Options", "SAMEORIGIN"))
         })
@@ -101,14 +110,16 @@ impl Server {
     where
         H: Fn(&mut Stream) -> io::Result<()> + Send + Sync + 'static,
     {
-        self.add(path, Kind::Stream, move |request| handler(&mut request.stream()?).map(|()| Answer::ended()))
+        self.add(path, Some("GET"), Kind::Stream, move |request| {
+            handler(&mut request.stream()?).map(|()| Answer::ended())
+        })
     }
 
-    fn add<H>(&self, path: &str, kind: Kind, handler: H) -> io::Result<()>
+    fn add<H>(&self, path: &str, method: Option<&'static str>, kind: Kind, handler: H) -> io::Result<()>
     where
         H: Fn(&Request) -> io::Result<Answer> + Send + Sync + 'static,
     {
-        self.handle.shared.routes.add(path, Route { kind, handler: Arc::new(handler) })
+        self.handle.shared.routes.add(path, Route { method, kind, handler: Arc::new(handler) })
     }
 
     /// Calls `hook` for each subscriber of topics that comes over the network, and again when it has gone, with the

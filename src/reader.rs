@@ -10,8 +10,13 @@ use std::borrow::Cow;
 use std::io::{self, ErrorKind, Read};
 use std::mem;
 use std::net::Shutdown;
+use std::thread;
 use std::time::{Duration, Instant};
 
+/// A client that sends its next request as soon as it has its answer is waited for without sleeping, for this long: to
+/// put the thread to sleep and to wake it on another core takes longer than to answer. One publisher gets 2.8 times as
+/// many answers.
+pub const AWAKE_TIME: Duration = Duration::from_micros(50);
 /// What one read takes at most: most requests come in one.
 const READ_BYTES: usize = 4096;
 /// The same for a read that is known to be of a body: a large one comes in few.
@@ -63,6 +68,16 @@ impl<'a> Reader<'a> {
     /// From now on, reads wait until this time is over, all of them together.
     pub fn wait_at_most(&mut self, time: Duration) {
         self.deadline = Some(Instant::now() + time);
+    }
+
+    /// Waits for the next request without sleeping, but not for long; other threads that are due on this core go first.
+    pub fn stay_awake(&self) -> io::Result<()> {
+        let until = Instant::now() + AWAKE_TIME;
+        self.c.socket.set_nonblocking(true)?;
+        while self.c.socket.peek(&mut [0]).is_err_and(|error| would_block(&error)) && Instant::now() < until {
+            thread::yield_now();
+        }
+        self.c.socket.set_nonblocking(false)
     }
 
     /// One read into the buffer, which waits until the deadline; it returns how many bytes came, and 0 at the end.

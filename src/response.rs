@@ -61,12 +61,12 @@ impl Response {
 
     /// What is written first, and what after that: a large body is not copied, a small one goes out with its head in
     /// one write. A response to HEAD is the head only, with the length that the body would have (RFC 9110 §9.3.2); 204
-    /// and 304 have neither body nor length (RFC 9110 §8.6). `nosniff` keeps browsers from taking a line that quotes a
-    /// request for a page.
+    /// and 304 have neither body nor length (RFC 9110 §8.6), so nor a type: there is nothing that is of it. `nosniff`
+    /// keeps browsers from taking a line that quotes a request for a page.
     pub fn encode(&self, head_only: bool, close: bool) -> (Vec<u8>, Arc<[u8]>) {
         let mut head = status_line(self.status);
         let has_body = ![204, 304].contains(&self.status);
-        if !self.content_type.is_empty() {
+        if has_body && !self.content_type.is_empty() {
             let _ = write!(head, "Content-Type: {}\r\n", self.content_type);
         }
         if has_body {
@@ -87,8 +87,8 @@ impl Response {
 
 /// The head of every stream, up to and with the blank line. Nothing follows a stream on its connection. `no-transform`
 /// keeps proxies from compressing it, which would hold events back; nginx buffers a stream to its end unless
-/// `X-Accel-Buffering` tells it not to. `cors` are whole lines.
-pub fn stream_head(shape: Shape, cors: &str) -> String {
+/// `X-Accel-Buffering` tells it not to. `lines` are more fields, each with its CRLF.
+pub fn stream_head(shape: Shape, lines: &str) -> String {
     let coding = match shape.framing {
         Framing::Chunked => "Transfer-Encoding: chunked\r\n",
         Framing::Plain => "",
@@ -98,7 +98,7 @@ pub fn stream_head(shape: Shape, cors: &str) -> String {
         + "Cache-Control: no-store, no-transform\r\nX-Accel-Buffering: no\r\nX-Content-Type-Options: nosniff\r\n\
            Connection: close\r\n"
         + coding
-        + cors
+        + lines
         + "\r\n"
 }
 

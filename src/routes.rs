@@ -11,7 +11,6 @@ use crate::asked::Parts;
 use crate::connection::STOPPING;
 use crate::cursor::Start;
 use crate::door::Door;
-use crate::form::Form;
 use crate::handler::{Handled, Handler};
 use crate::history::{TopicOverview, Totals};
 use crate::hub::Hub;
@@ -25,10 +24,12 @@ use crate::reader::Reader;
 use crate::request::Request;
 use crate::response::{Response, decline};
 use crate::rights::{ALL, Act};
-use crate::subscription::{POLL_TIME, Streams, Wanted};
+use crate::subscription::Streams;
 use crate::sync::enter;
-use crate::target::{CURSOR_PARAMETERS, Query};
-use crate::text::{invalid, parse_duration, quoted};
+use crate::target::CURSOR_PARAMETERS;
+use crate::text::{invalid, quoted};
+use crate::wanted::{STREAM_PARAMETERS, Wanted};
+use std::borrow::Cow;
 use std::fmt::Write;
 use std::io::{self, ErrorKind};
 use std::mem;
@@ -40,8 +41,8 @@ const EVENTS: &str = "/events/";
 const READ_METHODS: &str = "GET, HEAD, OPTIONS";
 const TOPIC_METHODS: &str = "GET, HEAD, POST, PUT, DELETE, OPTIONS";
 const PROGRAM_METHODS: &str = "GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS";
-/// What a stream's query may say, beside the cursor.
-const STREAM_PARAMETERS: [&str; 5] = ["since", "last", "poll", "take", "as"];
+/// What a program's route may be for. HEAD goes where GET does, and OPTIONS is answered without the program.
+const ROUTE_METHODS: [&str; 5] = ["GET", "POST", "PUT", "PATCH", "DELETE"];
 /// Where a query may hold a token (RFC 6750 §2.3).
 const QUERY_TOKEN: &str = "access_token";
 /// Other paths of the server's own.
@@ -50,6 +51,8 @@ const OWN_PATHS: [&str; 3] = ["/health", "/metrics", "/topics"];
 /// What a program has put at a path of its own.
 #[derive(Clone)]
 pub struct Route {
+    /// The one method that it is for; None for all.
+    pub method: Option<&'static str>,
     pub kind: Kind,
     /// Called once for each request, on its connection's thread, so by several at the same time.
     pub handler: Arc<Handler>,
@@ -59,9 +62,9 @@ pub struct Route {
 /// read: a foreign page must not act in the name of its visitor, and no session cookie keeps it from that.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub enum Kind {
-    /// Bytes for everybody: GET alone.
+    /// Bytes for everybody.
     Page,
-    /// A stream: GET alone, with a token where topics need one to be read.
+    /// A stream: with a token where topics need one to be read.
     Stream,
     /// The rest is the program's decision, also who may ask.
     Own,
@@ -93,13 +96,15 @@ impl Routes {
         Routes { door, publishing, streams, table: Mutex::default(), refusals: OncePerSecond::default() }
     }
 
-    /// Adds what is at a path, or replaces it.
+    /// Adds what is at a path for a method, or replaces it.
     ///
     /// # Errors
-    /// [`ErrorKind::InvalidInput`](io::ErrorKind::InvalidInput) for a path that may not be.
+    /// [`ErrorKind::InvalidInput`] for a path that may not be.
     pub fn add(&self, path: &str, route: Route) -> io::Result<()> {
         if !path.starts_with('/') {
-            return invalid(format!("{} cannot be routed: begin it with a slash", quoted(path)));
+            let methods = ROUTE_METHODS.join(", ");
+            let right = format!("begin it with a slash, or with one of {methods}, a space and a slash");
+            return invalid(format!("{} cannot be routed: {right}", quoted(path)));
         }
         if is_servers(path) {
             return invalid(format!("{} cannot be routed: it is the server's own; choose another", quoted(path)));
@@ -108,21 +113,24 @@ impl Routes {
             return invalid(format!("{} cannot be routed: no path has {c:?}", quoted(path)));
         }
         let mut table = enter(&self.table);
-        table.retain(|(known, _)| known != path);
+        table.retain(|(known, there)| known != path || there.method != route.method);
         table.push((path.into(), route));
         Ok(())
     }
 
-    /// What a program has put at a path, and where in it begins what follows the route. The longest that fits counts: a
-    /// whole path before any that ends in a slash. Cloned, so that the table is not locked while a handler runs.
-    fn find(&self, path: &str) -> Option<(Route, usize)> {
+    /// What a program has put at a path, a route for each method or one for all, and where in the path begins what
+    /// follows them. The longest that fits counts: a whole path before any that ends in a slash. Cloned, so that the
+    /// table is not locked while a handler runs.
+    fn find(&self, path: &str) -> (Vec<Route>, usize) {
         let is_above = |known: &str, kind: Kind| kind == Kind::Own && known.ends_with('/') && path.starts_with(known);
         if is_servers(path) {
-            return None;
+            return (Vec::new(), 0);
         }
         let table = enter(&self.table);
-        let fitting = table.iter().filter(|(known, route)| known == path || is_above(known, route.kind));
-        fitting.max_by_key(|(known, _)| known.len()).map(|(known, route)| (route.clone(), known.len()))
+        let fits = |(known, route): &&(String, Route)| known == path || is_above(known, route.kind);
+        let longest = table.iter().filter(fits).map(|(known, _)| known.len()).max().unwrap_or(0);
+        let fitting = table.iter().filter(fits).filter(|(known, _)| known.len() == longest);
+        (fitting.map(|(_, route)| route.clone()).collect(), longest)
     }
 
     /// Checks a request, reads its body, does what it asks, and says what it gets.
@@ -132,17 +140,18 @@ impl Routes {
     pub fn reply(&self, reader: &mut Reader, request: &mut Request) -> Result<Reply, Response> {
         self.door.check_host(request, &reader.c.socket)?;
         let path = request.path.clone();
-        let own = self.find(&path);
-        let Some(allow) = methods_of(&path, own.as_ref().map(|(route, _)| route.kind)) else {
+        let (own, rest_at) = self.find(&path);
+        let Some(allow) = methods_of(&path, &own) else {
             return decline(404, format!("there is nothing at {}: topics are at /events/NAME", quoted(&path)));
         };
         let is_allowed = request.method != "OPTIONS" && allow.split(", ").any(|method| method == request.method);
-        if let Some(own) = own.filter(|_| is_allowed) {
-            return self.call(reader, request, own);
+        let fitting = own.into_iter().filter(|route| is_allowed && is_for(route, &request.method));
+        if let Some(route) = fitting.max_by_key(|route| route.method.is_some()) {
+            return self.call(reader, request, route, rest_at);
         }
         match (request.method.as_str(), path.strip_prefix(EVENTS)) {
             // Before any token is looked at: browsers send none with a preflight. The door adds what it allows.
-            ("OPTIONS", _) => Ok(Reply::Response(Response::text(204, "").field("Allow", allow))),
+            ("OPTIONS", _) => Ok(Reply::Response(Response::new(204, "", []).field("Allow", allow))),
             ("POST" | "PUT" | "DELETE", Some(topics)) => {
                 let published = self.publish(reader, request, topics);
                 published.inspect_err(|refusal| self.note_refusal(reader, refusal)).map(Reply::Response)
@@ -156,9 +165,9 @@ impl Routes {
                 request.read_body(reader, &self.streams.core.config, false)?;
                 Ok(Reply::Topics(wanted))
             }
-            ("GET" | "HEAD", None) => self.get(reader, request, &path),
+            ("GET" | "HEAD", None) if OWN_PATHS.contains(&path.as_str()) => self.get(reader, request, &path),
             // A known method that is not for this path is 405, an unknown one 501 (RFC 9110 §9.1).
-            (method @ ("POST" | "PUT" | "DELETE" | "PATCH" | "TRACE"), _) => {
+            (method @ ("GET" | "HEAD" | "POST" | "PUT" | "DELETE" | "PATCH" | "TRACE"), _) => {
                 let reason = format!("{method} is not for {}: use one of {allow}", quoted(&path));
                 Err(Response::text(405, reason).field("Allow", allow))
             }
@@ -194,7 +203,8 @@ impl Routes {
         &self,
         reader: &mut Reader,
         request: &mut Request,
-        (route, rest_at): (Route, usize),
+        route: Route,
+        rest_at: usize,
     ) -> Result<Reply, Response> {
         if !["GET", "HEAD"].contains(&request.method.as_str()) {
             self.door.check_origin(request)?;
@@ -316,66 +326,40 @@ fn is_servers(path: &str) -> bool {
     path.starts_with(EVENTS) || OWN_PATHS.contains(&path)
 }
 
+/// Takes the method off the front of what a program routes, such as `POST /jobs`.
+pub fn split_method(route: &str) -> (Option<&'static str>, &str) {
+    let split = |method| Some((Some(method), route.strip_prefix(method)?.strip_prefix(' ')?));
+    ROUTE_METHODS.into_iter().find_map(split).unwrap_or((None, route))
+}
+
+/// Whether a route takes this method.
+fn is_for(route: &Route, method: &str) -> bool {
+    let method = if method == "HEAD" { "GET" } else { method };
+    route.method.is_none_or(|own| own == method)
+}
+
 /// The methods that a path takes, for `Allow`; none where there is nothing. `own` is what the program has put there.
-fn methods_of(path: &str, own: Option<Kind>) -> Option<&'static str> {
-    match own {
-        _ if path.starts_with(EVENTS) || path == "*" => Some(TOPIC_METHODS),
-        _ if OWN_PATHS.contains(&path) => Some(READ_METHODS),
-        own => own.map(|kind| if kind == Kind::Own { PROGRAM_METHODS } else { READ_METHODS }),
+fn methods_of(path: &str, own: &[Route]) -> Option<Cow<'static, str>> {
+    if path.starts_with(EVENTS) || path == "*" {
+        return Some(TOPIC_METHODS.into());
+    } else if OWN_PATHS.contains(&path) {
+        return Some(READ_METHODS.into());
+    } else if own.is_empty() {
+        return None;
     }
+    let is_taken = |method: &&str| *method == "OPTIONS" || own.iter().any(|route| is_for(route, method));
+    Some(PROGRAM_METHODS.split(", ").filter(is_taken).collect::<Vec<_>>().join(", ").into())
 }
 
 /// What a request for a stream of these topics wants.
 ///
 /// # Errors
-/// 400 for a parameter that is not known, and for a topic, a time, a number, a form or a `since` that cannot be read. A cursor that
-/// cannot be read is no error: it gets a gap.
+/// 400 for a parameter that is not known, for a topic, and for what [`Wanted::read`] cannot read.
 pub fn wanted_topics(request: &Request, list: &str) -> Result<Wanted, Response> {
-    let query = &request.query;
-    query.check(&[&STREAM_PARAMETERS[..], &CURSOR_PARAMETERS[..]].concat())?;
-    let poll = match query.get("poll") {
-        None => None,
-        Some("") => Some(POLL_TIME),
-        Some(time) => Some(parse_duration(time).map_err(|error| Response::text(400, error))?),
-    };
-    let since = wanted_start(query)?;
-    let take = query.get("take").map(|text| count("take", text)).transpose()?;
-    let form = match query.get("as").map(|text| (text, Form::parse(text))) {
-        None => Form::Events,
-        Some((_, Some(form))) => form,
-        Some((text, None)) => {
-            return decline(400, format!("as is lines or json, or left out for an event stream; not {}", quoted(text)));
-        }
-    };
-    // `since` or `last` is in the page's URL for good; a browser that reconnects adds its cursor, which is newer and wins.
-    let start = cursor_of(request).map_or(since, |text| Start::After(text.parse().ok()));
-    let names = topic_names(list).map_err(|error| Response::text(400, error))?;
-    Ok(Wanted { names, start, poll, take, form })
-}
-
-/// Where a stream begins that has no cursor.
-fn wanted_start(query: &Query) -> Result<Start, Response> {
-    match (query.get("since"), query.get("last")) {
-        (None, None) => Ok(Start::Now),
-        (Some(_), Some(_)) => decline(400, "since and last each say where to begin: leave one of them out"),
-        (None, Some(text)) => Ok(Start::Newest(count("last", text)?)),
-        (Some("earliest"), None) => Ok(Start::Earliest),
-        (Some("latest"), None) => Ok(Start::Newest(1)),
-        (Some(text), None) => match (parse_duration(text), text.parse()) {
-            // A time needs its unit, so that `10` is an id and `10s` is not.
-            (Ok(time), _) => Ok(Start::Ago(time)),
-            (_, Ok(id)) => Ok(Start::After(Some(id))),
-            _ => decline(400, format!("since is earliest, latest, a time such as 10m, or an id; not {}", quoted(text))),
-        },
-    }
-}
-
-/// A number of events, of which there is at least one. `parse` alone would take a sign.
-fn count(name: &str, text: &str) -> Result<u64, Response> {
-    match text.parse() {
-        Ok(count) if count > 0 && text.bytes().all(|b| b.is_ascii_digit()) => Ok(count),
-        _ => decline(400, format!("{name} is a number of events, 1 or more; not {}", quoted(text))),
-    }
+    request.query.check(&[&STREAM_PARAMETERS[..], &CURSOR_PARAMETERS[..]].concat())?;
+    let wanted =
+        topic_names(list).and_then(|names| Wanted::read(names, &request.query, cursor_of(request), Start::Now));
+    wanted.map_err(|error| Response::text(400, error))
 }
 
 /// After which event to resume. An empty one says that the client has seen no id yet.

@@ -1,20 +1,17 @@
-//! The server around it all: bind, accept, start and stop.
+//! The server around it all: bind, start, accept.
 //!
 //! `std` listens with a backlog of 128, and a crowd that comes back at once must not overflow it: clients would wait
 //! seconds for their next try. So two threads do nothing but accept; they take no lock, and start nobody. Another finds
-//! each newcomer a place and puts it into the line for a thread. Stopping is over within a second, whatever peers and disks
-//! do: first streams are ended in order, then sockets are cut, then lanes and the journal end, each with its share of the
-//! time.
+//! each newcomer a place and puts it into the line for a thread. How all of it ends is in `stopping.rs`.
 
 use crate::clerk;
-use crate::config::{Config, Log};
-use crate::connection::STOPPING;
+use crate::config::Config;
 use crate::conversation::{self, Shared};
 use crate::desk::Desk;
 use crate::door::Door;
 use crate::engine::Engine;
 use crate::feed::Feed;
-use crate::hub::{Core, Hub, STOP_WAIT};
+use crate::hub::{Core, Hub};
 use crate::lane::{Ending, Lane};
 use crate::log::{Logger, OncePerSecond};
 use crate::metrics::Counters;
@@ -30,11 +27,11 @@ use crate::tokens::TokensFile;
 use crossbeam_channel::{Receiver, Sender, bounded};
 use std::io::{self, ErrorKind};
 use std::mem;
-use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
+use std::net::{SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
 use std::sync::atomic::Ordering::Relaxed;
 use std::sync::{Arc, OnceLock};
 use std::thread::{self, JoinHandle};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// Threads that accept: while the system lets others run instead of one, there is another.
 const ACCEPTORS: usize = 2;
@@ -42,19 +39,18 @@ const ACCEPTORS: usize = 2;
 const NEWCOMERS: usize = 1_024;
 /// Without memory or descriptors accepting fails at once, again and again: this keeps it from spinning meanwhile.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(20);
-/// When stopping, streams have this long to take their end; then sockets are cut, and threads have until the second
-/// time to end. Publishers who wait for the disk are answered within the first.
-const STOP_GRACE: Duration = Duration::from_millis(700);
-/// When stopping, what is published already has this long to go out to live streams.
-const HURRY_TIME: Duration = Duration::from_millis(300);
-const STOP_TIME: Duration = Duration::from_millis(950);
-const _: () = assert!(STOP_WAIT.as_millis() < STOP_GRACE.as_millis() && STOP_GRACE.as_millis() < STOP_TIME.as_millis());
-const _: () = assert!(STOP_TIME.as_millis() < 1_000, "the process is gone within a second");
-/// How many of the connections that have not ended are named in the log.
-const NAMED_PEERS: usize = 10;
 
 /// A server that is bound but does not serve yet: add pages and streams, then [`run`](Server::run) or
 /// [`spawn`](Server::spawn) it.
+///
+/// ```
+/// # fn main() -> std::io::Result<()> {
+/// # use brooklet::{Config, Server};
+/// let server = Server::bind("127.0.0.1:0", Config::default())?;
+/// server.page("/", "text/plain", "hello")?;
+/// let server = server.spawn()?;
+/// # Ok(()) }
+/// ```
 pub struct Server {
     pub(crate) handle: Handle,
 }
@@ -76,29 +72,30 @@ pub struct Server {
 /// assert_eq!(server.stop(), 0); // no handler is left running
 /// # Ok(()) }
 /// ```
+#[must_use = "dropping it stops the server"]
 pub struct Handle {
     pub(crate) shared: Arc<Shared>,
     /// None where the program accepts.
-    listening: Option<Listening>,
+    pub(crate) listening: Option<Listening>,
     address_space: Arc<AddressSpace>,
     /// The threads that accept and admit. None before [`Server::spawn`], and once they are joined.
-    acceptors: Mutex<Vec<JoinHandle<()>>>,
-    ending: Arc<OnceLock<Ending>>,
+    pub(crate) acceptors: Mutex<Vec<JoinHandle<()>>>,
+    pub(crate) ending: Arc<OnceLock<Ending>>,
     /// The lanes and the clerk, likewise.
-    helpers: Mutex<Vec<JoinHandle<()>>>,
+    pub(crate) helpers: Mutex<Vec<JoinHandle<()>>>,
     /// The thread that watches the tokens' file ends when this is dropped. It is not waited for: the disk may be stuck.
-    watching: Mutex<Option<Sender<()>>>,
+    pub(crate) watching: Mutex<Option<Sender<()>>>,
     /// How many connections had not ended when it had stopped.
-    stopped: OnceLock<usize>,
+    pub(crate) stopped: OnceLock<usize>,
 }
 
 /// An address of our own.
-struct Listening {
+pub(crate) struct Listening {
     listener: Arc<TcpListener>,
-    address: SocketAddr,
+    pub(crate) address: SocketAddr,
     /// The listening socket as one that can be shut down, which wakes whoever accepts. Made at the start, since stopping
     /// must work without a descriptor left.
-    doorbell: TcpStream,
+    pub(crate) doorbell: TcpStream,
 }
 
 impl Server {
@@ -109,12 +106,21 @@ impl Server {
     /// ([`ErrorKind::PermissionDenied`]); a limit makes no sense ([`ErrorKind::InvalidInput`]); the journal cannot be
     /// used ([`ErrorKind::ResourceBusy`]: another process has it; [`ErrorKind::InvalidData`]: the file is none); or no
     /// thread can be started; or the system has no room for two connections ([`ErrorKind::QuotaExceeded`]).
+    ///
+    /// ```
+    /// # fn main() -> std::io::Result<()> {
+    /// # use brooklet::{Config, Server};
+    /// let server = Server::bind("127.0.0.1:0", Config::default().with(|config| config.subscribers = 100))?;
+    /// let error = Server::bind("127.0.0.1:0", Config::default().with(|config| config.topics = 0)).err().unwrap();
+    /// assert_eq!(error.to_string(), "topics: without any, nothing is published: give at least 1"); // names the field
+    /// # Ok(()) }
+    /// ```
     pub fn bind(address: impl ToSocketAddrs, config: Config) -> io::Result<Server> {
         Server::bind_to(address, config, None)
     }
 
     /// As [`Server::bind`], for a server that shares its topics with others: the engine numbers what is published on any
-    /// of them, and shows it to this one by the feed. See [`Engine`].
+    /// of them, and shows it to this one by the feed. [`Engine`] has an example.
     ///
     /// # Errors
     /// As for [`Server::bind`]; and a journal is [`ErrorKind::InvalidInput`], since the engine keeps the events.
@@ -123,11 +129,9 @@ impl Server {
         config: Config,
         engine: Arc<dyn Engine>,
     ) -> io::Result<(Server, Feed)> {
-        if config.journal.is_some() {
-            return invalid("journal: an engine keeps the events instead: leave one of the two out");
-        }
+        check_without_journal(&config)?;
         let server = Server::bind_to(address, config, Some(engine))?;
-        let feed = Feed { core: Arc::downgrade(&server.handle.shared.streams.core) };
+        let feed = server.feed();
         Ok((server, feed))
     }
 
@@ -166,6 +170,32 @@ impl Server {
     pub fn new(config: Config) -> io::Result<Server> {
         config.check()?;
         Server::start(None, config, None)
+    }
+
+    /// As [`Server::new`], for a server that shares its topics with others: see [`Server::bind_with_engine`].
+    ///
+    /// # Errors
+    /// Those of [`Server::bind_with_engine`] that are not about an address.
+    ///
+    /// ```
+    /// # use brooklet::{Config, Engine, Feed, Handle, Server};
+    /// # use std::sync::Arc;
+    /// fn start(engine: Arc<dyn Engine>, show: impl Fn(Feed) + Send + 'static) -> std::io::Result<Handle> {
+    ///     let (server, feed) = Server::new_with_engine(Config::default(), engine)?;
+    ///     std::thread::spawn(move || show(feed)); // whatever the engine has taken, until `feed.is_over()`
+    ///     server.spawn() // then `Handle::serve` takes connections
+    /// }
+    /// ```
+    pub fn new_with_engine(config: Config, engine: Arc<dyn Engine>) -> io::Result<(Server, Feed)> {
+        check_without_journal(&config)?;
+        config.check()?;
+        let server = Server::start(None, config, Some(engine))?;
+        let feed = server.feed();
+        Ok((server, feed))
+    }
+
+    fn feed(&self) -> Feed {
+        Feed { core: Arc::downgrade(&self.handle.shared.streams.core) }
     }
 
     fn start(listening: Option<Listening>, config: Config, engine: Option<Arc<dyn Engine>>) -> io::Result<Server> {
@@ -209,6 +239,14 @@ impl Server {
     }
 
     /// The hub, to publish with.
+    ///
+    /// ```
+    /// # fn main() -> std::io::Result<()> {
+    /// # use brooklet::{Config, Event, Server};
+    /// # let server = Server::bind("127.0.0.1:0", Config::default())?;
+    /// server.hub().publish("news", Event::new("hello"))?; // before it serves, too
+    /// # Ok(()) }
+    /// ```
     pub fn hub(&self) -> Hub {
         self.handle.hub()
     }
@@ -217,6 +255,14 @@ impl Server {
     ///
     /// # Errors
     /// [`ErrorKind::AddrNotAvailable`]: it listens nowhere ([`Server::new`]).
+    ///
+    /// ```
+    /// # fn main() -> std::io::Result<()> {
+    /// # use brooklet::{Config, Server};
+    /// # let server = Server::bind("127.0.0.1:0", Config::default())?;
+    /// assert_ne!(server.addr()?.port(), 0);
+    /// # Ok(()) }
+    /// ```
     pub fn addr(&self) -> io::Result<SocketAddr> {
         self.handle.addr()
     }
@@ -226,6 +272,13 @@ impl Server {
     /// # Errors
     /// No thread can be started; or it listens nowhere, so there is nothing to wait for
     /// ([`ErrorKind::AddrNotAvailable`]): [`spawn`](Server::spawn) it.
+    ///
+    /// ```no_run
+    /// # use brooklet::{Config, Server};
+    /// fn main() -> std::io::Result<()> {
+    ///     Server::bind("127.0.0.1:3000", Config::default())?.run()
+    /// }
+    /// ```
     pub fn run(self) -> io::Result<()> {
         self.addr()?;
         let handle = self.spawn()?;
@@ -240,6 +293,15 @@ impl Server {
     ///
     /// # Errors
     /// No thread can be started.
+    ///
+    /// ```
+    /// # fn main() -> std::io::Result<()> {
+    /// # use brooklet::{Config, Server};
+    /// # let server = Server::bind("127.0.0.1:0", Config::default())?;
+    /// let handle = server.spawn()?; // to drop it stops the server
+    /// println!("http://{}", handle.addr()?);
+    /// # Ok(()) }
+    /// ```
     pub fn spawn(self) -> io::Result<Handle> {
         let handle = self.handle;
         let Some(listening) = &handle.listening else { return Ok(handle) };
@@ -259,6 +321,15 @@ impl Server {
 
 impl Handle {
     /// The hub, to publish with.
+    ///
+    /// ```
+    /// # fn main() -> std::io::Result<()> {
+    /// # use brooklet::{Config, Event, Server};
+    /// # let server = Server::bind("127.0.0.1:0", Config::default())?;
+    /// let handle = server.spawn()?;
+    /// handle.hub().publish("news", Event::new("hello"))?;
+    /// # Ok(()) }
+    /// ```
     pub fn hub(&self) -> Hub {
         Hub { core: self.shared.streams.core.clone() }
     }
@@ -267,6 +338,15 @@ impl Handle {
     ///
     /// # Errors
     /// [`ErrorKind::AddrNotAvailable`]: it listens nowhere ([`Server::new`]).
+    ///
+    /// ```
+    /// # fn main() -> std::io::Result<()> {
+    /// # use brooklet::{Config, Server};
+    /// # let server = Server::bind("127.0.0.1:0", Config::default())?;
+    /// let handle = server.spawn()?;
+    /// println!("curl -N http://{}/events/news", handle.addr()?);
+    /// # Ok(()) }
+    /// ```
     pub fn addr(&self) -> io::Result<SocketAddr> {
         let address = self.listening.as_ref().map(|listening| listening.address);
         address.ok_or_else(|| io::Error::new(ErrorKind::AddrNotAvailable, "this server listens nowhere itself"))
@@ -277,58 +357,13 @@ impl Handle {
     ///
     /// # Errors
     /// The connection has gone already; or [`ErrorKind::NotConnected`], the server is stopping. The socket is closed.
+    /// [`Server::new`] has an example.
     pub fn serve(&self, socket: TcpStream) -> io::Result<()> {
         self.shared.streams.core.check_running()?;
         let peer = socket.peer_addr()?;
+        socket.set_nonblocking(false)?; // on some systems it has its listener's mode
         admit(&self.shared, &self.address_space, socket, peer);
         Ok(())
-    }
-
-    /// Stops everything, as dropping does, and returns how many connections' threads have not ended within the second:
-    /// they are in handlers that do not return. Whoever calls it again, or meanwhile, waits for the first and gets the
-    /// same. Not to be called from a handler, which would wait for itself for a second.
-    pub fn stop(&self) -> usize {
-        *self.stopped.get_or_init(|| self.stop_once())
-    }
-
-    /// Stops in this order: accepting, connections, lanes, journal, log; each is still needed by those before it.
-    fn stop_once(&self) -> usize {
-        let Streams { core, pool, desk, log, .. } = &*self.shared.streams;
-        let started = Instant::now();
-        let (grace, deadline) = (started + STOP_GRACE, started + STOP_TIME); // for connections and journal together
-        let ending = Ending { retry: core.config.retry, hurry_at: started + HURRY_TIME, deadline: grace };
-        let _ = self.ending.set(ending);
-        core.stop();
-        let acceptors = mem::take(&mut *enter(&self.acceptors));
-        if let Some(Listening { doorbell, address, .. }) = &self.listening
-            && doorbell.shutdown(Shutdown::Both).is_err()
-        {
-            // Not every system lets a listening socket be shut down; a connection wakes whoever accepts, too.
-            acceptors.iter().for_each(|_| drop(TcpStream::connect(address)));
-        }
-        *enter(&self.watching) = None;
-        for acceptor in acceptors {
-            let _ = acceptor.join();
-        }
-        let left = end_connections(&self.shared.streams, grace, deadline);
-        // In this order, so that nobody hands anything to those who have ended.
-        core.lanes.iter().for_each(Lane::stop);
-        desk.close();
-        for helper in mem::take(&mut *enter(&self.helpers)) {
-            let _ = helper.join();
-        }
-        pool.close();
-        pool.wait_for_threads(deadline);
-        core.presence.close(deadline);
-        core.close_journal(deadline);
-        log.finish();
-        left
-    }
-}
-
-impl Drop for Handle {
-    fn drop(&mut self) {
-        self.stop();
     }
 }
 
@@ -341,6 +376,13 @@ fn check_reach(config: &Config, address: SocketAddr) -> io::Result<()> {
     let reason =
         format!("open: {address} is beyond loopback, so whoever reaches it could publish: set publish_tokens, or open");
     Err(io::Error::new(ErrorKind::PermissionDenied, reason))
+}
+
+fn check_without_journal(config: &Config) -> io::Result<()> {
+    match config.journal {
+        None => Ok(()),
+        Some(_) => invalid("journal: an engine keeps the events instead: leave one of the two out"),
+    }
 }
 
 fn default_lanes() -> usize {
@@ -390,29 +432,4 @@ fn admit(shared: &Arc<Shared>, space: &AddressSpace, socket: TcpStream, peer: So
         return log.warn(format_args!("no room for {peer}: all {} places {why}", places.limit()));
     };
     conversation::start(shared.clone(), c);
-}
-
-/// Ends every connection: streams with their reconnection time, publishers with their response. Idle ones are cut last,
-/// so that they can still ask for `/health`. Returns how many did not end in time.
-fn end_connections(streams: &Streams, grace: Instant, deadline: Instant) -> usize {
-    let places = &streams.places;
-    streams.core.end_streams();
-    for c in places.at_work() {
-        let mut state = enter(&c.state);
-        state.ending = Some(STOPPING);
-        state.open = None; // wakes a handler that waits for this
-        drop(state);
-        let _ = c.socket.shutdown(Shutdown::Read); // wakes who waits for a body or a handler's timer
-    }
-    places.wait_for_work(grace);
-    let everyone = places.everyone();
-    // Wakes who waits for a request, or a slow peer. Who is not reached is closed with the process.
-    everyone.iter().take_while(|_| Instant::now() < deadline).for_each(|c| c.cut(STOPPING));
-    drop(everyone);
-    let left = places.wait_for_all(deadline);
-    if left > 0 {
-        let peers: Vec<String> = places.everyone().iter().take(NAMED_PEERS).map(|c| c.peer.to_string()).collect();
-        streams.log.line(Log::Info, format_args!("{left} connections did not end: {}", peers.join(" ")));
-    }
-    left
 }

@@ -15,6 +15,16 @@ use std::sync::Arc;
 use std::time::Duration;
 
 /// An event that was published, as its subscribers see it.
+///
+/// ```
+/// # fn main() -> std::io::Result<()> {
+/// # use brooklet::{Config, Event, Server};
+/// # let server = Server::bind("127.0.0.1:0", Config::default())?;
+/// server.hub().publish("orders", Event::new("7").name("created"))?;
+/// let order = server.hub().newest("orders")?.expect("it is kept");
+/// assert_eq!((&*order.topic, order.name.as_deref(), order.data.as_str()), ("orders", Some("created"), "7"));
+/// # Ok(()) }
+/// ```
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Published {

@@ -9,10 +9,11 @@
 use crate::asked::Request;
 use crate::connection::{Connection, Outgoing, Phase, Reason, STOPPING, State, Unfinished};
 use crate::event::Event;
+use crate::follower::{Follower, News};
 use crate::hub::Core;
 use crate::sync::enter;
 use crate::text::{LONGEST, with_lf};
-use crossbeam_channel::{Receiver, bounded};
+use crossbeam_channel::{Receiver, TryRecvError, bounded, select};
 use std::convert::Infallible;
 use std::io;
 use std::sync::Arc;
@@ -24,6 +25,17 @@ use std::time::{Duration, Instant};
 const STEP: Duration = Duration::from_millis(50);
 
 /// A handler's stream: see [`Request::stream`] and [`Server::stream`](crate::Server::stream).
+///
+/// ```
+/// # fn main() -> std::io::Result<()> {
+/// # use brooklet::{Config, Event, Server};
+/// # let server = Server::bind("127.0.0.1:0", Config::default())?;
+/// server.stream("/hello", |stream| {
+///     stream.comment("here it begins")?;
+///     stream.send(&Event::new("hello").name("greeting"))
+/// })?;
+/// # Ok(()) }
+/// ```
 pub struct Stream<'a> {
     c: &'a Arc<Connection>,
     core: &'a Core,
@@ -33,23 +45,34 @@ pub struct Stream<'a> {
 }
 
 impl<'a> Stream<'a> {
-    /// Takes a place among the streams, writes the head, and gives the socket to its lane; once for each request.
-    /// Returns the lane, too, from which whoever called the handler takes the socket back.
+    /// Takes a place among the streams, writes the head with these lines in it, and gives the socket to its lane; once
+    /// for each request. Returns the lane, too, from which whoever called the handler takes the socket back.
     ///
     /// # Errors
     /// There is no stream, and why.
-    pub(crate) fn open(request: &'a Request<'a>) -> Result<(Stream<'a>, usize), Reason> {
+    pub(crate) fn open(request: &'a Request<'a>, lines: &str) -> Result<(Stream<'a>, usize), Reason> {
         let Request { c, core, .. } = *request;
         let (sender, closed) = bounded(0);
         // Before the place is taken: stopping drops it for all that it finds there.
         enter(&c.state).open = Some(sender);
-        let lane = (request.open)()?;
+        let lane = (request.open)(lines)?;
         core.lanes[lane].join(c, &Arc::default());
         enter(&c.state).phase = Phase::Live;
         Ok((Stream { c, core, request, closed }, lane))
     }
 
     /// What asked for this stream.
+    ///
+    /// ```
+    /// # fn main() -> std::io::Result<()> {
+    /// # use brooklet::{Config, Event, Server};
+    /// # let server = Server::bind("127.0.0.1:0", Config::default())?;
+    /// server.stream("/hello", |stream| {
+    ///     let name = stream.request().query("name").unwrap_or("you");
+    ///     stream.send(&Event::new(format!("hello, {name}")))
+    /// })?;
+    /// # Ok(()) }
+    /// ```
     pub fn request(&self) -> &'a Request<'a> {
         self.request
     }
@@ -61,6 +84,14 @@ impl Stream<'_> {
     /// # Errors
     /// [`InvalidInput`](io::ErrorKind::InvalidInput) for an event that may not be; otherwise the stream is closed or
     /// the server is stopping, and the error says so: return it from the handler.
+    ///
+    /// ```
+    /// # fn main() -> std::io::Result<()> {
+    /// # use brooklet::{Config, Event, Server};
+    /// # let server = Server::bind("127.0.0.1:0", Config::default())?;
+    /// server.stream("/once", |stream| stream.send(&Event::new("7").name("order").id("7")))?;
+    /// # Ok(()) }
+    /// ```
     pub fn send(&mut self, event: &Event) -> io::Result<()> {
         event.check()?;
         self.write(event.encode().as_bytes(), 1)
@@ -70,6 +101,14 @@ impl Stream<'_> {
     ///
     /// # Errors
     /// The stream is closed, or the server is stopping.
+    ///
+    /// ```
+    /// # fn main() -> std::io::Result<()> {
+    /// # use brooklet::{Config, Server};
+    /// # let server = Server::bind("127.0.0.1:0", Config::default())?;
+    /// server.stream("/quiet", |stream| stream.comment("nothing to see here"))?; // : nothing to see here
+    /// # Ok(()) }
+    /// ```
     pub fn comment(&mut self, text: &str) -> io::Result<()> {
         let lines: String = with_lf(text).split('\n').map(|line| format!(":{line}\n")).collect();
         self.write(lines.as_bytes(), 0)
@@ -79,6 +118,20 @@ impl Stream<'_> {
     ///
     /// # Errors
     /// The peer closed the connection, or the server is stopping: return the error from the handler.
+    ///
+    /// ```
+    /// # fn main() -> std::io::Result<()> {
+    /// # use brooklet::{Config, Event, Server};
+    /// # use std::time::Duration;
+    /// # let server = Server::bind("127.0.0.1:0", Config::default())?;
+    /// server.stream("/clock", |stream| {
+    ///     loop {
+    ///         stream.send(&Event::new("tick"))?;
+    ///         stream.sleep(Duration::from_secs(1))?;
+    ///     }
+    /// })?;
+    /// # Ok(()) }
+    /// ```
     pub fn sleep(&mut self, time: Duration) -> io::Result<()> {
         let until = Instant::now() + time.min(LONGEST); // a longer time may overflow, which panics
         loop {
@@ -121,8 +174,46 @@ impl Stream<'_> {
         close_if_err(&mut state, noted);
     }
 
+    /// Waits for what a follower gets next, for as long as the page is there: so a stream serves what the program makes
+    /// of topics.
+    ///
+    /// # Errors
+    /// The page has gone, or the server is stopping: return the error from the handler.
+    ///
+    /// ```
+    /// # fn main() -> std::io::Result<()> {
+    /// # use brooklet::{Config, Event, News, Server, Since};
+    /// # let server = Server::bind("127.0.0.1:0", Config::default())?;
+    /// server.stream("/shouted", |stream| {
+    ///     let mut news = stream.request().hub().subscribe(["news"], Since::Now)?;
+    ///     loop {
+    ///         match stream.wait_for(&mut news)? {
+    ///             News::Event(event) => stream.send(&Event::new(event.data.to_uppercase()))?,
+    ///             _ => stream.comment("some news were missed")?, // a gap
+    ///         }
+    ///     }
+    /// })?;
+    /// # Ok(()) }
+    /// ```
+    pub fn wait_for(&self, news: &mut Follower) -> io::Result<News> {
+        loop {
+            self.check_open()?;
+            match news.try_next() {
+                Ok(item) => return Ok(item),
+                // It may be of another server of the program's.
+                Err(TryRecvError::Disconnected) => return Err(io::Error::other(STOPPING)),
+                Err(TryRecvError::Empty) => {}
+            }
+            select! {
+                recv(self.closed) -> _ => {}
+                recv(news.ready()) -> _ => {}
+            }
+        }
+    }
+
     /// For a `select!` beside a channel of the program's own: nothing ever comes of it, and it is disconnected once the
-    /// page has gone or the server is stopping, whatever the handler is doing.
+    /// page has gone or the server is stopping, whatever the handler is doing. What is sent on a channel that several
+    /// pages share reaches one of them; what is for all of them is better published to a topic.
     ///
     /// ```
     /// # fn main() -> std::io::Result<()> {

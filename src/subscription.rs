@@ -42,10 +42,10 @@
 
 use crate::clock::spread;
 use crate::config::Log;
-use crate::connection::{Connection, Outgoing, Phase, Reason, STOPPING, Unfinished, Written};
-use crate::cursor::{Next, Start};
+use crate::connection::{Connection, Outgoing, Phase, Reason, STOPPING, Unfinished};
+use crate::cursor::Next;
 use crate::desk::Desk;
-use crate::encoded::Shapes;
+use crate::encoded::{Run, Shapes};
 use crate::event::Id;
 use crate::feed::{NOT_REACHED, reach};
 use crate::form::Form;
@@ -57,14 +57,13 @@ use crate::pool::{Kind, Pool, Seat};
 use crate::subscriber::{Opened, Subscriber};
 use crate::sync::{MutexGuard, enter};
 use crate::text::quoted;
+use crate::wanted::Wanted;
 use std::mem::take;
 use std::net::Shutdown;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant};
 
-/// How long `?poll` waits for its first event: less than the 30 s after which some proxies cut a silent answer.
-pub const POLL_TIME: Duration = Duration::from_secs(25);
 /// How soon a client comes back after a poll. What is published meanwhile is kept, so this only bounds the requests.
 const POLL_RETRY: Duration = Duration::from_millis(100);
 /// The log writes this end only at its debug level, since polls end all the time.
@@ -79,18 +78,6 @@ const TURN: Duration = Duration::from_millis(250);
 pub const NO_ROOM: Reason = "no room for another stream";
 pub const NO_THREAD: Reason = "no thread for another stream of a handler";
 const NO_NAMES: Reason = "all topic names are in use";
-
-/// What a request for a stream of topics has asked for.
-pub struct Wanted {
-    /// Each once.
-    pub names: Vec<String>,
-    pub start: Start,
-    /// How long it waits for its first event; then it ends. None for a stream that goes on.
-    pub poll: Option<Duration>,
-    /// It ends after so many events, gaps not counted.
-    pub take: Option<u64>,
-    pub form: Form,
-}
 
 /// What serving streams takes. Shared by all threads.
 pub struct Streams {
@@ -178,7 +165,10 @@ impl Streams {
             Err(reason) => served.reason = reason,
             // Where it has no share, because others are slow, it still gets what it takes without waiting: mostly that is
             // all there is, and it is live.
-            Ok(()) => served.serve(seat.change_to(Kind::Behind)),
+            Ok(()) => match served.begin() {
+                Ok(()) => served.serve(seat.change_to(Kind::Behind)),
+                Err(reason) => served.reason = reason,
+            },
         }
     }
 
@@ -282,8 +272,8 @@ impl<'a> Served<'a> {
         let Some(subscriber) = &mut self.subscriber else { return Step::Live };
         // First of all: an event or heartbeat that the lane has begun must end before anything else is written.
         match c.finish(subscriber.deadline, &|| may_wait && may_go_on()) {
-            Ok((Written::Whole, finished)) => core.counters.delivered.fetch_add(finished, Relaxed),
-            Ok((Written::Part, _)) => return Step::Queue,
+            Ok((true, finished)) => core.counters.delivered.fetch_add(finished, Relaxed),
+            Ok((false, _)) => return Step::Queue,
             Err(reason) => return Step::End(reason),
         };
         // The state's lock is given up before the history's is taken: whoever takes both takes the history's first.
@@ -323,17 +313,34 @@ impl<'a> Served<'a> {
             }
             Next::Events(run) => {
                 drop(history);
-                let mut state = enter(&c.state);
-                match c.deliver(&mut state, Shapes::of(&run).get(shape), Instant::now()) {
-                    Ok(whole) => core.counters.delivered.fetch_add(whole, Relaxed),
-                    Err(reason) => return Step::End(reason),
-                };
-                if let Some(Unfinished { what: Outgoing::Event(event, _), .. }) = &mut state.unfinished {
-                    *event = enter(&core.begun).share(event);
-                }
-                Step::Again
+                self.deliver(&run).map_or_else(Step::End, |()| Step::Again)
             }
         }
+    }
+
+    /// Of a stream that has just been opened, writes the head and the first events in one go, so that a crowd that comes
+    /// back costs one write for each, as far as the kernel takes it.
+    fn begin(&self) -> Result<(), Reason> {
+        let Some(subscriber) = &self.subscriber else { return Ok(()) };
+        let state = enter(&self.c.state);
+        let (cursor, framing) = (state.cursor, state.shape.framing);
+        drop(state);
+        let history = self.streams.core.history();
+        let next = history.next(&subscriber.names, cursor, &subscriber.told, &subscriber.floors, framing);
+        drop(history);
+        if let Next::Events(run) = next { self.deliver(&run) } else { Ok(()) }
+    }
+
+    /// Writes a run without waiting.
+    fn deliver(&self, run: &Run) -> Result<(), Reason> {
+        let (core, mut state) = (&*self.streams.core, enter(&self.c.state));
+        let shape = state.shape;
+        let whole = self.c.deliver(&mut state, Shapes::of(run).get(shape), Instant::now())?;
+        core.counters.delivered.fetch_add(whole, Relaxed);
+        if let Some(Unfinished { what: Outgoing::Event(event, _), .. }) = &mut state.unfinished {
+            *event = enter(&core.begun).share(event);
+        }
+        Ok(())
     }
 
     /// Gives the socket to the lane, in the hold of the history's lock that has shown that nothing newer is kept: 2 and 3

@@ -2,7 +2,7 @@
 //!
 //! A program gives a page its own token by writing a line, and withdraws it by removing the line. So the file is looked
 //! at ten times a second, by a thread of its own: a disk that is stuck must hold nothing else up. A file that cannot be
-//! read or understood changes nothing. Each stream knows with what it was opened ([`Pass`]); after each change, and when
+//! read or understood changes nothing. Each stream knows with what it was opened (`Pass`); after each change, and when
 //! a right is over, all are judged again. A stream is given its end, and cut if it does not take that.
 //!
 //! Between the check of a request and its stream a change may come. So the pass is noted before the check, and rights

@@ -1,7 +1,7 @@
 //! The journal's format, whole, cut, and damaged.
 
 use crate::common::*;
-use brooklet::{Config, Event, Id};
+use brooklet::{Event, Id};
 use std::fs;
 use std::io::ErrorKind;
 use std::time::UNIX_EPOCH;
@@ -149,7 +149,11 @@ fn a_block_of_zeros_or_without_its_end_takes_no_other_along() {
     for (n, damaged) in [zeros(all[2].len()), half, cut(1), cut(2), cut(9), beyond_all_limits].iter().enumerate() {
         let bytes = [&all[..2].concat(), &damaged[..], &all[3..].concat()].concat();
         fs::write(&path, bytes).unwrap();
-        let server = serve(Config { keep_bytes: 100_000, body_bytes: 1_000, line_bytes: 1_000, ..with_journal(&path) });
+        let server = serve(with_journal(&path).with(|config| {
+            config.keep_bytes = 100_000;
+            config.body_bytes = 1_000;
+            config.line_bytes = 1_000;
+        }));
         let found: Vec<_> = kept(server.addr().unwrap(), "a");
         let expected: Vec<_> = [1, 3, 4].iter().map(|n| frame(&all[*n])).collect();
         assert_eq!(found, expected, "damage {n}");

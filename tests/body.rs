@@ -120,7 +120,10 @@ fn a_put_that_breaks_off_keeps_its_whole_lines_only() {
 
 #[test]
 fn put_says_which_line_it_could_not_take_and_what_it_has_published() {
-    let server = serve(Config { line_bytes: 10, body_bytes: 10, ..Config::default() });
+    let server = serve(Config::default().with(|config| {
+        config.line_bytes = 10;
+        config.body_bytes = 10;
+    }));
     let addr = server.addr().unwrap();
     for (body, status, said) in [
         (&b"one\ntwo\n\xff\xfe\nfour\n"[..], 400, "line 3 is not UTF-8"),

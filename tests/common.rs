@@ -77,11 +77,18 @@ pub fn serve_default() -> Handle {
 /// Times that soon are over, and long enough for a busy machine to send a whole head.
 pub fn short_times() -> Config {
     let short = Duration::from_secs(1);
-    Config { head_time: short, body_time: short, idle_time: short, ..Config::default() }
+    Config::default().with(|config| {
+        config.head_time = short;
+        config.body_time = short;
+        config.idle_time = short;
+    })
 }
 
 pub fn with_journal(path: &str) -> Config {
-    Config { journal: Some(path.into()), lanes: 1, ..Config::default() }
+    Config::default().with(|config| {
+        config.journal = Some(path.into());
+        config.lanes = 1;
+    })
 }
 
 /// Waits until `condition` gives a value.

@@ -60,7 +60,7 @@ fn silent_and_idle_connections_are_closed_without_a_word() {
 
 #[test]
 fn who_asks_just_when_the_idle_time_ends_is_answered() {
-    let server = serve(Config { idle_time: Duration::from_secs(1), ..Config::default() });
+    let server = serve(Config::default().with(|config| config.idle_time = Duration::from_secs(1)));
     let addr = server.addr().unwrap();
     let ask = |n: u64| {
         let mut wire = Wire::connect(addr);

@@ -341,7 +341,11 @@ fn each_request_is_refused_or_read_in_one_way() {
     let cases: Vec<&Case> = all.iter().filter(|case| !case.waits()).collect();
     // Whatever should wait in vain here ends well before our patience does.
     let time = PATIENCE / 3;
-    let config = Config { head_time: time, body_time: time, idle_time: time, ..Config::default() };
+    let config = Config::default().with(|config| {
+        config.head_time = time;
+        config.body_time = time;
+        config.idle_time = time;
+    });
     let server = server(&cases, config);
     let addr = server.addr().unwrap();
     let publish = |topic: &str, data: &str| assert!(server.hub().publish(topic, Event::new(data)).is_ok());
@@ -419,7 +423,13 @@ fn a_request_that_never_comes_whole_is_refused_in_its_time() {
     let all = corpus();
     let cases: Vec<&Case> = all.iter().filter(|case| case.waits()).collect();
     let short = Duration::from_secs(1); // long enough for a busy machine to send a first byte
-    let server = server(&cases, Config { head_time: short, body_time: short, ..Config::default() });
+    let server = server(
+        &cases,
+        Config::default().with(|config| {
+            config.head_time = short;
+            config.body_time = short;
+        }),
+    );
     let addr = server.addr().unwrap();
     let ways: Vec<(&Case, usize)> = cases.iter().flat_map(|case| (0..3).map(move |way| (*case, way))).collect();
     let outcomes = thread::scope(|scope| {

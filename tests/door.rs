@@ -34,7 +34,11 @@ fn ask(addr: SocketAddr, method: &str, target: &str, fields: &str) -> Answer {
 fn each_token_opens_its_own_doors_and_no_other() {
     let (publish_tokens, subscribe_tokens) = (["write-1", "write-2"].map(token), ["read-1", "read-2"].map(token));
     let (publish_tokens, subscribe_tokens) = (publish_tokens.to_vec(), subscribe_tokens.to_vec());
-    let server = bind(Config { publish_tokens, subscribe_tokens, ..Config::default() }).unwrap();
+    let server = bind(Config::default().with(|config| {
+        config.publish_tokens = publish_tokens;
+        config.subscribe_tokens = subscribe_tokens;
+    }))
+    .unwrap();
     server.stream("/mine", |stream| stream.comment("here")).unwrap();
     server.page("/page", "text/plain", "page").unwrap();
     let server = server.spawn().unwrap();
@@ -80,7 +84,7 @@ fn each_token_opens_its_own_doors_and_no_other() {
 
 #[test]
 fn a_head_full_of_cookies_is_not_hundreds_of_guesses() {
-    let server = serve(Config { publish_tokens: vec![token("t")], ..Config::default() });
+    let server = serve(Config::default().with(|config| config.publish_tokens = vec![token("t")]));
     let wrong = |count: usize| format!("Cookie: {}brooklet_token=t\r\n", "brooklet_token=x; ".repeat(count));
     let ask = |fields: &str| ask(server.addr().unwrap(), "POST", "/events/a", fields).status;
     assert_eq!((ask(&wrong(7)), ask(&wrong(8))), (200, 403));
@@ -89,7 +93,7 @@ fn a_head_full_of_cookies_is_not_hundreds_of_guesses() {
 
 #[test]
 fn who_may_not_publish_need_not_send_the_body() {
-    let server = serve(Config { publish_tokens: vec![token("secret")], ..Config::default() });
+    let server = serve(Config::default().with(|config| config.publish_tokens = vec![token("secret")]));
     let mut wire = Wire::connect(server.addr().unwrap());
     wire.send(b"POST /events/a HTTP/1.1\r\nHost: localhost\r\nExpect: 100-continue\r\nContent-Length: 60000\r\n\r\n");
     let answer = wire.answer();
@@ -119,7 +123,7 @@ fn tokens_come_from_flags_files_and_the_environment_and_stand_in_no_log() {
     for secret in ["from-", "reader", "guess-"] {
         assert!(!process.log().contains(secret), "{}", process.log());
     }
-    let config = Config { publish_tokens: vec![token("very-secret")], ..Config::default() };
+    let config = Config::default().with(|config| config.publish_tokens = vec![token("very-secret")]);
     assert!(!format!("{config:?}").contains("very-secret"));
 }
 
@@ -151,15 +155,18 @@ fn beyond_loopback_it_starts_only_with_a_publish_token_or_when_told() {
     let bind = |config| Server::bind("0.0.0.0:0", config).map(drop).map_err(|error| error.kind());
     assert_eq!(bind(Config::default()), Err(ErrorKind::PermissionDenied));
     let subscribe_tokens = vec![token("x")];
-    assert_eq!(bind(Config { subscribe_tokens, ..Config::default() }), Err(ErrorKind::PermissionDenied));
-    assert_eq!(bind(Config { publish_tokens: vec![token("x")], ..Config::default() }), Ok(()));
-    assert_eq!(bind(Config { open: true, ..Config::default() }), Ok(()));
+    assert_eq!(
+        bind(Config::default().with(|config| config.subscribe_tokens = subscribe_tokens)),
+        Err(ErrorKind::PermissionDenied)
+    );
+    assert_eq!(bind(Config::default().with(|config| config.publish_tokens = vec![token("x")])), Ok(()));
+    assert_eq!(bind(Config::default().with(|config| config.open = true)), Ok(()));
 }
 
 #[test]
 fn on_loopback_only_names_of_loopback_and_of_allowed_origins_are_answered() {
     let allow_origins = vec!["https://app.example".into(), "null".into(), "*".into()];
-    let server = serve(Config { allow_origins, ..Config::default() });
+    let server = serve(Config::default().with(|config| config.allow_origins = allow_origins));
     let addr = server.addr().unwrap();
     for host in [
         "localhost",
@@ -186,14 +193,16 @@ fn on_loopback_only_names_of_loopback_and_of_allowed_origins_are_answered() {
     }
     assert_eq!(metric(addr, "published_total"), 0);
     // Beyond loopback, the names that lead here are not known.
-    let server = Server::bind("0.0.0.0:0", Config { open: true, ..Config::default() }).unwrap().spawn().unwrap();
+    let server =
+        Server::bind("0.0.0.0:0", Config::default().with(|config| config.open = true)).unwrap().spawn().unwrap();
     let addr = SocketAddr::from(([127, 0, 0, 1], server.addr().unwrap().port()));
     assert_eq!(ask(addr, "GET", "/health", "Host: any.example\r\n").status, 200);
 }
 
 #[test]
 fn a_page_of_another_origin_cannot_publish_unless_it_is_allowed() {
-    let server = serve(Config { allow_origins: vec!["https://app.example".into(), "*".into()], ..Config::default() });
+    let server =
+        serve(Config::default().with(|config| config.allow_origins = vec!["https://app.example".into(), "*".into()]));
     let addr = server.addr().unwrap();
     let port = addr.port();
     for origin in [
@@ -234,8 +243,9 @@ fn a_page_of_another_origin_cannot_publish_unless_it_is_allowed() {
 #[test]
 fn only_allowed_origins_may_read_and_only_those_by_name_with_credentials() {
     let allow_origins = ["https://app.example", "null"].map(String::from).to_vec();
-    let named = serve(Config { allow_origins, ..Config::default() });
-    let all = serve(Config { allow_origins: vec!["*".into(), "https://app.example".into()], ..Config::default() });
+    let named = serve(Config::default().with(|config| config.allow_origins = allow_origins));
+    let all =
+        serve(Config::default().with(|config| config.allow_origins = vec!["*".into(), "https://app.example".into()]));
     let none = serve_default();
     let own = format!("http://127.0.0.1:{}", named.addr().unwrap().port());
     for (server, origin, allowed, credentials) in [
@@ -265,7 +275,10 @@ fn only_allowed_origins_may_read_and_only_those_by_name_with_credentials() {
 #[test]
 fn a_preflight_is_told_what_a_page_may_send() {
     let allow_origins = vec!["https://app.example".into(), "*".into()];
-    let server = serve(Config { allow_origins, publish_tokens: vec![token("x")], ..Config::default() });
+    let server = serve(Config::default().with(|config| {
+        config.allow_origins = allow_origins;
+        config.publish_tokens = vec![token("x")];
+    }));
     let asks = |origin: &str| {
         let fields = format!(
             "Origin: {origin}\r\nAccess-Control-Request-Method: POST\r\n\
@@ -288,7 +301,7 @@ fn a_preflight_is_told_what_a_page_may_send() {
 #[test]
 fn what_is_no_origin_stops_the_start() {
     for origin in ["app.example", "https://app.example/", "https://", "https://App.example", "https://a b", "**", ""] {
-        let error = bind(Config { allow_origins: vec![origin.into()], ..Config::default() });
+        let error = bind(Config::default().with(|config| config.allow_origins = vec![origin.into()]));
         assert_eq!(error.err().map(|error| error.kind()), Some(ErrorKind::InvalidInput), "{origin:?}");
     }
 }
@@ -304,10 +317,13 @@ fn an_origin_that_browsers_write_otherwise_is_named_as_they_write_it() {
         ("http://app.example:", "http://app.example"),
         ("https://App.example:8443", "https://app.example:8443"),
     ] {
-        let error = bind(Config { allow_origins: vec![origin.into()], ..Config::default() }).err().unwrap();
+        let error = bind(Config::default().with(|config| config.allow_origins = vec![origin.into()])).err().unwrap();
         let said = format!("allow_origins: \"{origin}\" is not as browsers write it: give {written}");
         assert_eq!((error.kind(), error.to_string()), (ErrorKind::InvalidInput, said));
-        assert!(bind(Config { allow_origins: vec![written.into()], ..Config::default() }).is_ok(), "{written}");
+        assert!(
+            bind(Config::default().with(|config| config.allow_origins = vec![written.into()])).is_ok(),
+            "{written}"
+        );
     }
 }
 
@@ -341,22 +357,22 @@ fn an_error_of_the_settings_names_its_field() {
     let ever = Duration::from_secs(11 * 365 * 24 * 3_600);
     let usual = Config::default;
     for (field, config) in [
-        ("head_time", Config { head_time: zero, ..usual() }),
-        ("body_time", Config { body_time: zero, ..usual() }),
-        ("put_idle_time", Config { put_idle_time: zero, ..usual() }),
-        ("idle_time", Config { idle_time: zero, ..usual() }),
-        ("heartbeat", Config { heartbeat: zero, ..usual() }),
-        ("lifetime", Config { lifetime: zero, ..usual() }),
-        ("stall_time", Config { stall_time: zero, ..usual() }),
-        ("lifetime", Config { lifetime: ever, ..usual() }),
-        ("retry", Config { retry: ever, ..usual() }),
-        ("heartbeat", Config { heartbeat: Duration::from_secs(1), ..usual() }),
-        ("head_bytes", Config { head_bytes: 0, ..usual() }),
-        ("topics", Config { topics: 0, ..usual() }),
-        ("connections", Config { connections: 0, ..usual() }),
-        ("lanes", Config { lanes: 257, ..usual() }),
-        ("fsync", Config { fsync: true, ..usual() }),
-        ("allow_origins", Config { allow_origins: vec!["x".into()], ..usual() }),
+        ("head_time", usual().with(|config| config.head_time = zero)),
+        ("body_time", usual().with(|config| config.body_time = zero)),
+        ("put_idle_time", usual().with(|config| config.put_idle_time = zero)),
+        ("idle_time", usual().with(|config| config.idle_time = zero)),
+        ("heartbeat", usual().with(|config| config.heartbeat = zero)),
+        ("lifetime", usual().with(|config| config.lifetime = zero)),
+        ("stall_time", usual().with(|config| config.stall_time = zero)),
+        ("lifetime", usual().with(|config| config.lifetime = ever)),
+        ("retry", usual().with(|config| config.retry = ever)),
+        ("heartbeat", usual().with(|config| config.heartbeat = Duration::from_secs(1))),
+        ("head_bytes", usual().with(|config| config.head_bytes = 0)),
+        ("topics", usual().with(|config| config.topics = 0)),
+        ("connections", usual().with(|config| config.connections = 0)),
+        ("lanes", usual().with(|config| config.lanes = 257)),
+        ("fsync", usual().with(|config| config.fsync = true)),
+        ("allow_origins", usual().with(|config| config.allow_origins = vec!["x".into()])),
     ] {
         let error = bind(config).err().unwrap();
         assert_eq!(error.kind(), ErrorKind::InvalidInput);
@@ -367,7 +383,7 @@ fn an_error_of_the_settings_names_its_field() {
 #[test]
 fn a_star_in_an_origin_stands_for_the_names_below_it_and_nothing_else() {
     let allow_origins = ["https://*.example.com", "http://*.dev.example:8080", "https://*.localhost"].map(String::from);
-    let server = serve(Config { allow_origins: allow_origins.to_vec(), ..Config::default() });
+    let server = serve(Config::default().with(|config| config.allow_origins = allow_origins.to_vec()));
     let addr = server.addr().unwrap();
     for (origin, is_allowed) in [
         ("https://app.example.com", true),
@@ -413,7 +429,7 @@ fn a_star_in_an_origin_stands_for_the_names_below_it_and_nothing_else() {
         "https://*a.example.com",
         "*.example.com",
     ] {
-        let error = bind(Config { allow_origins: vec![origin.into()], ..Config::default() }).err();
+        let error = bind(Config::default().with(|config| config.allow_origins = vec![origin.into()])).err();
         assert!(
             error.unwrap().to_string().contains("is no origin: write https://app.example, https://*.app.example"),
             "{origin}"
@@ -423,7 +439,8 @@ fn a_star_in_an_origin_stands_for_the_names_below_it_and_nothing_else() {
 
 #[test]
 fn a_preflight_of_an_allowed_origin_gets_the_fields_that_it_asks_for_if_they_are_names() {
-    let server = serve(Config { allow_origins: vec!["https://app.example".into(), "*".into()], ..Config::default() });
+    let server =
+        serve(Config::default().with(|config| config.allow_origins = vec!["https://app.example".into(), "*".into()]));
     let asks = |origin: &str, fields: &str| {
         let fields = format!("Origin: {origin}\r\nAccess-Control-Request-Method: DELETE\r\n{fields}");
         ask(server.addr().unwrap(), "OPTIONS", "/events/a", &fields)

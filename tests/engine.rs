@@ -6,6 +6,7 @@ use crate::common::*;
 use brooklet::crossbeam_channel::TryRecvError;
 use brooklet::{Config, Engine, Entry, Event, Feed, Handle, Id, News, Server, Since};
 use std::io::{self, ErrorKind};
+use std::net::TcpListener;
 use std::sync::{Arc, LazyLock, Mutex};
 use std::thread;
 use std::time::UNIX_EPOCH;
@@ -48,7 +49,7 @@ impl Engine for Puppet {
 
 fn puppet() -> (Arc<Puppet>, Handle, Feed) {
     let engine = Arc::new(Puppet::default());
-    let (server, feed) = bind_with(Config { lanes: 2, ..Config::default() }, engine.clone());
+    let (server, feed) = bind_with(Config::default().with(|config| config.lanes = 2), engine.clone());
     (engine, server, feed)
 }
 
@@ -317,7 +318,13 @@ fn what_an_engine_shows_is_checked() {
 #[test]
 fn a_topic_for_which_there_is_no_name_left_has_a_gap_later() {
     let engine = Arc::new(Puppet::default());
-    let (server, feed) = bind_with(Config { topics: 4, keep_events: 1, ..Config::default() }, engine);
+    let (server, feed) = bind_with(
+        Config::default().with(|config| {
+            config.topics = 4;
+            config.keep_events = 1;
+        }),
+        engine,
+    );
     for (n, topic) in ["a", "b", "c", "d"].iter().enumerate() {
         show(&feed, 10 + n as u64, topic);
     }
@@ -344,12 +351,36 @@ fn the_age_of_what_is_shown_late_goes_by_its_id() {
 
 #[test]
 fn an_engine_does_without_a_journal_and_a_feed_does_not_keep_its_server() {
-    let config = Config { journal: Some("nowhere".into()), ..Config::default() };
-    let error = Server::bind_with_engine("127.0.0.1:0", config, Arc::new(Puppet::default())).err().unwrap();
-    assert_eq!((error.kind(), error.to_string().starts_with("journal: ")), (ErrorKind::InvalidInput, true), "{error}");
+    let config = Config::default().with(|config| config.journal = Some("nowhere".into()));
+    let bound = Server::bind_with_engine("127.0.0.1:0", config.clone(), Arc::new(Puppet::default()));
+    for error in
+        [bound, Server::new_with_engine(config, Arc::new(Puppet::default()))].map(|server| server.err().unwrap())
+    {
+        let is_named = error.to_string().starts_with("journal: ");
+        assert_eq!((error.kind(), is_named), (ErrorKind::InvalidInput, true), "{error}");
+    }
     let (_engine, server, feed) = puppet();
     assert!(!feed.is_over());
     drop(server);
     assert!(feed.is_over());
     assert_eq!(feed.show(id(1), Entry::forget("a")).unwrap_err().kind(), ErrorKind::NotConnected);
+}
+
+#[test]
+fn a_server_that_listens_nowhere_may_have_an_engine_too() {
+    let engine = Arc::new(Memory::default());
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let (server, feed) = Server::new_with_engine(Config::default(), engine.clone()).unwrap();
+    engine.join(feed);
+    assert_eq!(server.addr().unwrap_err().kind(), ErrorKind::AddrNotAvailable);
+    let (server, (other, feed)) = (server.spawn().unwrap(), bind_with(Config::default(), engine.clone()));
+    engine.join(feed);
+    let client = thread::spawn({
+        let addr = listener.local_addr().unwrap();
+        move || Wire::subscribe(addr, "/events/a", "").0
+    });
+    server.serve(listener.accept().unwrap().0).unwrap();
+    let mut stream = client.join().unwrap();
+    let id = other.hub().publish("a", Event::new("from the other")).unwrap();
+    assert_eq!(stream.event().unwrap().id(), id);
 }

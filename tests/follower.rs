@@ -61,6 +61,7 @@ fn it_begins_where_it_is_told_to() {
     assert_eq!(from(Since::Now), [""; 0]);
     assert_eq!(from(Since::Earliest), ["0", "1", "2"]);
     assert_eq!(from(Since::After(second)), ["2"]);
+    assert_eq!([0, 1, 2, u64::MAX].map(|count| from(Since::Newest(count)).len()), [0, 1, 2, 3]);
     let ago = from(Since::Ago(Duration::from_secs(3_600)));
     assert_eq!(ago.len(), 4, "what was before the server started is a gap: {ago:?}");
     let mut first = hub.subscribe(["a"], Since::Earliest).unwrap();
@@ -70,7 +71,7 @@ fn it_begins_where_it_is_told_to() {
 
 #[test]
 fn one_that_is_slow_takes_no_memory_and_is_told_of_the_gap() {
-    let server = serve(Config { keep_events: 3, ..Config::default() });
+    let server = serve(Config::default().with(|config| config.keep_events = 3));
     let hub = server.hub();
     let mut slow = hub.subscribe(["a", "b"], Since::Now).unwrap();
     publish_to(&hub, "a", 0..2);
@@ -144,7 +145,7 @@ fn it_ends_when_the_server_stops_after_all_that_was_published() {
 
 #[test]
 fn its_topics_are_in_use_until_it_is_dropped() {
-    let server = serve(Config { topics: 4, ..Config::default() });
+    let server = serve(Config::default().with(|config| config.topics = 4));
     let (hub, addr) = (server.hub(), server.addr().unwrap());
     let news = hub.subscribe(["a", "b", "c"], Since::Now).unwrap();
     assert_eq!(metric(addr, "topics"), 3);
@@ -155,4 +156,21 @@ fn its_topics_are_in_use_until_it_is_dropped() {
     assert_eq!(subscribe(&["d"]), Ok(()));
     assert_eq!(subscribe(&["a b"]), Err(ErrorKind::InvalidInput));
     assert_eq!(subscribe(&[]), Err(ErrorKind::InvalidInput));
+}
+
+/// A dashboard: each topic's current value, whichever came first, and then whatever comes.
+#[test]
+fn it_begins_with_the_newest_of_each_topic_as_one_on_the_network_does() {
+    let server = serve_default();
+    let hub = server.hub();
+    publish_to(&hub, "b", 10..12);
+    publish_to(&hub, "a", 0..3);
+    publish_to(&hub, "b", 12..13);
+    let mut news = hub.subscribe(["a", "b", "none"], Since::Newest(1)).unwrap();
+    let (mut wire, cursor) = Wire::subscribe(server.addr().unwrap(), "/events/a,b,none?last=1", "");
+    assert_eq!(news.cursor(), cursor);
+    publish_to(&hub, "none", 7..8);
+    publish_to(&hub, "b", 13..14);
+    assert_eq!(all(&mut news), ["2", "12", "7", "13"]);
+    assert_eq!(["2", "12", "7", "13"].map(|_| wire.event().unwrap().data().to_string()), ["2", "12", "7", "13"]);
 }

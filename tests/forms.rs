@@ -425,7 +425,10 @@ const TOPICS: [&str; 5] = ["a", "b", "c", "d", "never"];
 #[test]
 fn two_thousand_random_requests_get_what_a_simple_model_says() {
     let keep = 4;
-    let server = serve(Config { keep_events: keep, lanes: 2, ..Config::default() });
+    let server = serve(Config::default().with(|config| {
+        config.keep_events = keep;
+        config.lanes = 2;
+    }));
     let (addr, hub) = (server.addr().unwrap(), server.hub());
     let (_, base) = Wire::subscribe(addr, "/events/never", "");
     let (kept, forgotten) = Default::default();
@@ -547,7 +550,7 @@ fn a_journals_event_without_data_is_an_empty_line_and_does_not_end_the_stream() 
     let path = dir.path("journal");
     let frames = ["retry: 5\nid: 6-0\n\n", "data: x\nid: 7-0\n\n"].map(|frame| sealed("topic: a\n", frame));
     std::fs::write(&path, sealed("", "id: 5-0\n\n") + &frames.concat()).unwrap();
-    let server = serve(Config { keep_age: Duration::MAX, ..with_journal(&path) });
+    let server = serve(with_journal(&path).with(|config| config.keep_age = Duration::MAX));
     let target = "/events/a?last=9&take=2&as=lines";
     let mut lines = Reading::open(server.addr().unwrap(), target, Form::Lines);
     while lines.fill() {}
@@ -556,7 +559,7 @@ fn a_journals_event_without_data_is_an_empty_line_and_does_not_end_the_stream() 
 
 #[test]
 fn a_gap_and_a_heartbeat_are_objects_in_json_and_nothing_in_lines() {
-    let server = serve(Config { heartbeat: Duration::from_millis(3_500), ..Config::default() });
+    let server = serve(Config::default().with(|config| config.heartbeat = Duration::from_millis(3_500)));
     let addr = server.addr().unwrap();
     let target = "/events/a?last_event_id=1-1&as=";
     let mut lines = Reading::open(addr, &format!("{target}lines"), Form::Lines);
@@ -642,7 +645,10 @@ fn what_cannot_be_read_is_refused_and_says_what_can() {
 
 #[test]
 fn a_script_that_finds_no_room_gets_503_where_a_browser_gets_a_stream_that_ends() {
-    let config = Config { subscribers: 1, allow_origins: vec!["http://page.example".into()], ..Config::default() };
+    let config = Config::default().with(|config| {
+        config.subscribers = 1;
+        config.allow_origins = vec!["http://page.example".into()];
+    });
     let server = serve(config);
     let addr = server.addr().unwrap();
     let _holder = Wire::subscribe(addr, "/events/a", "");
@@ -684,7 +690,7 @@ fn when_the_server_stops_every_form_ends_after_a_whole_line() {
 
 #[test]
 fn take_is_exact_in_bursts_however_many_follow() {
-    let server = serve(Config { lanes: 2, ..Config::default() });
+    let server = serve(Config::default().with(|config| config.lanes = 2));
     let (addr, hub) = (server.addr().unwrap(), server.hub());
     let mut random = Random(5);
     let readers: Vec<_> = (0..60)
@@ -712,7 +718,11 @@ fn take_is_exact_in_bursts_however_many_follow() {
 #[test]
 fn who_is_pushed_behind_in_the_middle_gets_the_rest_in_its_form_and_no_more_than_it_takes() {
     for (form, version) in FORMS.into_iter().flat_map(|form| VERSIONS.map(|version| (form, version))) {
-        let server = serve(Config { keep_events: 1_000_000, keep_bytes: 1 << 30, lanes: 1, ..Config::default() });
+        let server = serve(Config::default().with(|config| {
+            config.keep_events = 1_000_000;
+            config.keep_bytes = 1 << 30;
+            config.lanes = 1;
+        }));
         let (addr, hub) = (server.addr().unwrap(), server.hub());
         let take = 1_000;
         let target = format!("/events/a,b?take={take}&{}", form.parameter());
@@ -738,7 +748,10 @@ fn who_is_pushed_behind_in_the_middle_gets_the_rest_in_its_form_and_no_more_than
 #[test]
 fn what_is_older_than_the_newest_n_does_not_come_and_is_no_gap_when_it_is_forgotten() {
     for form in FORMS {
-        let server = serve(Config { keep_events: 150, keep_bytes: 1 << 30, ..Config::default() });
+        let server = serve(Config::default().with(|config| {
+            config.keep_events = 150;
+            config.keep_bytes = 1 << 30;
+        }));
         let (addr, hub) = (server.addr().unwrap(), server.hub());
         let mut told: Vec<Told> = (0..100).map(|n| publish_told(&hub, "a", awkward(n, 60_000))).collect();
         told.extend((0..150).map(|n| publish_told(&hub, "b", awkward(n, 10))));
@@ -759,7 +772,10 @@ fn what_is_older_than_the_newest_n_does_not_come_and_is_no_gap_when_it_is_forgot
 
 #[test]
 fn what_is_forgotten_of_the_newest_n_before_it_came_is_a_gap_that_take_does_not_count() {
-    let server = serve(Config { keep_events: 150, keep_bytes: 1 << 30, ..Config::default() });
+    let server = serve(Config::default().with(|config| {
+        config.keep_events = 150;
+        config.keep_bytes = 1 << 30;
+    }));
     let (addr, hub) = (server.addr().unwrap(), server.hub());
     (0..150).for_each(|n| drop(publish_told(&hub, "b", awkward(n, 60_000))));
     let target = "/events/a,b?last=100&take=140&as=json";
@@ -785,7 +801,7 @@ fn what_is_forgotten_of_the_newest_n_before_it_came_is_a_gap_that_take_does_not_
 
 #[test]
 fn lines_have_no_heartbeat_and_a_reader_that_closed_is_noticed_all_the_same() {
-    let server = serve(Config { lanes: 1, ..Config::default() });
+    let server = serve(Config::default().with(|config| config.lanes = 1));
     let (addr, hub) = (server.addr().unwrap(), server.hub());
     let open = |version| {
         let socket = TcpStream::connect(addr).unwrap();

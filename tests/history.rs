@@ -83,7 +83,7 @@ fn floods_of_topics_keys_and_subscriptions_stay_inside_the_limits_and_pass() {
 
 #[test]
 fn what_one_topic_lets_go_is_not_hidden_by_what_another_had_let_go() {
-    let server = serve(Config { keep_events: 100, ..Config::default() });
+    let server = serve(Config::default().with(|config| config.keep_events = 100));
     let addr = server.addr().unwrap();
     let hub = server.hub();
     let publish = |topic: &str, n: usize| hub.publish(topic, Event::new(format!("{topic}{n} {}", "x".repeat(60_000))));
@@ -111,7 +111,7 @@ fn what_one_topic_lets_go_is_not_hidden_by_what_another_had_let_go() {
 
 #[test]
 fn a_cursor_that_cannot_be_answered_is_told_of_the_gap_and_then_gets_all_that_is_kept() {
-    let server = serve(Config { keep_events: 2, ..Config::default() });
+    let server = serve(Config::default().with(|config| config.keep_events = 2));
     let addr = server.addr().unwrap();
     let (_holder, base) = Wire::subscribe(addr, "/events/a", "");
     let ids: Vec<Id> = (0..4).map(|n| server.hub().publish("a", Event::new(n.to_string())).unwrap()).collect();
@@ -142,7 +142,7 @@ fn a_cursor_that_cannot_be_answered_is_told_of_the_gap_and_then_gets_all_that_is
 
 #[test]
 fn a_topic_that_has_gone_from_the_table_still_leaves_a_gap() {
-    let server = serve(Config { keep_age: Duration::from_millis(300), ..Config::default() });
+    let server = serve(Config::default().with(|config| config.keep_age = Duration::from_millis(300)));
     let addr = server.addr().unwrap();
     let (_, base) = Wire::subscribe(addr, "/events/other", "");
     let id = server.hub().publish("a", Event::new("gone soon")).unwrap();
@@ -157,7 +157,7 @@ fn a_topic_that_has_gone_from_the_table_still_leaves_a_gap() {
 
 #[test]
 fn the_oldest_of_all_topics_goes_first_when_the_budget_is_full() {
-    let server = serve(Config { keep_bytes: 10_000, ..Config::default() });
+    let server = serve(Config::default().with(|config| config.keep_bytes = 10_000));
     let addr = server.addr().unwrap();
     let ids: Vec<Id> =
         (0..40).map(|n| server.hub().publish(&format!("t{}", n % 4), Event::new("x".repeat(800))).unwrap()).collect();
@@ -172,7 +172,7 @@ fn the_oldest_of_all_topics_goes_first_when_the_budget_is_full() {
 
 #[test]
 fn earliest_of_several_topics_replays_all_that_is_kept_without_a_gap() {
-    let server = serve(Config { keep_events: 2, ..Config::default() });
+    let server = serve(Config::default().with(|config| config.keep_events = 2));
     let first = server.hub().publish("quiet", Event::new("old")).unwrap();
     let busy: Vec<Id> = (0..5).map(|_| server.hub().publish("busy", Event::new("new")).unwrap()).collect();
     let (mut stream, cursor) = Wire::subscribe(server.addr().unwrap(), "/events/quiet,busy?since=earliest", "");
@@ -184,7 +184,7 @@ fn earliest_of_several_topics_replays_all_that_is_kept_without_a_gap() {
 
 #[test]
 fn a_topic_table_that_is_full_refuses_publishers_and_sends_pages_away_until_there_is_room() {
-    let server = serve(Config { topics: 2, ..Config::default() });
+    let server = serve(Config::default().with(|config| config.topics = 2));
     let addr = server.addr().unwrap();
     let (held, _) = Wire::subscribe(addr, "/events/a", "");
     post(addr, "/events/b", "x");
@@ -261,7 +261,7 @@ fn a_clock_that_is_a_day_ahead_for_a_moment_makes_nothing_old() {
 
 #[test]
 fn a_cursor_between_the_newest_id_and_the_clock_means_from_now_on() {
-    let server = serve(Config { keep_events: 2, ..Config::default() });
+    let server = serve(Config::default().with(|config| config.keep_events = 2));
     let addr = server.addr().unwrap();
     let old: Vec<Id> = (0..5).map(|_| server.hub().publish("a", Event::new("old")).unwrap()).collect();
     let mut newest = old[4];
@@ -291,12 +291,12 @@ fn a_malformed_since_is_400() {
 
 /// Nothing is kept, so each event that is published here is forgotten at once, and its topic leaves the table.
 fn keeping_nothing() -> Config {
-    Config { keep_bytes: 1, ..Config::default() }
+    Config::default().with(|config| config.keep_bytes = 1)
 }
 
 #[test]
 fn the_page_of_a_quiet_topic_hears_no_gap_after_its_lifetime_or_an_empty_poll() {
-    let server = serve(Config { lifetime: Duration::from_secs(5), ..keeping_nothing() });
+    let server = serve(keeping_nothing().with(|config| config.lifetime = Duration::from_secs(5)));
     let addr = server.addr().unwrap();
     for (target, end) in [("/events/quiet", "the lifetime is over"), ("/events/quiet?poll=3s", "the poll is over")] {
         let (mut stream, opened) = Wire::subscribe(addr, target, "");
@@ -316,7 +316,7 @@ fn the_page_of_a_quiet_topic_hears_no_gap_after_its_lifetime_or_an_empty_poll() 
 #[test]
 fn the_page_of_a_quiet_topic_hears_no_gap_after_a_restart_from_the_journal() {
     let dir = Scratch::new();
-    let config = Config { journal: Some(dir.path("events").into()), ..keeping_nothing() };
+    let config = keeping_nothing().with(|config| config.journal = Some(dir.path("events").into()));
     let server = serve(config.clone());
     let (mut stream, _) = Wire::subscribe(server.addr().unwrap(), "/events/quiet", "");
     let newest = server.hub().publish("other", Event::new("x")).unwrap();
@@ -331,7 +331,10 @@ fn the_page_of_a_quiet_topic_hears_no_gap_after_a_restart_from_the_journal() {
 #[test]
 fn an_end_names_no_id_beyond_what_its_reader_still_has_to_get() {
     let lifetime = Duration::from_secs(1);
-    let server = serve(Config { lifetime, stall_time: Duration::from_secs(3600), ..Config::default() });
+    let server = serve(Config::default().with(|config| {
+        config.lifetime = lifetime;
+        config.stall_time = Duration::from_secs(3600);
+    }));
     let ids: Vec<Id> = (0..200).map(|_| server.hub().publish("a", Event::new("x".repeat(60_000))).unwrap()).collect();
     let mut wire = narrow(server.addr().unwrap(), 4_096, Some(1_448));
     open(&mut wire, "/events/a?since=earliest");
@@ -343,7 +346,7 @@ fn an_end_names_no_id_beyond_what_its_reader_still_has_to_get() {
 
 #[test]
 fn what_a_gap_of_several_topics_tells_of_ends_before_its_oldest() {
-    let server = serve(Config { keep_events: 3, ..Config::default() });
+    let server = serve(Config::default().with(|config| config.keep_events = 3));
     let hub = server.hub();
     let addr = server.addr().unwrap();
     let (_, base) = Wire::subscribe(addr, "/events/a,b,c", "");

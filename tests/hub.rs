@@ -6,7 +6,7 @@ use std::thread;
 
 #[test]
 fn a_key_makes_publishing_repeatable_for_as_long_as_its_event_is_kept() {
-    let server = serve(Config { keep_events: 2, ..Config::default() });
+    let server = serve(Config::default().with(|config| config.keep_events = 2));
     let addr = server.addr().unwrap();
     let first = post(addr, "/events/a?key=k1", "one").body;
     assert_eq!(post(addr, "/events/a?key=k1", "other").body, first);

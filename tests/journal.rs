@@ -14,7 +14,7 @@ use std::{fs, thread};
 #[test]
 fn after_a_restart_events_keys_gaps_and_ids_are_as_before() {
     let dir = Scratch::new();
-    let config = Config { keep_events: 5, ..with_journal(&dir.path("events")) };
+    let config = with_journal(&dir.path("events")).with(|config| config.keep_events = 5);
     let server = serve(config.clone());
     let hub = server.hub();
     let ids: Vec<Id> =
@@ -189,7 +189,7 @@ fn after_another_boot_pages_hear_a_gap_unless_everything_was_synced() {
     let boot = fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap();
     let head = || String::from_utf8(blocks(&fs::read(&path).unwrap())[0].clone()).unwrap();
     let starts_with = |cursor: Id, fsync: bool| {
-        let server = serve(Config { fsync, ..with_journal(&path) });
+        let server = serve(with_journal(&path).with(|config| config.fsync = fsync));
         let id = server.hub().publish("a", Event::new("next")).unwrap();
         let target = format!("/events/a?last_event_id={cursor}");
         let is_gap = Wire::subscribe(server.addr().unwrap(), &target, "").0.event().unwrap().is_gap();
@@ -279,7 +279,7 @@ fn dropping_the_handle_gives_the_journal_free_though_a_hub_lives_on() {
 fn programs_that_publish_while_the_server_stops_are_told_and_the_journal_is_free() {
     let dir = Scratch::new();
     for round in 0..100 {
-        let config = Config { fsync: round % 2 == 0, ..with_journal(&dir.path(&format!("events{round}"))) };
+        let config = with_journal(&dir.path(&format!("events{round}"))).with(|config| config.fsync = round % 2 == 0);
         let server = serve(config.clone());
         let (hub, back) = (server.hub(), Arc::new(Mutex::new(Vec::new())));
         for _ in 0..16 {
@@ -325,7 +325,7 @@ fn what_cannot_be_a_journal_is_refused_with_a_clear_error_and_left_alone() {
         assert!(error.contains(part) && error.contains(&path), "{error}");
     }
     assert_eq!(fs::read_to_string(dir.path("text")).unwrap(), "a letter\n\nto someone\n\n");
-    let error = bind(Config { fsync: true, ..Config::default() }).err().unwrap();
+    let error = bind(Config::default().with(|config| config.fsync = true)).err().unwrap();
     assert_eq!(error.kind(), ErrorKind::InvalidInput);
 }
 
@@ -333,7 +333,7 @@ fn what_cannot_be_a_journal_is_refused_with_a_clear_error_and_left_alone() {
 fn a_journal_that_has_grown_is_written_anew_and_forgets_nothing_that_matters() {
     let dir = Scratch::new();
     let path = dir.path("events");
-    let config = Config { keep_events: 10, ..with_journal(&path) };
+    let config = with_journal(&path).with(|config| config.keep_events = 10);
     let server = serve(config.clone());
     let first = server.hub().publish("a", Event::new("first")).unwrap();
     server.hub().publish("rare", Event::new("kept").key("k")).unwrap();
@@ -366,7 +366,10 @@ fn a_journal_that_has_grown_is_written_anew_and_forgets_nothing_that_matters() {
 fn writing_anew_does_not_raise_what_a_topic_has_let_go() {
     let dir = Scratch::new();
     let path = dir.path("events");
-    let config = Config { keep_events: 3, keep_bytes: 300_000, ..with_journal(&path) };
+    let config = with_journal(&path).with(|config| {
+        config.keep_events = 3;
+        config.keep_bytes = 300_000;
+    });
     let server = serve(config.clone());
     let (_, start) = Wire::subscribe(server.addr().unwrap(), "/events/any", "");
     let body = "x".repeat(60_000);
@@ -401,7 +404,10 @@ fn a_crash_at_any_step_of_writing_anew_leaves_one_whole_journal() {
     for (call, nth) in [("write", 1), ("write", 3), ("fdatasync", 1), ("fsync", 1), ("rename", 1), ("fsync", 2)] {
         let dir = Scratch::new();
         let (path, new_path) = (dir.path("events"), dir.path("events.new"));
-        let config = Config { keep_events: 10, fsync: true, ..with_journal(&path) };
+        let config = with_journal(&path).with(|config| {
+            config.keep_events = 10;
+            config.fsync = true;
+        });
         drop(serve(config.clone()));
         let paths: &[&str] = if nth == 2 { &[] } else { &[&new_path] };
         let inject = [format!("{call}:signal=KILL:when={nth}")];
@@ -672,7 +678,7 @@ fn a_failed_sync_is_never_tried_again_as_if_nothing_were_lost() {
         let dir = Scratch::new();
         let (path, new_path) = (dir.path("events"), dir.path("events.new"));
         let paths: &[&str] = if at_directory { &[] } else { &[&path, &new_path] };
-        drop(serve(Config { fsync: true, ..with_journal(&path) })); // or the start would write it anew
+        drop(serve(with_journal(&path).with(|config| config.fsync = true))); // or the start would write it anew
         let traced = Traced::start_on(paths, &["fdatasync:error=EIO:when=2", failing], &path, &["--fsync"]);
         let (mut stream, _) = Wire::subscribe(traced.process.addr, "/events/a", "");
         let mut wire = Wire::connect(traced.process.addr);
@@ -710,7 +716,7 @@ fn what_was_refused_for_a_failed_sync_is_not_there_after_a_restart() {
     ] {
         let dir = Scratch::new();
         let path = dir.path("events");
-        drop(serve(Config { fsync: true, ..with_journal(&path) }));
+        drop(serve(with_journal(&path).with(|config| config.fsync = true)));
         let traced = Traced::start(inject, &path, &["--fsync"]);
         let mut wire = Wire::connect(traced.process.addr);
         assert_eq!(wire.post("/events/a", "one").status, 200);
@@ -718,7 +724,7 @@ fn what_was_refused_for_a_failed_sync_is_not_there_after_a_restart() {
         shell(&format!("kill -{signal} {}", traced._holder.0));
         drop(traced);
         for fsync in [true, false] {
-            let server = serve(Config { fsync, ..with_journal(&path) });
+            let server = serve(with_journal(&path).with(|config| config.fsync = fsync));
             let found = kept(server.addr().unwrap(), "a");
             assert_eq!(found.len(), 1, "{inject:?} {signal}: {}", String::from_utf8_lossy(&found.concat()));
         }
@@ -731,7 +737,7 @@ fn with_fsync_a_start_trusts_only_a_journal_that_ended_in_order() {
     let dir = Scratch::new();
     let path = dir.path("events");
     let inode = || std::os::unix::fs::MetadataExt::ino(&fs::metadata(&path).unwrap());
-    let config = Config { fsync: true, ..with_journal(&path) };
+    let config = with_journal(&path).with(|config| config.fsync = true);
     let server = serve(config.clone());
     server.hub().publish("a", Event::new("one")).unwrap();
     drop(server);
@@ -863,7 +869,7 @@ fn events_go_out_while_the_journal_is_written_anew() {
     let dir = Scratch::new();
     let (path, new_path) = (dir.path("events"), dir.path("events.new"));
     let body = "x".repeat(60_000);
-    let server = serve(Config { fsync: true, ..with_journal(&path) }); // so that the start writes it anew, too
+    let server = serve(with_journal(&path).with(|config| config.fsync = true)); // so that the start writes it anew, too
     for _ in 0..20 {
         server.hub().publish("a", Event::new(body.clone())).unwrap();
     }
@@ -898,7 +904,11 @@ fn what_is_published_and_forgotten_while_the_journal_is_written_anew_is_kept_or_
     let mut random = Random(5);
     for round in 0..6 {
         let fsync = round % 2 == 1;
-        let config = Config { keep_events: 60, keep_bytes: 400_000, fsync, ..with_journal(&path) };
+        let config = with_journal(&path).with(|config| {
+            config.keep_events = 60;
+            config.keep_bytes = 400_000;
+            config.fsync = fsync;
+        });
         let server = serve(config.clone());
         let inode = || std::os::unix::fs::MetadataExt::ino(&fs::metadata(&path).unwrap());
         let (mut all, mut inodes) = (vec![Vec::new(); TOPICS], BTreeSet::from([inode()]));
@@ -939,7 +949,7 @@ fn publishers_that_wait_for_a_stuck_disk_are_told_when_the_server_stops() {
     }
     let dir = Scratch::new();
     let path = dir.path("events");
-    drop(serve(Config { fsync: true, ..with_journal(&path) }));
+    drop(serve(with_journal(&path).with(|config| config.fsync = true)));
     let traced = Traced::start_on(&[&path], &["fdatasync:delay_enter=20000000:when=2+"], &path, &["--fsync"]);
     let mut wires: Vec<_> = (0..5).map(|_| Wire::connect(traced.process.addr)).collect();
     assert_eq!(wires[0].post("/events/a", "zero").status, 200);
@@ -1059,7 +1069,7 @@ fn an_end_that_was_written_over_is_damage_and_every_cursor_hears_a_gap() {
     for (what, fsync) in [("zeros", false), ("zeros", true), ("the last byte", false), ("the last byte", true)] {
         let dir = Scratch::new();
         let path = dir.path("events");
-        let config = || Config { fsync, ..with_journal(&path) };
+        let config = || with_journal(&path).with(|config| config.fsync = fsync);
         let flags = ["--journal", &path, "--fsync"];
         let process = Process::start(&flags[..2 + usize::from(fsync)]);
         let ids: Vec<String> = (0..40).map(|n| publish(process.addr, "/events/a", &n.to_string())).collect();

@@ -23,7 +23,10 @@ fn a_thousand_subscribers_see_every_event_once_and_in_order() {
 
 #[test]
 fn turning_live_while_others_publish_neither_loses_nor_repeats() {
-    let server = serve(Config { keep_events: 100_000, lanes: 3, ..Config::default() });
+    let server = serve(Config::default().with(|config| {
+        config.keep_events = 100_000;
+        config.lanes = 3;
+    }));
     let addr = server.addr().unwrap();
     let (_, base) = Wire::subscribe(addr, "/events/a", "");
     let stop = AtomicBool::new(false);
@@ -121,7 +124,7 @@ fn stray_bytes_on_a_stream_are_thrown_away_up_to_a_limit() {
 
 #[test]
 fn a_heartbeat_is_one_line_and_comes_only_after_silence() {
-    let server = serve(Config { heartbeat: Duration::from_millis(3_500), ..Config::default() });
+    let server = serve(Config::default().with(|config| config.heartbeat = Duration::from_millis(3_500)));
     let (mut stream, _) = Wire::subscribe(server.addr().unwrap(), "/events/a", "");
     let silence = stream.take_until(b":\n:\n").expect("two heartbeats");
     assert_eq!(silence, b":\n:\n");

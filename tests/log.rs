@@ -62,12 +62,12 @@ fn lines_that_the_log_leaves_out_are_counted() {
 #[test]
 fn the_program_has_the_log_line_by_line_and_nothing_where_it_asks_for_nothing() {
     let (lines, log) = mpsc::channel();
-    let mut config = Config { log: Log::Debug, ..Config::default() };
+    let mut config = Config::default().with(|config| config.log = Log::Debug);
     config.log_to = LogTo::lines(move |line| {
         lines.send(line.to_string()).unwrap();
         panic!("a line that is not taken is no reason to end");
     });
-    let silent = Config { log: Log::Off, ..config.clone() };
+    let silent = config.clone().with(|config| config.log = Log::Off);
     let server = serve(config);
     for target in ["/one", "/two%0A"] {
         get(server.addr().unwrap(), target);

@@ -5,7 +5,7 @@ use brooklet::{Config, Event};
 
 #[test]
 fn events_larger_than_a_socket_and_those_of_handlers_count_as_delivered() {
-    let server = bind(Config { body_bytes: 4 << 20, ..Config::default() }).unwrap();
+    let server = bind(Config::default().with(|config| config.body_bytes = 4 << 20)).unwrap();
     server
         .stream("/two", |stream| {
             stream.send(&Event::new("one"))?;

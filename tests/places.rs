@@ -164,8 +164,12 @@ fn a_crowd_that_does_not_read_its_answers_keeps_nobody_out() {
 #[test]
 fn who_has_only_just_come_is_not_the_first_to_make_room() {
     for (publish_tokens, later) in [(vec![], 20), (vec!["t".parse().unwrap()], 10)] {
-        let limits = Config { connections: 20, subscribers: 20, head_time: PATIENCE, ..Config::default() };
-        let server = serve(Config { publish_tokens, ..limits });
+        let limits = Config::default().with(|config| {
+            config.connections = 20;
+            config.subscribers = 20;
+            config.head_time = PATIENCE;
+        });
+        let server = serve(limits.with(|config| config.publish_tokens = publish_tokens));
         let addr = server.addr().unwrap();
         let slow_body = || {
             let mut wire = Wire::connect(addr);
@@ -226,7 +230,10 @@ fn with_256_descriptors_those_inside_get_every_event_and_the_others_are_told_whe
 
 #[test]
 fn at_the_limit_the_connection_that_waited_longest_makes_room() {
-    let server = serve(Config { connections: 4, subscribers: 0, ..Config::default() });
+    let server = serve(Config::default().with(|config| {
+        config.connections = 4;
+        config.subscribers = 0;
+    }));
     let addr = server.addr().unwrap();
     let mut slow: Vec<Wire> = (0..4).map(|_| Wire::connect(addr)).collect();
     slow.iter_mut().for_each(|wire| wire.send(b"GET /health HTTP/1.1\r\n"));
@@ -241,7 +248,10 @@ fn at_the_limit_the_connection_that_waited_longest_makes_room() {
 
 #[test]
 fn when_all_places_are_taken_the_one_that_is_busy_longest_makes_room() {
-    let server = serve(Config { connections: 2, subscribers: 1, ..Config::default() });
+    let server = serve(Config::default().with(|config| {
+        config.connections = 2;
+        config.subscribers = 1;
+    }));
     let addr = server.addr().unwrap();
     let (mut stream, _) = Wire::subscribe(addr, "/events/a", "");
     let mut publishers: Vec<Wire> = (0..2).map(|_| Wire::connect(addr)).collect();
@@ -260,7 +270,7 @@ fn when_all_places_are_taken_the_one_that_is_busy_longest_makes_room() {
 
 #[test]
 fn a_stream_without_room_gets_200_a_retry_and_its_end() {
-    let server = serve(Config { subscribers: 2, ..Config::default() });
+    let server = serve(Config::default().with(|config| config.subscribers = 2));
     let addr = server.addr().unwrap();
     let streams: Vec<_> = (0..2).map(|_| Wire::subscribe(addr, "/events/a", "")).collect();
     let mut retries = Vec::new();
@@ -290,8 +300,11 @@ fn put_with_token(addr: SocketAddr, watcher: &mut Wire) -> Wire {
 
 #[test]
 fn publishers_that_have_vanished_make_room_for_live_ones_also_where_both_hold_a_token() {
-    let config =
-        Config { publish_tokens: vec!["t".parse().unwrap()], connections: 60, subscribers: 1, ..Config::default() };
+    let config = Config::default().with(|config| {
+        config.publish_tokens = vec!["t".parse().unwrap()];
+        config.connections = 60;
+        config.subscribers = 1;
+    });
     let server = serve(config);
     let addr = server.addr().unwrap();
     let (mut watcher, _) = Wire::subscribe(addr, "/events/log", "");
@@ -314,8 +327,11 @@ fn publishers_that_have_vanished_make_room_for_live_ones_also_where_both_hold_a_
 
 #[test]
 fn a_crowd_without_a_token_does_not_make_a_silent_publisher_with_one_go() {
-    let config =
-        Config { publish_tokens: vec!["t".parse().unwrap()], connections: 20, subscribers: 1, ..Config::default() };
+    let config = Config::default().with(|config| {
+        config.publish_tokens = vec!["t".parse().unwrap()];
+        config.connections = 20;
+        config.subscribers = 1;
+    });
     let server = serve(config);
     let addr = server.addr().unwrap();
     let (mut watcher, _) = Wire::subscribe(addr, "/events/log", "");
@@ -336,7 +352,7 @@ fn a_crowd_without_a_token_does_not_make_a_silent_publisher_with_one_go() {
 
 #[test]
 fn a_put_that_says_nothing_for_too_long_is_told_what_has_come_and_gives_up_its_place() {
-    let server = serve(Config { put_idle_time: Duration::from_millis(300), ..Config::default() });
+    let server = serve(Config::default().with(|config| config.put_idle_time = Duration::from_millis(300)));
     let addr = server.addr().unwrap();
     for (opening, count) in [("", 0), ("one\ntwo\n", 2)] {
         let mut put = Wire::connect(addr);

@@ -88,7 +88,7 @@ fn a_crowd_of_slow_heads_makes_room_for_those_that_wait_for_a_thread() {
 
 #[test]
 fn who_ends_only_its_sending_side_keeps_its_stream() {
-    let server = serve(Config { heartbeat: Duration::from_secs(4), ..Config::default() });
+    let server = serve(Config::default().with(|config| config.heartbeat = Duration::from_secs(4)));
     let addr = server.addr().unwrap();
     let (mut half, _) = Wire::subscribe(addr, "/events/a", "");
     let (whole, _) = Wire::subscribe(addr, "/events/a", "");
@@ -141,8 +141,9 @@ fn a_crowd_that_comes_at_once_is_served_with_few_threads_and_nobody_is_closed_fo
     assert_eq!(metric(process.addr, "evicted_total"), 0);
 }
 
-/// Eight readers share three threads, and each of them takes something all the time. The kernel makes room for a writer
-/// only in pieces of some 64 kB, so a stall time must be longer than reading one takes.
+/// Eight readers share three threads, and each of them takes something all the time: of 80 kB a second, what is due by
+/// then, so that one which is late catches up. The kernel makes room for a writer only in pieces of some 64 kB, so a stall
+/// time must be longer than reading one takes. Without chunks, since a whole one would be read at once.
 #[test]
 fn slow_readers_that_take_something_in_their_turns_are_not_closed_for_stalling() {
     let process = Process::start(&["--threads", "4", "--stall-time", "5s", "--body-bytes", "1MiB", "--log", "off"]);
@@ -150,14 +151,21 @@ fn slow_readers_that_take_something_in_their_turns_are_not_closed_for_stalling()
     let body = "x".repeat(1_000_000);
     (0..4).for_each(|_| drop(publish(addr, "/events/a", &body)));
     let mut slow: Vec<Wire> = (0..8).map(|_| narrow(addr, 4_096, Some(1_448))).collect();
-    slow.iter_mut().for_each(|wire| open(wire, "/events/a?since=earliest"));
+    for wire in &mut slow {
+        wire.send(b"GET /events/a?since=earliest HTTP/1.0\r\nHost: localhost\r\n\r\n");
+        assert!(wire.head().starts_with("HTTP/1.1 200 "));
+    }
     wait_for("some to wait for a thread", || (metric(addr, "queued") > 0).then_some(()));
-    let until = Instant::now() + Duration::from_secs(20); // of which each has a thread for more than the stall time
+    let began = Instant::now();
+    let time = Duration::from_secs(20); // of which each has a thread for more than the stall time
     thread::scope(|all| {
         for wire in &mut slow {
             all.spawn(move || {
-                while Instant::now() < until {
-                    wire.take(4_000);
+                let mut taken = 0;
+                while began.elapsed() < time {
+                    let due = began.elapsed().as_millis() as usize * 80;
+                    wire.take(due - taken);
+                    taken = due;
                     thread::sleep(Duration::from_millis(50)); // so that nobody is at the end before the time is
                 }
             });

@@ -108,7 +108,7 @@ fn a_handler_answers_with_any_status_field_and_bytes_and_the_connection_goes_on(
 #[test]
 fn what_may_not_stand_in_a_head_is_answered_with_500_and_never_sent() {
     let (lines, log) = mpsc::channel();
-    let mut config = Config { log: brooklet::Log::Info, ..Config::default() };
+    let mut config = Config::default().with(|config| config.log = brooklet::Log::Info);
     config.log_to = brooklet::LogTo::lines(move |line| lines.send(line.to_string()).unwrap());
     let (_server, addr) = with_route("/", config, |request| {
         Ok(match request.rest() {
@@ -162,7 +162,7 @@ fn the_longest_route_that_fits_is_called() {
 
 #[test]
 fn a_handlers_error_becomes_the_answer() {
-    let (_server, addr) = with_route("/", Config { topics: 1, ..Config::default() }, |request| {
+    let (_server, addr) = with_route("/", Config::default().with(|config| config.topics = 1), |request| {
         Err(match request.rest() {
             "text" => return Ok(Answer::text(200, request.text()?)),
             "secret" => io::Error::other("the password is c0ffee"),
@@ -236,8 +236,69 @@ fn methods_that_no_program_takes_are_answered_by_the_server() {
 }
 
 #[test]
+fn a_route_may_be_for_one_method_and_all_others_are_refused_with_what_is_taken() {
+    let server = bind(Config::default()).unwrap();
+    let say = |said: &'static str| move |_: &Request| Ok(Answer::text(200, said));
+    server.route("/any", say("all others")).unwrap();
+    for (route, said) in [
+        ("POST /jobs", "old"),
+        ("POST /jobs", "posted"),
+        ("GET /jobs", "got"),
+        ("DELETE /any", "deleted"),
+        ("GET /jobs/", "below"),
+        ("PUT /", "root"),
+        ("PATCH /with space", "patched"),
+    ] {
+        server.route(route, say(said)).unwrap();
+    }
+    server.page("/page", "text/plain", "a page").unwrap();
+    server.route("POST /page", say("posted to a page")).unwrap();
+    let server = server.spawn().unwrap();
+    let addr = server.addr().unwrap();
+    for (request, said) in [
+        ("POST /jobs", "posted\n"),
+        ("GET /jobs", "got\n"),
+        ("GET /jobs/7", "below\n"),
+        ("DELETE /any", "deleted\n"),
+        ("PUT /any", "all others\n"),
+        ("PUT /elsewhere", "root\n"),
+        ("PATCH /with%20space", "patched\n"),
+        ("GET /page", "a page"),
+        ("POST /page", "posted to a page\n"),
+    ] {
+        assert_eq!(ask(addr, &format!("{request} HTTP/1.1"), "").body, said, "{request}");
+    }
+    for (request, status, allow) in [
+        ("DELETE /jobs", 405, "GET, HEAD, POST, OPTIONS"),
+        ("POST /jobs/7", 405, "GET, HEAD, OPTIONS"), // and not what is above it
+        ("GET /with%20space", 405, "PATCH, OPTIONS"),
+        ("PUT /page", 405, "GET, HEAD, POST, OPTIONS"),
+        ("OPTIONS /page", 204, "GET, HEAD, POST, OPTIONS"),
+        ("OPTIONS /any", 204, "GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS"),
+        ("OPTIONS /jobs", 204, "GET, HEAD, POST, OPTIONS"),
+    ] {
+        let answer = ask(addr, &format!("{request} HTTP/1.1"), "");
+        assert_eq!((answer.status, answer.header("allow")), (status, Some(allow)), "{request}");
+    }
+    let mut wire = Wire::connect(addr);
+    wire.send(b"HEAD /jobs HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n");
+    let head = wire.head();
+    assert!(header(&head, "content-length") == Some("4") && wire.rest().is_empty(), "{head}");
+    let server = bind(Config::default()).unwrap();
+    for wrong in ["HEAD /x", "OPTIONS /x", "get /x", "POST", "POST x", "POST  /x", " /x", "POST /events/a", "GET /x?y"]
+    {
+        let error = server.route(wrong, say("never")).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::InvalidInput, "{wrong}: {error}");
+    }
+    let error = server.route("HEAD /x", say("never")).unwrap_err().to_string();
+    assert!(
+        error.ends_with("begin it with a slash, or with one of GET, POST, PUT, PATCH, DELETE, a space and a slash")
+    );
+}
+
+#[test]
 fn a_body_beyond_the_limit_never_reaches_a_handler() {
-    let config = Config { body_bytes: 10, ..Config::default() };
+    let config = Config::default().with(|config| config.body_bytes = 10);
     let (_server, addr) = with_route("/mine", config, |request| Ok(Answer::text(200, request.body().len())));
     assert_eq!(ask(addr, "POST /mine HTTP/1.1", &"x".repeat(10)).body, "10\n");
     assert_eq!(ask(addr, "POST /mine HTTP/1.1", &"x".repeat(11)).status, 413);
@@ -245,11 +306,10 @@ fn a_body_beyond_the_limit_never_reaches_a_handler() {
 
 #[test]
 fn a_route_is_closed_to_foreign_hosts_and_to_what_foreign_pages_do_but_asks_for_no_token() {
-    let config = Config {
-        publish_tokens: vec!["p".parse().unwrap()],
-        subscribe_tokens: vec!["s".parse().unwrap()],
-        ..Config::default()
-    };
+    let config = Config::default().with(|config| {
+        config.publish_tokens = vec!["p".parse().unwrap()];
+        config.subscribe_tokens = vec!["s".parse().unwrap()];
+    });
     let (_server, addr) = with_route("/mine", config, |_| Ok(Answer::text(200, "here")));
     assert_eq!(ask(addr, "POST /mine HTTP/1.1", "").status, 200);
     assert_eq!(ask(addr, "POST /mine HTTP/1.1\r\nOrigin: https://evil.example", "").status, 403);
@@ -278,7 +338,7 @@ fn a_route_may_ask_for_a_token_of_its_own() {
 
 #[test]
 fn a_session_cookie_is_enough_to_follow_topics_and_a_page_that_comes_back_misses_nothing() {
-    let config = Config { subscribe_tokens: vec!["s".parse().unwrap()], ..Config::default() };
+    let config = Config::default().with(|config| config.subscribe_tokens = vec!["s".parse().unwrap()]);
     let (server, addr) = with_route("/inbox", config, |request| match request.cookie("session") {
         Some(user) => request.follow_since([format!("user-{user}"), "all".into()], Since::Earliest),
         None => Ok(Answer::text(401, "log in first")),
@@ -299,6 +359,98 @@ fn a_session_cookie_is_enough_to_follow_topics_and_a_page_that_comes_back_misses
     assert!(asked_wrong.unwrap().id.is_none(), "a gap follows, and no refusal");
     // A name from outside that may not be is the request's fault.
     assert_eq!(ask(addr, "GET /inbox HTTP/1.1\r\nCookie: session=a/b", "").status, 400);
+}
+
+/// What `GET /events/a,b` takes, and refuses, in the same words: a page that must poll can poll here, too.
+#[test]
+fn a_page_that_may_follow_says_where_it_begins_when_it_ends_and_in_which_form() {
+    let (server, addr) = with_route("/inbox", Config::default(), |request| {
+        let topics = request.query("topics").unwrap_or("a").split(',');
+        request.follow_since(topics, Since::Newest(1))
+    });
+    let hub = server.hub();
+    let ids = ["one", "two", "three"].map(|data| hub.publish("a", Event::new(data)).unwrap());
+    let ask = |query: &str, fields: &str| {
+        let mut wire = Wire::connect(addr);
+        wire.send(format!("GET /inbox?{query} HTTP/1.1\r\nHost: localhost\r\n{fields}\r\n").as_bytes());
+        let head = wire.head();
+        (header(&head, "content-type").unwrap().to_string(), String::from_utf8(wire.rest()).unwrap())
+    };
+    let lines = |query: &str, fields: &str| ask(&format!("as=lines&{query}"), fields).1;
+    assert_eq!(lines("poll", ""), "three\n", "as its handler says");
+    assert_eq!(lines("poll&since=earliest", ""), "one\ntwo\nthree\n");
+    assert_eq!(lines("poll=10s&last=2&_=7", ""), "two\nthree\n");
+    assert_eq!(lines("take=2&since=earliest", ""), "one\ntwo\n");
+    assert_eq!(lines(&format!("poll&since={}", ids[1]), ""), "three\n");
+    assert_eq!(lines("poll&last=3", &format!("Last-Event-ID: {}\r\n", ids[1])), "three\n", "the cursor wins");
+    assert_eq!(lines("poll=1ms&since=earliest&topics=b", ""), "", "a parameter of the program's own");
+    let (content_type, json) = ask("as=json&take=1", "");
+    assert_eq!(content_type, "application/x-ndjson");
+    assert!(json.contains("\"data\":\"three\""), "{json}");
+    let (content_type, polled) = ask("poll", "");
+    assert_eq!(content_type, "text/event-stream");
+    assert!(polled.ends_with(": the poll is over\nretry: 100\n\n") && polled.contains("data: three\n"), "{polled}");
+    for (query, said) in [
+        ("poll=soon", "\"soon\""),
+        ("take=0", "take is a number of events"),
+        ("as=xml", "as is lines or json"),
+        ("since=yesterday", "since is earliest"),
+        ("last=-1", "last is a number of events"),
+        ("since=1-0&last=1", "leave one of them out"),
+        ("topics=a%20b", "is no topic name"),
+    ] {
+        let answer = get(addr, &format!("/inbox?{query}"));
+        assert!(answer.status == 400 && answer.body.contains(said), "{query}: {answer:?}");
+    }
+    // What `/events/` says of the same.
+    assert_eq!(get(addr, "/inbox?take=0").body, get(addr, "/events/a?take=0").body);
+}
+
+#[test]
+fn streams_have_the_programs_fields_in_their_heads() {
+    let (_server, addr) = with_route("/", Config::default(), |request| match request.rest() {
+        "stream" => request.stream_with([("Set-Cookie", "a=1"), ("Set-Cookie", "b=2")])?.end(),
+        "follow" => Ok(request.follow(["a"])?.field("Set-Cookie", "a=1").field("set-cookie", "b=2")),
+        "late" => Ok(request.stream()?.end()?.field("Set-Cookie", "c=3")),
+        own => Ok(request.follow(["a"])?.field(own, "x")),
+    });
+    for (method, target) in [("GET", "stream"), ("GET", "follow?poll=1ms"), ("HEAD", "stream"), ("HEAD", "follow")] {
+        let mut wire = Wire::connect(addr);
+        wire.send(format!("{method} /{target} HTTP/1.1\r\nHost: localhost\r\n\r\n").as_bytes());
+        let head = wire.head();
+        assert_eq!(header(&head, "content-type"), Some("text/event-stream"), "{method} {target}: {head}");
+        let cookies: Vec<_> = head.lines().filter(|line| line.to_lowercase().starts_with("set-cookie: ")).collect();
+        assert_eq!(
+            cookies,
+            ["Set-Cookie: a=1", if target == "stream" { "Set-Cookie: b=2" } else { "set-cookie: b=2" }]
+        );
+        assert!(wire.rest().is_empty() || target.contains("poll"), "{method} {target}");
+    }
+    let late = Wire::stream(addr, "/late", "").rest();
+    assert!(late.is_empty(), "its head was sent before: {late:?}");
+    for own in ["Content-Type", "cache-control", "X-Accel-Buffering", "Transfer-Encoding", "Date", "a b"] {
+        assert_eq!(get(addr, &format!("/{}", own.replace(' ', "%20"))).status, 500, "{own}");
+    }
+}
+
+#[test]
+fn a_stream_whose_head_may_not_be_is_not_opened() {
+    let (_server, addr) = with_route("/", Config::default(), |request| {
+        let (name, value) = request.rest().split_once('/').unwrap();
+        match request.stream_with([(name, value)]) {
+            Ok(stream) => stream.end(),
+            Err(error) if request.query("answers").is_some() => Ok(Answer::text(409, error)),
+            Err(error) => Err(error),
+        }
+    });
+    assert!(Wire::stream(addr, "/X-Mine/1", "").rest().is_empty());
+    for target in ["/X/a%0d%0aX-Evil:1", "/X%0aY/1", "/Content-Type/text%0Dplain", "/Cache-Control/public", "/Date/now"]
+    {
+        let answer = get(addr, target);
+        assert_eq!((answer.status, answer.header("x-evil")), (500, None), "{target}: {answer:?}");
+    }
+    let answer = get(addr, "/Date/now?answers");
+    assert_eq!((answer.status, answer.body.as_str()), (409, "the field Date is the server's own: leave it out\n"));
 }
 
 #[test]
@@ -322,7 +474,7 @@ fn a_post_may_be_answered_with_a_stream() {
 #[test]
 fn a_stream_without_room_is_told_when_to_come_back_and_its_handler_why() {
     let (sender, errors) = mpsc::channel();
-    let config = Config { subscribers: 0, ..Config::default() };
+    let config = Config::default().with(|config| config.subscribers = 0);
     let (_server, addr) = with_route("/mine", config, move |request| {
         let error = request.stream().map(drop).unwrap_err();
         sender.send(error.to_string()).unwrap();

@@ -117,7 +117,10 @@ fn another_brooklet_is_relayed_as_it_goes_on_and_from_its_beginning_again() {
 
 #[test]
 fn what_cannot_be_published_of_a_stream_is_said_after_what_came_before_it() {
-    let server = serve(Config { line_bytes: 100, body_bytes: 100, ..Config::default() });
+    let server = serve(Config::default().with(|config| {
+        config.line_bytes = 100;
+        config.body_bytes = 100;
+    }));
     let addr = server.addr().unwrap();
     for (status, text, said) in [
         (413, format!("data: {}", "x".repeat(100)), "a line of event 2 is longer than 100 bytes (line_bytes)"),
@@ -143,7 +146,7 @@ fn what_cannot_be_published_of_a_stream_is_said_after_what_came_before_it() {
 #[test]
 fn an_event_once_begun_must_end_in_time_and_between_events_silence_may_last() {
     let short = Duration::from_millis(300);
-    let server = serve(Config { body_time: short, ..Config::default() });
+    let server = serve(Config::default().with(|config| config.body_time = short));
     let mut wire = begin(server.addr().unwrap(), 100);
     wire.send(b"data: one\n\n: comment\n");
     let (mut stream, _) = Wire::subscribe(server.addr().unwrap(), "/events/a?since=earliest", "");
@@ -154,7 +157,7 @@ fn an_event_once_begun_must_end_in_time_and_between_events_silence_may_last() {
     let answer = wire.answer();
     assert_eq!(answer.status, 408, "{answer:?}");
     assert!(answer.body.contains("; published 2, last id "), "{answer:?}");
-    let server = serve(Config { put_idle_time: short, ..Config::default() });
+    let server = serve(Config::default().with(|config| config.put_idle_time = short));
     let mut wire = begin(server.addr().unwrap(), 100);
     wire.send(b"data: one\n\n");
     let answer = wire.answer();

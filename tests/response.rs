@@ -1,8 +1,8 @@
 //! What answers look like.
 
 use crate::{both, common::*};
-use brooklet::{Config, Event, Id};
-use std::io::Read;
+use brooklet::{Answer, Config, Event, Id};
+use std::io::{self, Read};
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
@@ -52,7 +52,7 @@ fn the_head_of_a_stream_keeps_proxies_from_holding_it_back() {
 /// together.
 #[test]
 fn each_event_of_a_stream_is_exactly_one_chunk() {
-    let server = serve(Config { retry: Duration::from_millis(1234), ..Config::default() });
+    let server = serve(Config::default().with(|config| config.retry = Duration::from_millis(1234)));
     let (addr, hub) = (server.addr().unwrap(), server.hub());
     let kept = hub.publish("a", Event::new("kept")).unwrap();
     let mut wire = Wire::connect(addr);
@@ -79,7 +79,7 @@ fn each_event_of_a_stream_is_exactly_one_chunk() {
 /// What HTTP/1.0 gets is the same without chunks, also where both follow a topic.
 #[test]
 fn http_1_0_gets_the_same_stream_without_chunks() {
-    let server = bind(Config { heartbeat: Duration::from_secs(4), ..Config::default() }).unwrap();
+    let server = bind(Config::default().with(|config| config.heartbeat = Duration::from_secs(4))).unwrap();
     server
         .stream("/two", |stream| {
             stream.send(&Event::new("one"))?;
@@ -119,7 +119,10 @@ fn http_1_0_gets_the_same_stream_without_chunks() {
 /// Wherever the server ends a stream after a whole frame, the last chunk says so; where it is cut, nothing does.
 #[test]
 fn a_stream_that_the_server_ends_has_its_last_chunk_and_a_cut_one_has_none() {
-    let config = Config { subscribers: 1, lifetime: Duration::from_millis(300), ..Config::default() };
+    let config = Config::default().with(|config| {
+        config.subscribers = 1;
+        config.lifetime = Duration::from_millis(300);
+    });
     let server = bind(config).unwrap();
     server.stream("/done", |stream| stream.send(&Event::new("x"))).unwrap();
     server.stream("/nothing", |_| Ok(())).unwrap();
@@ -172,4 +175,31 @@ fn curl_can_tell_a_streams_end_from_a_cut() {
     cut.stdout.as_mut().unwrap().read_exact(&mut [0]).unwrap(); // it has the head
     process.child.kill().unwrap();
     assert_eq!(cut.wait().unwrap().code(), Some(18));
+}
+
+#[test]
+fn an_answer_without_content_names_no_type() {
+    let server = bind(Config::default()).unwrap();
+    server
+        .route("/mine/", |request| {
+            let status = request.rest().parse().map_err(io::Error::other)?;
+            Ok(Answer::new(status, "text/plain", ""))
+        })
+        .unwrap();
+    let server = server.spawn().unwrap();
+    let mut wire = Wire::connect(server.addr().unwrap());
+    for (request, status) in [
+        ("OPTIONS /events/a", 204),
+        ("OPTIONS *", 204),
+        ("OPTIONS /mine/", 204),
+        ("GET /mine/204", 204),
+        ("GET /mine/304", 304),
+        ("GET /mine/200", 200),
+    ] {
+        wire.send(format!("{request} HTTP/1.1\r\nHost: localhost\r\n\r\n").as_bytes());
+        let answer = wire.answer();
+        assert_eq!((answer.status, answer.body.as_str()), (status, ""), "{request}");
+        let is_named = answer.header("content-type").is_some() || answer.header("content-length").is_some();
+        assert_eq!(is_named, status == 200, "{request}: {}", answer.head);
+    }
 }

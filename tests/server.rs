@@ -34,7 +34,7 @@ fn while_it_stops_a_connection_already_open_is_told_that_the_server_is_not_well(
 /// stops, nothing more is published.
 #[test]
 fn publishers_that_stand_in_line_do_not_hold_up_stopping() {
-    let server = serve(Config { lanes: 1, ..Config::default() });
+    let server = serve(Config::default().with(|config| config.lanes = 1));
     let addr = server.addr().unwrap();
     let _crowd = Crowd::subscribe(addr, "/events/a,b", 500);
     let (published, stopping, afterwards) = (AtomicUsize::new(0), AtomicBool::new(false), AtomicUsize::new(0));
@@ -161,7 +161,7 @@ fn a_server_that_listens_nowhere_has_nothing_to_run() {
         (error.kind(), error.to_string().as_str()),
         (ErrorKind::AddrNotAvailable, "this server listens nowhere itself")
     );
-    let open = Config { open: false, ..Config::default() };
+    let open = Config::default().with(|config| config.open = false);
     let error = Server::bind("0.0.0.0:0", open).map(drop).unwrap_err();
     assert!(
         error.to_string().starts_with("open: 0.0.0.0:") && error.to_string().ends_with("set publish_tokens, or open")

@@ -27,7 +27,7 @@ fn what_is_kept_is_read_some_at_a_time_and_the_newest_alone() {
 
 #[test]
 fn an_event_for_several_topics_comes_to_all_or_to_none() {
-    let server = serve(Config { topics: 3, ..Config::default() });
+    let server = serve(Config::default().with(|config| config.topics = 3));
     let hub = server.hub();
     let (mut wire, _) = Wire::subscribe(server.addr().unwrap(), "/events/a,b", "");
     let ids = hub.publish_each(["b", "a", "b"], Event::new("both").key("k")).unwrap();

@@ -2,7 +2,7 @@
 
 use crate::common::*;
 use brooklet::crossbeam_channel::{TryRecvError, select, unbounded};
-use brooklet::{Config, Event};
+use brooklet::{Config, Event, News, Since};
 use std::io::{self, ErrorKind};
 use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
 use std::sync::{Arc, mpsc};
@@ -114,7 +114,7 @@ fn two_hundred_handlers_that_wait_for_ever_end_when_their_pages_close() {
 
 #[test]
 fn a_handler_that_is_silent_has_its_heartbeats_written() {
-    let server = bind(Config { heartbeat: Duration::from_secs(4), ..Config::default() }).unwrap();
+    let server = bind(Config::default().with(|config| config.heartbeat = Duration::from_secs(4))).unwrap();
     let (go_on, silence) = unbounded::<()>();
     server
         .stream("/silent", move |stream| {
@@ -137,7 +137,7 @@ fn a_handler_that_is_silent_has_its_heartbeats_written() {
 
 #[test]
 fn while_a_handler_waits_for_something_else_heartbeats_go_out_and_closing_is_noticed() {
-    let server = bind(Config { heartbeat: Duration::from_millis(3_500), ..Config::default() }).unwrap();
+    let server = bind(Config::default().with(|config| config.heartbeat = Duration::from_millis(3_500))).unwrap();
     let (go_on, news) = mpsc::channel::<()>();
     let (sender, errors) = mpsc::channel();
     let news = std::sync::Mutex::new(news);
@@ -163,4 +163,77 @@ fn while_a_handler_waits_for_something_else_heartbeats_go_out_and_closing_is_not
     std::thread::sleep(Duration::from_millis(2_500)); // more than a sweep, in which it is noticed
     go_on.send(()).unwrap();
     assert_eq!(errors.recv().unwrap().as_deref(), Some("the peer closed the connection"), "the first write fails");
+}
+
+/// The same with the limits as they are: many proxies cut a stream that is silent for 60 s, some one of 30 s.
+#[test]
+fn a_handler_may_be_silent_for_forty_seconds() {
+    let silence = Duration::from_secs(40);
+    let server = bind(Config::default()).unwrap();
+    server
+        .stream("/silent", move |stream| {
+            stream.send(&Event::new("before"))?;
+            std::thread::sleep(silence); // not `stream.sleep`, which would write heartbeats itself
+            stream.send(&Event::new("after"))?;
+            stream.send(&Event::new("and on"))
+        })
+        .unwrap();
+    let server = server.spawn().unwrap();
+    let mut page = Wire::stream(server.addr().unwrap(), "/silent", "");
+    assert_eq!(page.event().unwrap().data(), "before");
+    let (began, mut heartbeats) = (Instant::now(), Vec::new());
+    let after = loop {
+        match page.take_until(b"\n").unwrap() {
+            line if line == b":\n" => heartbeats.push(began.elapsed()),
+            line => break line,
+        }
+    };
+    println!("heartbeats after {heartbeats:?} of silence");
+    assert!(heartbeats.len() >= 2 && began.elapsed() >= silence - Duration::from_secs(1), "{heartbeats:?}");
+    assert_eq!((after, page.take(1)), (b"data: after\n".to_vec(), b"\n".to_vec()));
+    assert_eq!((page.event().unwrap().data(), page.rest().len(), page.is_over()), ("and on", 0, true));
+}
+
+#[test]
+fn a_stream_waits_for_a_follower_as_long_as_its_page_and_both_servers_are_there() {
+    let server = bind(Config::default()).unwrap();
+    let other = serve_default();
+    let (hub, elsewhere) = (server.hub(), other.hub());
+    let (sender, errors) = mpsc::channel();
+    server
+        .route("/relay", move |request| {
+            let mut stream = request.stream()?;
+            let hub = if request.query("other").is_some() { &elsewhere } else { &request.hub() };
+            let mut news = hub.subscribe(["a"], Since::Newest(1))?;
+            let error = loop {
+                match stream.wait_for(&mut news) {
+                    Ok(News::Event(event)) => stream.send(&Event::new(event.data.to_uppercase()))?,
+                    Ok(gap) => panic!("{gap:?}"),
+                    Err(error) => break error,
+                }
+            };
+            sender.send(error.to_string()).unwrap();
+            Err(error)
+        })
+        .unwrap();
+    let server = server.spawn().unwrap();
+    let addr = server.addr().unwrap();
+    hub.publish_all("a", ["one", "two"].map(Event::new)).1.unwrap();
+    let mut page = Wire::stream(addr, "/relay", "");
+    assert_eq!(page.event().unwrap().data(), "TWO");
+    hub.publish("a", Event::new("three")).unwrap();
+    assert_eq!(page.event().unwrap().data(), "THREE");
+    page.close();
+    assert_eq!(errors.recv_timeout(PATIENCE).unwrap(), "the peer closed the connection");
+    // A follower may be of another server of the program's.
+    other.hub().publish("a", Event::new("four")).unwrap();
+    let mut page = Wire::stream(addr, "/relay?other", "");
+    assert_eq!(page.event().unwrap().data(), "FOUR");
+    drop(other);
+    assert_eq!(errors.recv_timeout(PATIENCE).unwrap(), "the server is stopping");
+    assert!(page.rest().is_empty() && page.is_over());
+    let mut page = Wire::stream(addr, "/relay", "");
+    assert_eq!(page.event().unwrap().data(), "THREE");
+    assert_eq!(server.stop(), 0);
+    assert_eq!(errors.recv_timeout(PATIENCE).unwrap(), "the server is stopping");
 }

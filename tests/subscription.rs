@@ -11,7 +11,7 @@ use std::time::Duration;
 
 #[test]
 fn a_subscriber_that_is_cut_off_200_times_sees_every_event_once_and_in_order() {
-    let server = serve(Config { keep_events: 2_000, ..Config::default() });
+    let server = serve(Config::default().with(|config| config.keep_events = 2_000));
     let hub = server.hub();
     both::who_is_cut_off_200_times_sees_every_event_once_and_in_order(server.addr().unwrap(), |data| {
         hub.publish("a", Event::new(data)).unwrap().to_string()
@@ -82,7 +82,10 @@ fn follow_sixteen(addr: SocketAddr, first: Id, cuts: bool, pace: &Pace) -> Vec<O
 
 #[test]
 fn a_stream_of_sixteen_topics_loses_nothing_while_it_is_pushed_behind_again_and_again() {
-    let server = serve(Config { keep_events: 1_000_000, keep_bytes: 1 << 30, ..Config::default() });
+    let server = serve(Config::default().with(|config| {
+        config.keep_events = 1_000_000;
+        config.keep_bytes = 1 << 30;
+    }));
     let addr = server.addr().unwrap();
     let (_, first) = Wire::subscribe(addr, "/events/a", "");
     let pace = Pace::default();
@@ -117,7 +120,7 @@ fn a_stream_of_sixteen_topics_loses_nothing_while_it_is_pushed_behind_again_and_
 #[test]
 fn events_that_are_let_go_under_a_stream_of_sixteen_topics_are_never_a_silent_hole() {
     for cuts in [false, true] {
-        let server = serve(Config { keep_events: 20, ..Config::default() });
+        let server = serve(Config::default().with(|config| config.keep_events = 20));
         let addr = server.addr().unwrap();
         let (_, first) = Wire::subscribe(addr, "/events/a", "");
         let pace = Pace::default();
@@ -256,7 +259,10 @@ fn a_hundred_readers_that_stall_change_nothing_for_the_others() {
 
 #[test]
 fn a_herd_that_comes_back_at_once_is_caught_up_without_sending_anyone_away() {
-    let server = serve(Config { connections: 10, subscribers: 600, ..Config::default() });
+    let server = serve(Config::default().with(|config| {
+        config.connections = 10;
+        config.subscribers = 600;
+    }));
     let addr = server.addr().unwrap();
     let (first, base) = Wire::subscribe(addr, "/events/a", "");
     first.close();
@@ -274,7 +280,7 @@ fn a_herd_that_comes_back_at_once_is_caught_up_without_sending_anyone_away() {
 
 #[test]
 fn a_stream_begins_with_a_block_that_dispatches_nothing_and_names_where_it_starts() {
-    let server = serve(Config { retry: Duration::from_millis(2345), ..Config::default() });
+    let server = serve(Config::default().with(|config| config.retry = Duration::from_millis(2345)));
     let addr = server.addr().unwrap();
     let mut stream = Wire::stream(addr, "/events/a", "");
     let first = String::from_utf8(stream.take_until(b"\n\n").unwrap()).unwrap();
@@ -356,7 +362,8 @@ fn a_poll_waits_for_the_first_event_sends_what_there_is_and_ends() {
 
 #[test]
 fn polling_over_and_over_loses_nothing() {
-    let server = serve(Config { keep_events: 2_000, ..Config::default() }); // all, however far behind the poll is
+    // All is kept, however far behind the poll is.
+    let server = serve(Config::default().with(|config| config.keep_events = 2_000));
     let addr = server.addr().unwrap();
     let (_, mut cursor) = Wire::subscribe(addr, "/events/a", "");
     let hub = server.hub();
@@ -382,7 +389,7 @@ fn polling_over_and_over_loses_nothing() {
 
 #[test]
 fn a_lifetime_ends_with_the_reason_and_a_reconnection_time() {
-    let server = serve(Config { lifetime: Duration::from_millis(100), ..Config::default() });
+    let server = serve(Config::default().with(|config| config.lifetime = Duration::from_millis(100)));
     let (mut stream, _) = Wire::subscribe(server.addr().unwrap(), "/events/a", "");
     assert_eq!(String::from_utf8(stream.rest()).unwrap(), ": the lifetime is over\nretry: 3000\n\n");
 }
@@ -418,7 +425,7 @@ fn a_reader_of_http_1_0_that_is_pushed_behind_gets_every_event_whole() {
 
 #[test]
 fn who_is_cut_off_before_the_gap_hears_of_it_when_coming_back() {
-    let server = serve(Config { keep_events: 1, ..Config::default() });
+    let server = serve(Config::default().with(|config| config.keep_events = 1));
     let addr = server.addr().unwrap();
     let first = server.hub().publish("a", Event::new("first")).unwrap();
     for _ in 0..3 {

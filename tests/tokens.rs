@@ -19,7 +19,7 @@ fn write(path: &str, text: &str) {
 }
 
 fn with_tokens(path: &str) -> Config {
-    Config { tokens: Some(path.into()), ..Config::default() }
+    Config::default().with(|config| config.tokens = Some(path.into()))
 }
 
 fn bearer(token: &str) -> String {
@@ -62,7 +62,8 @@ fn each_token_of_the_file_has_its_acts_its_topics_and_its_time() {
          several subscribe a\nseveral publish b until={future}\nlate both * until={past}\n"
     );
     write(&path, &text);
-    let server = bind(Config { subscribe_tokens: vec!["flag".parse().unwrap()], ..with_tokens(&path) }).unwrap();
+    let server =
+        bind(with_tokens(&path).with(|config| config.subscribe_tokens = vec!["flag".parse().unwrap()])).unwrap();
     server.stream("/mine", |stream| stream.comment("here")).unwrap();
     server.page("/page", "text/plain", "page").unwrap();
     let server = server.spawn().unwrap();
@@ -108,7 +109,7 @@ fn nothing_tells_whether_a_topic_or_a_token_exists_to_who_may_not_read_it() {
     let dir = Scratch::new();
     let path = dir.path("tokens");
     write(&path, "mine both mine\nother both secret\nroot both *\n");
-    let server = serve(Config { topics: 4, ..with_tokens(&path) });
+    let server = serve(with_tokens(&path).with(|config| config.topics = 4));
     let addr = server.addr().unwrap();
     assert_eq!(ask(addr, "POST", "/events/secret?key=k", "other").status, 200);
     let told = |method: &str, topic: &str, token: &str| {
@@ -187,7 +188,7 @@ fn a_reader_that_takes_nothing_is_cut_when_its_right_is_gone() {
     let dir = Scratch::new();
     let path = dir.path("tokens");
     write(&path, "slow subscribe a\nroot both *\n");
-    let server = serve(Config { stall_time: Duration::from_secs(600), ..with_tokens(&path) });
+    let server = serve(with_tokens(&path).with(|config| config.stall_time = Duration::from_secs(600)));
     let addr = server.addr().unwrap();
     let mut slow = narrow(addr, 4_096, Some(536));
     slow.send(format!("GET /events/a HTTP/1.1\r\nHost: localhost\r\n{}\r\n", bearer("slow")).as_bytes());

@@ -20,7 +20,14 @@ fn ids(answer: &Answer) -> Vec<Id> {
 /// The servers that a promise is shown on: without a journal, with one, and with one that is synced.
 fn servers(dir: &Scratch) -> [Config; 3] {
     let journal = with_journal(&dir.path("events"));
-    [Config::default(), journal.clone(), Config { fsync: true, journal: Some(dir.path("synced").into()), ..journal }]
+    [
+        Config::default(),
+        journal.clone(),
+        journal.with(|config| {
+            config.fsync = true;
+            config.journal = Some(dir.path("synced").into());
+        }),
+    ]
 }
 
 /// What a client gets that resumes after `cursor`: whether a gap comes first, and the data of what is kept.
@@ -92,7 +99,7 @@ fn with_several_topics_a_key_counts_for_each_by_itself() {
 fn what_one_topic_refuses_is_published_to_none() {
     let dir = Scratch::new();
     for config in servers(&dir) {
-        let server = serve(Config { topics: 4, ..config });
+        let server = serve(config.with(|config| config.topics = 4));
         let addr = server.addr().unwrap();
         publish(addr, "/events/known", "x");
         let refused = post(addr, "/events/known,a,b,c,d", "x");
@@ -276,7 +283,7 @@ fn whatever_is_published_and_deleted_each_client_gets_what_a_simple_model_says()
 fn what_is_deleted_while_the_journal_is_written_anew_stays_deleted() {
     let dir = Scratch::new();
     let path = dir.path("events");
-    let config = Config { keep_events: 400, ..with_journal(&path) };
+    let config = with_journal(&path).with(|config| config.keep_events = 400);
     let server = serve(config.clone());
     let addr = server.addr().unwrap();
     let mut rewritten = 0;

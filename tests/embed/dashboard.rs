@@ -6,7 +6,6 @@
 //! $ curl -N localhost:3000/values
 //! ```
 
-use brooklet::crossbeam_channel::select;
 use brooklet::{Config, Event, News, Server, Since};
 use std::collections::BTreeMap;
 use std::io;
@@ -28,24 +27,19 @@ fn main() -> io::Result<()> {
 pub fn server(address: &str) -> io::Result<Server> {
     let server = Server::bind(address, Config::default())?;
     server.page("/", "text/html; charset=utf-8", PAGE)?;
-    let hub = server.hub();
-    server.stream("/values", move |stream| {
-        // All that is kept comes first: of that, the newest of each topic is sent.
-        let mut news = hub.subscribe(VALUES, Since::Earliest)?;
+    server.stream("/values", |stream| {
+        let mut news = stream.request().hub().subscribe(VALUES, Since::Newest(1))?;
         loop {
+            // All that has come while the page took its time: of that, the newest of each topic is sent.
             let mut newest = BTreeMap::new();
-            while let Ok(item) = news.try_next() {
+            let first = stream.wait_for(&mut news)?;
+            for item in [first].into_iter().chain(std::iter::from_fn(|| news.try_next().ok())) {
                 if let News::Event(value) = item {
-                    newest.insert(value.topic.clone(), value.data);
+                    newest.insert(value.topic, value.data);
                 }
             }
-            // A page that takes its time here finds the next round's values newer still.
             for (topic, data) in newest {
                 stream.send(&Event::new(data).name(&*topic))?;
-            }
-            select! {
-                recv(stream.closed()) -> _ => return Ok(()),
-                recv(news.ready()) -> _ => {}
             }
         }
     })?;

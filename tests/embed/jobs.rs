@@ -7,44 +7,48 @@
 //! A job goes on when its page has gone. What comes of it is a topic of its own, `job-1`, so the page can come back with
 //! `new EventSource('/jobs/1')`, gets what it has missed, and once the job is done is told to stay away.
 
-use brooklet::crossbeam_channel::{bounded, select};
-use brooklet::{Answer, Config, Event, Follower, Hub, News, Request, Server, Since};
-use std::io;
+use brooklet::{Answer, Config, Event, Hub, News, Server, Since, crossbeam_channel::bounded};
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
-use std::thread;
+use std::{io, thread, time::Duration};
 
 /// How many jobs may wait for the worker. Whoever comes then is told to try again.
 const WAITING_JOBS: usize = 100;
+/// How long a page may be away: topics are kept for as long, and there is room for some thousands of them.
+const KEEP_AGE: Duration = Duration::from_secs(3_600);
 
 fn main() -> io::Result<()> {
     server("127.0.0.1:3000")?.run()
 }
 
 pub fn server(address: &str) -> io::Result<Server> {
-    let server = Server::bind(address, Config::default())?;
+    let server = Server::bind(address, Config::default().with(|config| config.keep_age = KEEP_AGE))?;
     let (queue, jobs) = bounded::<(String, String)>(WAITING_JOBS);
     let hub = server.hub();
-    thread::spawn(move || jobs.iter().try_for_each(|(topic, prompt)| work(&hub, &topic, &prompt)));
+    thread::spawn(move || jobs.iter().for_each(|(topic, prompt)| work(&hub, &topic, &prompt)));
 
-    let (hub, numbers) = (server.hub(), AtomicU64::new(1));
-    server.route("/jobs", move |request| {
-        if request.method() != "POST" {
-            return Ok(Answer::text(405, "POST a prompt").field("Allow", "POST"));
-        }
+    let numbers = AtomicU64::new(1);
+    server.route("POST /jobs", move |request| {
         let topic = format!("job-{}", numbers.fetch_add(1, Relaxed));
-        let news = hub.subscribe([&topic], Since::Now)?; // before the job begins, so that nothing of it is missed
-        match queue.try_send((topic, request.text()?.into())) {
-            Ok(()) => relay(request, news),
-            Err(_) => Ok(Answer::text(503, "too many jobs wait").field("Retry-After", 5)),
+        let mut news = request.hub().subscribe([&topic], Since::Now)?; // first, so that nothing of the job is missed
+        if queue.try_send((topic, request.text()?.into())).is_err() {
+            return Ok(Answer::text(503, "too many jobs wait").field("Retry-After", 5));
+        }
+        let mut stream = request.stream()?;
+        loop {
+            let News::Event(event) = stream.wait_for(&mut news)? else { continue };
+            let is_last = event.name.as_deref() == Some("done");
+            stream.send(&event.into())?;
+            if is_last {
+                return stream.end();
+            }
         }
     })?;
 
-    let hub = server.hub();
-    server.route("/jobs/", move |request| {
+    server.route("GET /jobs/", |request| {
         let topic = format!("job-{}", request.rest());
-        match hub.newest(&topic)? {
+        match request.hub().newest(&topic)? {
             None => Ok(Answer::text(404, "there is no such job, or it was long ago")),
-            Some(last) if request.last_event_id() == Some(&last.id.to_string()) && is_done(&last.name) => {
+            Some(last) if last.name.is_some() && request.last_event_id() == Some(&last.id.to_string()) => {
                 Ok(Answer::empty(204)) // it has had all of it: an EventSource that gets this does not come back
             }
             Some(_) => request.follow_since([topic], Since::Earliest),
@@ -53,33 +57,10 @@ pub fn server(address: &str) -> io::Result<Server> {
     Ok(server)
 }
 
-/// The work: here, each word of the prompt in capitals.
-fn work(hub: &Hub, topic: &str, prompt: &str) -> io::Result<()> {
+/// The work: here, each word of the prompt in capitals. One that cannot be published is missing.
+fn work(hub: &Hub, topic: &str, prompt: &str) {
     for word in prompt.split_whitespace() {
-        hub.publish(topic, Event::new(word.to_uppercase()))?;
+        let _ = hub.publish(topic, Event::new(word.to_uppercase()));
     }
-    hub.publish(topic, Event::new("").name("done")).map(drop)
-}
-
-/// Sends what comes of a job until it is done, or its page has gone.
-fn relay(request: &Request, mut news: Follower) -> io::Result<Answer> {
-    let mut stream = request.stream()?;
-    loop {
-        select! {
-            recv(stream.closed()) -> _ => return stream.end(),
-            recv(news.ready()) -> _ => {}
-        }
-        while let Ok(item) = news.try_next() {
-            let News::Event(event) = item else { continue }; // a gap: the page was slower than what is kept
-            let is_last = is_done(&event.name);
-            stream.send(&event.into())?;
-            if is_last {
-                return stream.end();
-            }
-        }
-    }
-}
-
-fn is_done(name: &Option<String>) -> bool {
-    name.as_deref() == Some("done")
+    let _ = hub.publish(topic, Event::new("").name("done"));
 }

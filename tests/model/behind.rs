@@ -20,7 +20,7 @@ fn persist(server: &Handle, path: &str, capacity: usize, at_once: usize, count: 
 #[test]
 fn who_is_slow_and_whose_life_ends_hears_each_event_once_when_it_comes_back() {
     check("a short life", PATIENCE, || {
-        let server = Arc::new(start(Config { lifetime: Duration::from_secs(2), ..Config::default() }));
+        let server = Arc::new(start(Config::default().with(|config| config.lifetime = Duration::from_secs(2))));
         let readers: Vec<_> = [(ROOMY, ROOMY), (90, 40)]
             .into_iter()
             .map(|(capacity, at_once)| {

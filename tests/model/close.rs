@@ -23,7 +23,7 @@ fn wait_for_streams(server: &Handle, count: &str) -> String {
 #[test]
 fn whoever_vanishes_is_noted_once_and_nothing_is_left_of_it() {
     check("closing", PATIENCE, || {
-        let server = start(Config { log: Log::Info, ..Config::default() });
+        let server = start(Config::default().with(|config| config.log = Log::Info));
         let path = "/events/a,quiet?since=earliest";
         let peers = [get(&server, path, 400), get(&server, path, ROOMY), get(&server, path, 500)];
         let publishing = publisher(&server, "event", 4, Duration::ZERO);

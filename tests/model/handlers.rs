@@ -5,7 +5,10 @@ use super::*;
 #[test]
 fn a_handler_and_its_lane_write_whole_frames_and_a_closed_page_ends_both() {
     check("a handler", 10 * PATIENCE, || {
-        let config = Config { heartbeat: Duration::from_millis(3_500), log: Log::Info, ..Config::default() };
+        let config = Config::default().with(|config| {
+            config.heartbeat = Duration::from_millis(3_500);
+            config.log = Log::Info;
+        });
         let server = start_with(config, |server| {
             let write = |stream: &mut Stream| {
                 for n in 0..4 {

@@ -71,7 +71,10 @@ fn try_publishing(server: &Handle, name: usize, is_watched: bool) -> JoinHandle<
 /// were told must hold, for who is live and for who comes after the next start.
 fn run(trouble: Disk) {
     let place = Place::new();
-    let config = Config { journal: Some(place.0.clone()), fsync: below(2) == 0, ..Config::default() };
+    let config = Config::default().with(|config| {
+        config.journal = Some(place.0.clone());
+        config.fsync = below(2) == 0;
+    });
     let is_watched = trouble == Disk::Works && below(2) == 0;
     if is_watched {
         be_punctual();
@@ -124,7 +127,7 @@ fn run(trouble: Disk) {
     reader.join().unwrap();
     let live = enter(&live);
     let again = loop {
-        match Server::bind("127.0.0.1:3000", Config { lanes: 1, ..config.clone() }) {
+        match Server::bind("127.0.0.1:3000", config.clone().with(|config| config.lanes = 1)) {
             Ok(server) => break server.spawn().unwrap(),
             Err(error) => assert_eq!(error.kind(), std::io::ErrorKind::ResourceBusy, "{error}"),
         }

@@ -36,7 +36,7 @@ fn start(config: Config) -> Handle {
 }
 
 fn start_with(config: Config, set_up: impl FnOnce(&Server)) -> Handle {
-    let server = Server::bind("127.0.0.1:3000", Config { lanes: 1, ..config }).unwrap();
+    let server = Server::bind("127.0.0.1:3000", config.with(|config| config.lanes = 1)).unwrap();
     set_up(&server);
     server.spawn().unwrap()
 }

@@ -8,7 +8,7 @@ use std::time::Instant;
 #[test]
 fn a_crowd_that_is_behind_shares_few_threads_and_loses_nobody() {
     check("few threads", PATIENCE, || {
-        let config = Config { threads: 4, ..Config::default() };
+        let config = Config::default().with(|config| config.threads = 4);
         let server = Arc::new(start_with(config, |server| {
             server.stream("/panic", |_| std::panic::on_purpose()).unwrap();
             server.stream("/works", |stream| stream.send(&Event::new("it works"))).unwrap();

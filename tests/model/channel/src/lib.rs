@@ -54,6 +54,25 @@ pub enum RecvTimeoutError {
 #[derive(Debug, PartialEq, Eq)]
 pub struct RecvError;
 
+/// Waits for either of two, looking at them in turn.
+#[macro_export]
+macro_rules! select {
+    (recv($a:expr) -> _ => $first:block recv($b:expr) -> _ => $second:block) => {
+        loop {
+            if $a.try_recv() != Err($crate::TryRecvError::Empty) {
+                break $first;
+            } else if $b.try_recv() != Err($crate::TryRecvError::Empty) {
+                break $second;
+            }
+            $crate::pause();
+        }
+    };
+}
+
+pub fn pause() {
+    model_std::thread::sleep(Duration::from_millis(1));
+}
+
 pub fn bounded<T>(limit: usize) -> (Sender<T>, Receiver<T>) {
     let queue = Mutex::new(Queue { waiting: VecDeque::new(), senders: 1, has_receiver: true });
     let limit = if limit < LONG { limit } else { SHORT };
