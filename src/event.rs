@@ -203,6 +203,13 @@ pub struct Id {
 impl Id {
     /// The id for an event published now: above this one, also when the clock has gone back. Where it has, ids go on
     /// counting in the newest millisecond until the clock has passed it.
+    ///
+    /// ```
+    /// use brooklet::Id;
+    /// let ahead = Id { ms: 100_000_000_000_000, seq: 7 }; // of a far future, before the clock was set right
+    /// assert_eq!(ahead.next().to_string(), "100000000000000-8");
+    /// assert!(Id::default().next().ms > 1_700_000_000_000); // else it is the time
+    /// ```
     pub fn next(self) -> Id {
         self.next_at(now_ms())
     }
@@ -218,6 +225,12 @@ impl Id {
 
     /// The position just before this one: who resumes from it gets this one first. It need not belong to any event. Starts
     /// and gaps in the history rest on it, and so on ids being pairs of numbers with nothing between two neighbours.
+    ///
+    /// ```
+    /// use brooklet::Id;
+    /// let id = Id { ms: 1_700_000_000_000, seq: 2 };
+    /// assert_eq!(id.before().to_string(), "1700000000000-1");
+    /// ```
     pub fn before(self) -> Id {
         match self.seq {
             0 => Id { ms: self.ms.saturating_sub(1), seq: u64::MAX },

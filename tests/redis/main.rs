@@ -45,6 +45,8 @@ fn a_start_that_cannot_be_says_why_and_shows_no_password() {
     let replica = Redis::with(&["--save", "", "--replicaof", "127.0.0.1 1"]);
     let other = Redis::start();
     other.cli(&["set", "brooklet", "of another program"]);
+    let still = Redis::start();
+    still.signal("STOP");
     let port = |redis: &Redis| redis.port.to_string();
     for (flags, code, said) in [
         (vec!["--redis", "nonsense"], 2, "write redis://:PASSWORD@HOST:6379/0"),
@@ -57,6 +59,7 @@ fn a_start_that_cannot_be_says_why_and_shows_no_password() {
         ),
         (vec!["--redis", &replica.url()], 1, "it is a replica"),
         (vec!["--redis", &other.url()], 1, "WRONGTYPE"),
+        (vec!["--redis", &still.url()], 1, "cannot be used: it does not answer"),
         (vec!["--redis", "@/nowhere"], 2, "--redis: /nowhere: No such file"),
         (vec!["--redis", &locked.url(), "--journal", "x"], 2, "--journal: with --redis"),
         (vec!["--redis", &locked.url(), "--redis-length", "0"], 2, "--redis-length: 0 would keep nothing"),
@@ -520,6 +523,33 @@ fn a_primary_that_becomes_a_replica_takes_nothing_until_it_is_a_primary_again() 
 }
 
 #[test]
+fn a_redis_that_is_full_or_has_lost_its_replicas_refuses_events_and_no_stream_ends() {
+    if !has_redis() {
+        return;
+    }
+    let redis = Redis::start();
+    let server = server(&redis.url(), &[]);
+    let (mut stream, _) = Wire::subscribe(server.addr, "/events/a", "");
+    let set = |name: &str, value: &str| drop(redis.cli(&["config", "set", name, value]));
+    for (name, on, off, said) in [("maxmemory", "1", "0", "OOM"), ("min-replicas-to-write", "1", "0", "NOREPLICAS")] {
+        is_open(&mut stream, server.addr, "a");
+        set(name, on);
+        for target in ["/events/a", "/events/a?key=k", "/events/a,b"] {
+            let refused = || {
+                let answer = post(server.addr, target, "refused");
+                (answer.status == 503 && answer.body.contains(said)).then_some(answer)
+            };
+            let answer = wait_for("a refusal", refused);
+            assert_eq!(answer.header("retry-after"), Some("1"), "{answer:?}");
+            assert!(answer.body.starts_with("Redis refuses it: "), "{answer:?}");
+        }
+        set(name, off);
+        is_open(&mut stream, server.addr, "a");
+    }
+    assert!(redis.events().values().all(|data| data != "refused"), "what was refused is not there");
+}
+
+#[test]
 fn while_redis_is_away_streams_stay_and_publishers_are_told_when_to_try_again() {
     if !has_redis() {
         return;
@@ -531,9 +561,18 @@ fn while_redis_is_away_streams_stay_and_publishers_are_told_when_to_try_again() 
     redis.kill();
     let line = server.wait_for_log("Redis is away");
     assert!(line.contains("streams stay open"), "{line}");
-    let answer = post(server.addr, "/events/a", "x");
-    assert_eq!((answer.status, answer.header("retry-after")), (503, Some("1")), "{answer:?}");
-    assert!(answer.body.starts_with("Redis is away, so nothing was published: "), "{answer:?}");
+    for (request, body) in [
+        ("POST /events/a", "x"),
+        ("POST /events/a?key=k", "x"),
+        ("POST /events/a,b", "x"),
+        ("PUT /events/a", "x\ny\n"),
+        ("DELETE /events/a", ""),
+    ] {
+        let head = format!("{request} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {}\r\n\r\n", body.len());
+        let answer = Wire::ask(server.addr, &format!("{head}{body}"));
+        assert_eq!((answer.status, answer.header("retry-after")), (503, Some("1")), "{request}: {answer:?}");
+        assert!(answer.body.contains("Redis is away, so nothing was published: "), "{request}: {answer:?}");
+    }
     assert_eq!(get(server.addr, "/health").body, "ok\n");
     redis.restart();
     wait_for("publishing to go on", || (try_post(server.addr, "/events/a", "x")?.0 == 200).then_some(()));
