@@ -648,6 +648,41 @@ fn a_key_of_a_topic_that_was_deleted_before_holds_as_long_as_any_other() {
 }
 
 #[test]
+fn the_lines_of_a_put_and_an_event_of_several_topics_go_to_redis_together() {
+    if !has_redis() {
+        return;
+    }
+    let redis = Redis::start();
+    let asked = Arc::new(AtomicUsize::new(0));
+    let count = asked.clone();
+    let relay = Relay::watched(redis.port, move |is_for_redis, bytes| {
+        // Each command or script that appends has this word in it once.
+        let words = bytes.windows(10).filter(|word| is_for_redis && *word == b"NOMKSTREAM").count();
+        count.fetch_add(words, SeqCst);
+        true
+    });
+    let server = server(&relay.url(), &[]);
+    let (mut stream, _) = Wire::subscribe(server.addr, "/events/a", "");
+    let mut send = |request: &str, body: &str, events: usize| {
+        let head = format!("{request} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {}\r\n\r\n", body.len());
+        let times = wait_for("it to be published", || {
+            let before = asked.load(SeqCst);
+            let answer = Wire::ask(server.addr, &format!("{head}{body}"));
+            assert!([200, 503].contains(&answer.status), "{answer:?}"); // a busy machine's Redis may be too slow
+            (answer.status == 200).then(|| asked.load(SeqCst) - before)
+        });
+        (0..events).for_each(|_| drop(stream.event().unwrap()));
+        times
+    };
+    let asked = [
+        send("POST /events/a,b,c", "x", 1),
+        send("POST /events/a,b,c?key=k", "x", 1),
+        send("PUT /events/a", &"x\n".repeat(1_000), 1_000),
+    ];
+    assert!(asked[0] == 1 && asked[1] == 1 && asked[2] <= 20, "{asked:?} times");
+}
+
+#[test]
 fn an_event_whose_reply_was_lost_is_never_published_again() {
     if !has_redis() {
         return;
