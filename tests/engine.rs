@@ -11,7 +11,6 @@ use std::sync::{Arc, LazyLock, Mutex};
 use std::thread;
 use std::time::UNIX_EPOCH;
 
-#[allow(unused_imports)] // the example shows all that a program needs
 #[path = "memory_engine.rs"]
 mod memory;
 
