@@ -22,6 +22,10 @@ pub const SWEEP: Duration = Duration::from_millis(1_750);
 const MOST_LANES: usize = 256;
 /// With fewer there is no share for each kind of connection (`pool.rs`).
 pub const FEWEST_THREADS: usize = 4;
+/// Places in an event's bytes are counted in 32 bits (`encoded.rs`), and data that is all newlines becomes seven times
+/// as much.
+const MOST_DATA_BYTES: usize = 512 * 1024 * 1024;
+const _: () = assert!(7 * MOST_DATA_BYTES as u64 + 1024 * 1024 < u32::MAX as u64, "with all other fields");
 const _: () =
     assert!(SWEEP.as_millis() == 1_750 && MOST_LANES == 256 && FEWEST_THREADS == 4, "`Config::check` names all");
 
@@ -209,6 +213,8 @@ impl Config {
             (self.connections == 0, "connections: without any, nobody could ask for a stream: give at least 1"),
             (self.threads < FEWEST_THREADS, "threads: each kind of connection needs its share: give at least 4"),
             (self.lanes > MOST_LANES, "lanes: more than any machine has cores: give at most 256"),
+            (self.body_bytes > MOST_DATA_BYTES, "body_bytes: too much for one event: give at most 512MiB"),
+            (self.line_bytes > MOST_DATA_BYTES, "line_bytes: too much for one event: give at most 512MiB"),
             (self.fsync && self.journal.is_none(), "fsync: only a journal can be synced: name its file, too"),
         ] {
             if is_wrong {

@@ -269,7 +269,7 @@ impl Connection {
         match got {
             None => return Ok(false),
             Some(0) if self.cut.get().is_some() => return Err(CLOSED),
-            Some(0) if state.ending.is_some() => return Ok(false), // it was this server that ended it
+            Some(0) if state.ending == Some(STOPPING) => return Ok(false), // it was this server that ended it
             Some(0) => {
                 state.has_said_all = true;
                 if state.unfinished.is_none() {

@@ -14,6 +14,7 @@ use crate::handler::Outcome;
 use crate::log::OncePerSecond;
 use crate::places::{MADE_ROOM, Place, Places};
 use crate::pool::{Kind, Seat};
+use crate::presence::FAR_BEHIND;
 use crate::reader::{AWAKE_TIME, Reader};
 use crate::request::Request;
 use crate::response::{Response, stream_head};
@@ -223,6 +224,9 @@ impl Conversation {
     /// Finds a stream of topics its place, and gives the subscriber away.
     fn stream(&mut self, seat: &mut Seat, shape: Shape, lines: &str, wanted: Wanted, opened: Opened) {
         let (c, streams) = (self.c.clone(), self.shared.streams.clone());
+        if !streams.core.presence.has_room() {
+            return (self.opened, self.reason) = (Some(opened), self.reject(shape, lines, FAR_BEHIND).into());
+        }
         let lane = match self.take_place(Place::Stream, shape, lines) {
             Ok(lane) => lane,
             Err(reason) => return (self.opened, self.reason) = (Some(opened), reason.into()),

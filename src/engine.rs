@@ -19,6 +19,10 @@ use std::time::Duration;
 /// ```
 #[doc = include_str!("../tests/memory_engine.rs")]
 ///
+/// // Two servers that share it:
+/// use brooklet::{Config, Event, Server};
+/// use std::sync::Arc;
+///
 /// # fn main() -> io::Result<()> {
 /// let engine = Arc::new(Memory::default());
 /// let (north, feed) = Server::bind_with_engine("127.0.0.1:0", Config::default(), engine.clone())?;

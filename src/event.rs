@@ -6,6 +6,7 @@
 //! has the order of the article that this server is born from.
 //! <https://html.spec.whatwg.org/multipage/server-sent-events.html#event-stream-interpretation>
 
+use crate::clock::now_ms;
 use crate::config::Config;
 use crate::text::{invalid, quoted, with_lf};
 use std::fmt::{self, Write as _};
@@ -202,7 +203,19 @@ pub struct Id {
 impl Id {
     /// The id for an event published now: above this one, also when the clock has gone back. Where it has, ids go on
     /// counting in the newest millisecond until the clock has passed it.
-    pub(crate) fn next(self, now_ms: u64) -> Id {
+    ///
+    /// ```
+    /// use brooklet::Id;
+    /// let ahead = Id { ms: 100_000_000_000_000, seq: 7 }; // of a far future, before the clock was set right
+    /// assert_eq!(ahead.next().to_string(), "100000000000000-8");
+    /// assert!(Id::default().next().ms > 1_700_000_000_000); // else it is the time
+    /// ```
+    pub fn next(self) -> Id {
+        self.next_at(now_ms())
+    }
+
+    /// The same at a time in Unix milliseconds; at 0, the very next one.
+    pub(crate) fn next_at(self, now_ms: u64) -> Id {
         match self.seq.checked_add(1) {
             Some(seq) if now_ms <= self.ms => Id { ms: self.ms, seq },
             // A later millisecond; or this one's sequence numbers are used up.
@@ -212,7 +225,13 @@ impl Id {
 
     /// The position just before this one: who resumes from it gets this one first. It need not belong to any event. Starts
     /// and gaps in the history rest on it, and so on ids being pairs of numbers with nothing between two neighbours.
-    pub(crate) fn before(self) -> Id {
+    ///
+    /// ```
+    /// use brooklet::Id;
+    /// let id = Id { ms: 1_700_000_000_000, seq: 2 };
+    /// assert_eq!(id.before().to_string(), "1700000000000-1");
+    /// ```
+    pub fn before(self) -> Id {
         match self.seq {
             0 => Id { ms: self.ms.saturating_sub(1), seq: u64::MAX },
             seq => Id { ms: self.ms, seq: seq - 1 },
@@ -223,7 +242,7 @@ impl Id {
 /// The ids of events that are published together, from the first one on. A journal names the first alone, so that these
 /// must not depend on the clock.
 pub fn ids_from(first: Id) -> impl Iterator<Item = Id> {
-    std::iter::successors(Some(first), |id| Some(id.next(0)))
+    std::iter::successors(Some(first), |id| Some(id.next_at(0)))
 }
 
 impl fmt::Display for Id {

@@ -90,8 +90,8 @@ impl Feed {
     }
 
     /// Says that anything up to this id may be missing, in every topic. All streams hear a gap before they go on, and so
-    /// does whoever resumes from before this id. What was shown stays. Ids must rise, as for [`Feed::show`]; to repeat the
-    /// last one does nothing.
+    /// does whoever resumes from before this id. What was shown stays. Ids must rise, as for [`Feed::show`]: say it before
+    /// anything above this id is shown. To repeat the last id does nothing.
     ///
     /// # Errors
     /// As for [`Feed::show`].

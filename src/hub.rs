@@ -305,7 +305,7 @@ impl Core {
 
     /// Places an event that may be published.
     fn place(&self, order: &mut Order, topic: &str, event: &Event, key: Option<Arc<str>>) -> Numbered {
-        let id = order.newest.next(now_ms());
+        let id = order.newest.next();
         order.newest = id;
         // Both ways make the same event; for the journal, its fields stand before the frame. The id is inside the frame,
         // so whoever numbers events must do so before this.
@@ -327,7 +327,7 @@ impl Core {
         event: &Event,
         key: Option<Arc<str>>,
     ) -> Vec<Numbered> {
-        let ids: Vec<Id> = ids_from(order.newest.next(now_ms())).take(topics.len()).collect();
+        let ids: Vec<Id> = ids_from(order.newest.next()).take(topics.len()).collect();
         order.newest = ids.last().copied().unwrap_or(order.newest);
         let block = block_of(ids[0], &topics.join(","), event);
         let events = ids.iter().zip(topics).map(|(id, topic)| (topic.to_string(), block_of(*id, topic, event)));
@@ -425,7 +425,8 @@ impl Core {
             check_topic(&entry.topic)?;
             self.check_open(entry.event.as_ref().unwrap_or(&Event::default()))?;
         }
-        let published: Vec<_> = entries.iter().filter(|entry| !entry.is_forget()).map(Entry::topic).collect();
+        let mut published: Vec<_> = entries.iter().filter(|entry| !entry.is_forget()).map(Entry::topic).collect();
+        published.dedup(); // the lines of a `PUT` are all of one topic
         self.history().check_room(&published)?;
         self.engine.as_ref().map_or(Ok(Vec::new()), |engine| engine::publish(&**engine, &entries))
     }

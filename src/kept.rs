@@ -99,16 +99,7 @@ pub fn restore(history: &mut History, block: Block, bytes: &[u8]) {
 fn with_own_id(id: Id, name: &str, key: Option<&str>, frame: &[u8]) -> Encoded {
     let frame = String::from_utf8_lossy(frame); // it has been read as text before
     let before_id = frame.rfind("id: ").unwrap_or(frame.len());
-    encode_block(
-        id,
-        &[("topic", Some(name)), ("key", key)],
-        &format!(
-            "{}id: {id}
-
-",
-            &frame[..before_id]
-        ),
-    )
+    encode_block(id, &[("topic", Some(name)), ("key", key)], &format!("{}id: {id}\n\n", &frame[..before_id]))
 }
 
 /// What a journal that is written anew holds: first what each topic has forgotten, then every event that is still kept

@@ -7,6 +7,7 @@
 use crate::clock::{date, now_ms};
 use crate::config::{Config, Log, LogTo};
 use crate::sync::start_thread;
+use crate::text::one_line;
 use crossbeam_channel::{Receiver, Sender, TrySendError, bounded};
 use std::fmt;
 use std::io;
@@ -79,7 +80,7 @@ impl Logger {
             return;
         }
         let left_out = self.left_out.swap(0, Relaxed);
-        let mut text = format!("{} {line}", date());
+        let mut text = one_line(format!("{} {line}", date()));
         if left_out > 0 {
             text += &format!(" ({left_out} lines before this one were left out)");
         }

@@ -22,7 +22,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 // Whatever can grow has a limit, and every wait has an end (to set them: `config.rs`). So memory is bounded: KEPT_BYTES,
 // and for each connection its request, or its queue (16 bytes for each kept event) and the event that it is at.
-const CONNECTIONS: usize = 1_100; // a thread each, also for who publishes (delivering without waking one: `lane.rs`)
+const CONNECTIONS: usize = 1_100; // a thread each, for publishers, too (delivering without waking one: `lane.rs`)
 const HEAD_BYTES: usize = 16 * 1024; // browsers send 1 KiB, and cookies
 const BODY_BYTES: usize = 64 * 1024; // events are notices, not files (sevenfold on the wire, if it is all newlines)
 const KEPT_EVENTS: usize = 1_000; // of all topics: what a page may miss and still resume (of each topic: `history.rs`)
@@ -124,12 +124,14 @@ impl Server {
 
     /// Writes a stream until it ends in order, and returns why; or until a write fails.
     ///
-    /// `/test` is the article's. Its timer is a variable in here, so a write that fails ends both. The first write after
-    /// a tab was closed still succeeds, but brings back a reset; the next one fails. So it stops within two seconds.
+    /// `/test` counts seconds. Its timer is a variable in here, so it ends with the stream when a write fails. The first
+    /// write after a tab was closed still succeeds, but brings back a reset; the next one fails. So it stops within two
+    /// seconds.
     ///
     /// A topic's stream has a queue, and nobody waits for a slow reader. If it takes nothing for PATIENCE, a write fails
     /// ("Resource temporarily unavailable"). If its queue is full, `publish` drops the sending end. If its next event is
-    /// not kept any more, the queue refers to nothing. Then the stream ends; the browser comes back for what it missed.
+    /// not kept any more, the reference to it in the queue is empty. In each case the stream ends; the browser comes back
+    /// for what it missed.
     fn stream(&self, socket: &mut TcpStream, topic: Option<&str>, last_event_id: &str) -> io::Result<String> {
         let (timer, (first_block, queue)) = match topic {
             None => (tick(Duration::from_secs(1)), (String::new(), never())),
@@ -208,7 +210,7 @@ impl Hub {
     }
 }
 
-/// What is needed of HTTP/1.1, read strictly: what two readers could understand in two ways is refused. Left out are
+/// What is needed of HTTP/1.1. A host or a length that two readers could understand in two ways is refused. Left out are
 /// HEAD (`conversation.rs`), chunked bodies (`body.rs`), and tokens and pages of other origins (`door.rs`).
 struct Request {
     line: String, // such as "GET /test"

@@ -2,8 +2,9 @@
 //!
 //! The program's hook may take its time, publish, or panic. So it has a thread of its own, which holds no lock while it
 //! calls the hook, and what it panics with ends there: neither a lane nor the clerk ever waits for it. What it has not
-//! heard yet waits in a queue, in the order in which it happened. Whoever comes waits while that is long; whoever goes
-//! does not. So it holds no more than `WAITING` beginnings, and one end for each subscriber that is open.
+//! heard yet waits in a queue, in the order in which it happened. While that is long, whoever comes waits a moment, and
+//! is then told to come back: a hook that is stuck must not hold the threads that publishers need. Whoever goes does
+//! not wait. So the queue has about `WAITING` beginnings at most, and one end for each subscriber that is open.
 
 use crate::connection::Reason;
 use crate::sync::{Condvar, Mutex, MutexGuard, enter, start_thread, wait};
@@ -17,6 +18,11 @@ use std::time::{Duration, Instant};
 
 /// How many calls may wait before newcomers do.
 const WAITING: usize = 1_024;
+/// How long a newcomer waits for room in the queue, with a thread that others may want: less than the 100 ms after
+/// which one connection makes room for another's request (`pool.rs`).
+const ROOM_TIME: Duration = Duration::from_millis(50);
+/// Said to a newcomer for which there is none by then.
+pub const FAR_BEHIND: Reason = "the program's hook is far behind";
 /// The longest that anybody here sleeps without looking again.
 const SLEEP_TIME: Duration = Duration::from_secs(60);
 
@@ -76,16 +82,30 @@ impl PresenceHook {
             enter(&this.queue).has_ended = true;
             this.changed.notify_all();
         };
-        start_thread("presence".into(), Box::new(call_all)).map(drop)
+        // Without its thread nobody would take anything out of the queue.
+        start_thread("presence".into(), Box::new(call_all))
+            .map(drop)
+            .inspect_err(|_| enter(&self.queue).is_wanted = false)
     }
 
-    /// A subscription begins. Waits while the hook is far behind; no lock may be held.
-    pub fn note_begin(&self, topics: &Arc<[Arc<str>]>, peer: SocketAddr) {
+    /// Whether another subscription may begin: asked before each. Waits a moment while the hook is far behind; no lock
+    /// may be held.
+    pub fn has_room(&self) -> bool {
+        let deadline = Instant::now() + ROOM_TIME;
         let mut queue = enter(&self.queue);
         while queue.waiting.len() >= WAITING && !queue.is_closed {
-            queue = wait(&self.changed, queue, SLEEP_TIME);
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return false;
+            }
+            queue = wait(&self.changed, queue, left);
         }
-        self.put(queue, Presence { topics: topics.clone(), peer, ended: None });
+        true
+    }
+
+    /// A subscription begins. Never waits.
+    pub fn note_begin(&self, topics: &Arc<[Arc<str>]>, peer: SocketAddr) {
+        self.put(enter(&self.queue), Presence { topics: topics.clone(), peer, ended: None });
     }
 
     /// A subscription has ended. Never waits.

@@ -19,7 +19,7 @@
 //!    was read belongs to a stream that has parted from the one that was read, so it needs another that is.
 //! 5. `NOMKSTREAM`: nobody publishes into a stream that was deleted, before there is a mark in it again.
 
-use crate::redis_link::{Link, NEWEST, NONSENSE, REPLY_TIME, START_TIME, Session, id, lock, taken};
+use crate::redis_link::{Link, NEWEST, NONSENSE, REPLY_TIME, START_TIME, Session, lock, taken, text, words};
 use crate::redis_reader::{TURN_TIME, follow, load};
 use brooklet::{Engine, Entry, Feed, Id};
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded};
@@ -66,8 +66,8 @@ struct Job {
     bytes: Vec<u8>,
     /// How many ids are expected.
     count: usize,
-    /// None of the ids can be that of an earlier event with the same key.
-    must_rise: bool,
+    /// Whether they are ids of new events, but for those whose key was published before.
+    is_new: bool,
     /// Whoever takes it decides: the thread that sends it, or the publisher who gives up before it was sent.
     taken: Arc<AtomicBool>,
     reply: Sender<Result<Vec<Id>, String>>,
@@ -102,11 +102,11 @@ impl Redis {
     }
 
     /// Has the publishing thread send a command, and waits for its reply.
-    fn ask(&self, command: Cmd, count: usize, must_rise: bool) -> io::Result<Vec<Id>> {
+    fn ask(&self, command: Cmd, count: usize, is_new: bool) -> io::Result<Vec<Id>> {
         let deadline = Instant::now() + PATIENCE;
         let (reply, replied) = bounded(1);
         let taken = Arc::new(AtomicBool::new(false));
-        let job = Job { bytes: command.get_packed_command(), count, must_rise, taken: taken.clone(), reply };
+        let job = Job { bytes: command.get_packed_command(), count, is_new, taken: taken.clone(), reply };
         let is_queued = self.jobs.send_deadline(job, deadline).is_ok();
         match replied.recv_deadline(deadline) {
             Ok(answer) => answer.map_err(io::Error::other),
@@ -121,8 +121,7 @@ impl Redis {
 
 impl Engine for Redis {
     fn publish(&self, entries: &[Entry]) -> io::Result<Vec<Id>> {
-        let must_rise = entries.iter().all(|entry| entry.key().is_none());
-        self.ask(self.link.append(entries), entries.len(), must_rise)
+        self.ask(self.link.append(entries), entries.len(), true)
     }
 
     fn newest(&self) -> io::Result<Id> {
@@ -198,20 +197,29 @@ impl Job {
     /// The ids that a reply holds, one for each entry.
     fn ids_of(&self, reply: Value, link: &Link, seen: Id) -> Result<Vec<Id>, String> {
         let ids = match reply {
-            Value::ServerError(_) => Err(format!("Redis refuses it: {}", taken(reply).unwrap_err())),
-            Value::Nil => Err("the stream in Redis is gone: nothing was published; try again".into()),
-            Value::Array(ids) => ids.into_iter().map(id).collect(),
-            one => id(one).map(|id| vec![id]),
-        }?;
+            Value::ServerError(_) => return Err(format!("Redis refuses it: {}", taken(reply).unwrap_err())),
+            Value::Nil => return Err("the stream in Redis is gone: nothing was published; try again".into()),
+            Value::Array(ids) => ids,
+            one => vec![one],
+        };
+        let ids: Vec<(Id, bool)> = ids.into_iter().map(placed).collect::<Result<_, _>>()?;
         if ids.len() != self.count {
             return Err(NONSENSE.into());
-        } else if self.must_rise && ids.iter().any(|id| *id <= seen) {
+        } else if self.is_new && ids.iter().any(|(id, is_new)| *is_new && *id <= seen) {
             // Set back since the reader has looked: nobody will be shown this one.
             return Err(format!("the stream in Redis was set back, and {UNKNOWN}"));
         }
+        let ids: Vec<Id> = ids.into_iter().map(|(id, _)| id).collect();
         ids.iter().for_each(|id| link.see(*id));
         Ok(ids)
     }
+}
+
+/// The id in a reply, and whether it is a new one.
+fn placed(reply: Value) -> Result<(Id, bool), String> {
+    let text = text(reply)?;
+    let (id, is_new) = text.strip_prefix('=').map_or((text.as_str(), true), |id| (id, false));
+    Ok((id.parse().map_err(words)?, is_new))
 }
 
 fn spawn(name: &str, work: impl FnOnce() + Send + 'static) -> io::Result<()> {

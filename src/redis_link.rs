@@ -51,21 +51,24 @@ return newest and newest[1]";
 /// Appends entries that follow one another. KEYS: the stream; then for a keyed entry, where its key is kept and when its
 /// topic was last forgotten; for one that forgets, the latter. ARGV: the length, how long keys are kept in ms; then for each
 /// entry its kind, the number of its fields, and these. What a key's first event got is kept with what was forgotten by
-/// then: once the topic is forgotten, they differ, and the key counts no more.
+/// then: once the topic is forgotten, they differ, and the key counts no more. So the latter is kept for as long as the newest
+/// key. Returns the ids; that of an earlier event, whose key it was, stands behind a `=`.
 pub const APPEND: &str = "
 local ids, arg, key = {}, 3, 2
 while ARGV[arg] do
   local kind, count = ARGV[arg], tonumber(ARGV[arg + 1])
-  local first = nil
+  local first, forgotten = nil, nil
   if kind == 'keyed' then
     local id, at = string.match(redis.call('GET', KEYS[key]) or '', '^(%S+) (.*)$')
-    if at == (redis.call('GET', KEYS[key + 1]) or '') then first = id end
+    forgotten = redis.call('GET', KEYS[key + 1]) or ''
+    if at == forgotten then first = '=' .. id end
   end
   if not first then
     first = redis.call('XADD', KEYS[1], 'NOMKSTREAM', 'MAXLEN', '~', ARGV[1], '*', unpack(ARGV, arg + 2, arg + 1 + count))
     if not first then return false end
     if kind == 'keyed' then
-      redis.call('SET', KEYS[key], first .. ' ' .. (redis.call('GET', KEYS[key + 1]) or ''), 'PX', ARGV[2])
+      redis.call('SET', KEYS[key], first .. ' ' .. forgotten, 'PX', ARGV[2])
+      if forgotten ~= '' then redis.call('SET', KEYS[key + 1], forgotten, 'PX', ARGV[2]) end
     elseif kind == 'forget' then
       redis.call('SET', KEYS[key], first, 'PX', ARGV[2])
     end

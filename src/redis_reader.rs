@@ -34,25 +34,31 @@ type Read = (Id, io::Result<Option<Entry>>);
 /// Shows what is kept and not too old.
 pub fn load(link: &Link, session: &mut Session, feed: &Feed) -> Result<Position, String> {
     let now = UNIX_EPOCH.elapsed().map_or(0, |time| time.as_millis() as u64);
-    let mut from = format!("{}-0", now.saturating_sub(link.keep_ms));
+    let oldest = Id { ms: now.saturating_sub(link.keep_ms), seq: 0 };
     let mut cursor = None;
     loop {
-        let read = range(link, session, &from)?;
+        // From what was read last, which must still be there: else what follows may be trimmed, too.
+        let mut read = range(link, session, cursor.unwrap_or(oldest))?;
         let is_last = read.len() < READ_COUNT;
-        if let (None, Some((first, _))) = (cursor, read.first()) {
-            feed.missing_up_to(before(*first)).map_err(words)?;
+        match read.first() {
+            Some((first, _)) if cursor == Some(*first) => drop(read.remove(0)),
+            Some((first, _)) => feed.missing_up_to(first.before()).map_err(words)?,
+            None => {}
         }
         cursor = show(link, feed, read)?.or(cursor);
         match cursor {
             Some(id) if is_last => return Ok(Position { epoch: session.epoch.clone(), cursor: id }),
-            Some(id) => from = format!("({id}"),
+            Some(_) => {}
             None => match taken(session.one(&link.script(NEWEST))?)? {
                 Value::Nil => {
                     let broken = session.epoch.clone();
                     link.settle(session, &broken)?; // there must be an entry to begin after
                 }
                 newest => {
-                    let newest = id(newest)?; // all that is there is too old
+                    let newest = id(newest)?;
+                    if newest >= oldest {
+                        continue; // it has just come
+                    }
                     feed.missing_up_to(newest).map_err(words)?;
                     link.see(newest);
                     return Ok(Position { epoch: session.epoch.clone(), cursor: newest });
@@ -119,7 +125,7 @@ fn take_turn(link: &Link, session: &mut Session, at: &mut Position, feed: &Feed)
     }
     at.epoch = epoch;
     if let (false, Some((first, Err(_) | Ok(Some(_))))) = (is_here, read.first()) {
-        feed.missing_up_to(before(*first)).map_err(words)?; // trimmed past us; a mark would say it itself
+        feed.missing_up_to(first.before()).map_err(words)?; // trimmed past us; a mark would say it itself
     }
     at.cursor = show(link, feed, read)?.unwrap_or(at.cursor);
     Ok(())
@@ -143,14 +149,6 @@ fn show(link: &Link, feed: &Feed, read: Vec<Read>) -> Result<Option<Id>, String>
         }
     }
     Ok(last)
-}
-
-/// The position just before an id.
-fn before(id: Id) -> Id {
-    match id.seq.checked_sub(1) {
-        Some(seq) => Id { ms: id.ms, seq },
-        None => Id { ms: id.ms.saturating_sub(1), seq: u64::MAX },
-    }
 }
 
 /// What `XREAD` found in the one stream; nothing where it has waited in vain.
@@ -180,9 +178,9 @@ fn read_entry(fields: Vec<String>) -> io::Result<Option<Entry>> {
     Entry::from_fields(pairs).map(Some)
 }
 
-/// The entries of a range, from the oldest.
-fn range(link: &Link, session: &mut Session, from: &str) -> Result<Vec<Read>, String> {
+/// The entries from this id on.
+fn range(link: &Link, session: &mut Session, from: Id) -> Result<Vec<Read>, String> {
     let mut command = redis::cmd("XRANGE");
-    command.arg(&link.stream).arg(from).arg("+").arg("COUNT").arg(READ_COUNT);
+    command.arg(&link.stream).arg(from.to_string()).arg("+").arg("COUNT").arg(READ_COUNT);
     entries(taken(session.one(&command)?)?)
 }

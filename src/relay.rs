@@ -15,6 +15,8 @@ use std::time::Duration;
 
 /// Most events that are published together, as with lines.
 const EVENTS_AT_ONCE: usize = 128;
+/// Stands before a line of data, which may itself be as long as a line that is published without a field.
+const FIELD: &str = "data: ";
 /// What another brooklet's `gap` becomes. It says that events may be missing of the other server's, and `gap` itself
 /// always speaks of this one; but nobody's gap may pass in silence.
 const RELAYED_GAP: &str = "relayed-gap";
@@ -40,7 +42,7 @@ impl<'a, 'b> Relay<'a, 'b> {
         Relay {
             reader,
             body,
-            parser: Parser::new(config.line_bytes, config.data_bytes()),
+            parser: Parser::new(config.line_bytes.saturating_add(FIELD.len()), config.data_bytes()),
             bytes: Vec::new(),
             event_time: config.body_time,
             idle_time: config.put_idle_time,

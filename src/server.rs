@@ -222,7 +222,6 @@ impl Server {
         // Only a server on loopback knows all of its names; the door needs its port to tell them from other servers'.
         let door = Arc::new(Door::new(&core.config, rights, listening.as_ref().map(|listening| listening.address)));
         let (watching, stopping) = bounded(0);
-        tokens.map(|file| file.watch(door.clone(), streams.clone(), stopping)).transpose()?;
         let routes = Routes::new(Hub { core }, door, streams.clone());
         let handle = Handle {
             shared: Arc::new(Shared { streams, routes, evicted: OncePerSecond::default() }),
@@ -234,7 +233,10 @@ impl Server {
             watching: Mutex::new(Some(watching)),
             stopped: OnceLock::new(),
         };
-        tending::start(&handle.shared.streams.core)?;
+        // Where one of these cannot be started, dropping the handle ends those above.
+        let shared = &handle.shared;
+        tokens.map(|file| file.watch(shared.routes.door.clone(), shared.streams.clone(), stopping)).transpose()?;
+        tending::start(&shared.streams.core)?;
         Ok(Server { handle })
     }
 
@@ -431,5 +433,9 @@ fn admit(shared: &Arc<Shared>, space: &AddressSpace, socket: TcpStream, peer: So
         let why = if has_space { "are taken" } else { "have no address space (ulimit -v)" };
         return log.warn(format_args!("no room for {peer}: all {} places {why}", places.limit()));
     };
+    // Once more, now that it has its place: stopping cuts whoever has one, but nobody who gets one after that.
+    if core.is_stopping() {
+        return places.leave(&c);
+    }
     conversation::start(shared.clone(), c);
 }

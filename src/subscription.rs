@@ -54,6 +54,7 @@ use crate::hub::Core;
 use crate::log::Logger;
 use crate::places::Places;
 use crate::pool::{Kind, Pool, Seat};
+use crate::presence::FAR_BEHIND;
 use crate::subscriber::{Opened, Subscriber};
 use crate::sync::{MutexGuard, enter};
 use crate::text::quoted;
@@ -241,7 +242,8 @@ impl Streams {
         let line =
             format_args!("closed peer={peer} path={path} reason={reason:?} seconds={seconds}.{tenths} events={sent}");
         // As fast as a flood.
-        let repeats = [POLL_IS_OVER, ALL_IS_TAKEN, NO_ROOM, NO_THREAD, NO_NAMES, NOT_REACHED].contains(&reason);
+        let repeats =
+            [POLL_IS_OVER, ALL_IS_TAKEN, NO_ROOM, NO_THREAD, NO_NAMES, NOT_REACHED, FAR_BEHIND].contains(&reason);
         self.log.line(if repeats { Log::Debug } else { Log::Info }, line);
     }
 }
@@ -323,6 +325,9 @@ impl<'a> Served<'a> {
     fn begin(&self) -> Result<(), Reason> {
         let Some(subscriber) = &self.subscriber else { return Ok(()) };
         let state = enter(&self.c.state);
+        if state.ending.is_some() {
+            return Ok(()); // its right has ended since it was checked: it gets no event
+        }
         let (cursor, framing) = (state.cursor, state.shape.framing);
         drop(state);
         let history = self.streams.core.history();

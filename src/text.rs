@@ -51,6 +51,13 @@ pub fn quoted(text: &str) -> String {
     }
 }
 
+/// A line with the control characters in it escaped. Most have none: what comes from a peer was quoted before. But the
+/// errors of a program's handlers and of its engine are whatever the program has made of it.
+pub fn one_line(text: String) -> String {
+    let escape = |c: char| if c.is_control() { c.escape_debug().to_string() } else { c.to_string() };
+    if text.contains(char::is_control) { text.chars().map(escape).collect() } else { text }
+}
+
 /// Text whose lines end with LF alone. Event streams take LF, CRLF and CR for a line's end, so a CR left in the data
 /// would end its `data:` line. Copied only where there is a CR.
 /// <https://html.spec.whatwg.org/multipage/server-sent-events.html#parsing-an-event-stream>

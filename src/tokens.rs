@@ -1,9 +1,10 @@
 //! The tokens' file, read again whenever it has changed, and the streams whose right is gone.
 //!
 //! A program gives a page its own token by writing a line, and withdraws it by removing the line. So the file is looked
-//! at ten times a second, by a thread of its own: a disk that is stuck must hold nothing else up. A file that cannot be
-//! read or understood changes nothing. Each stream knows with what it was opened (`Pass`); after each change, and when
-//! a right is over, all are judged again. A stream is given its end, and cut if it does not take that.
+//! at ten times a second, by a thread of its own: a disk that is stuck must hold nothing else up (but while it is, open
+//! streams whose right is over go on). A file that cannot be read or understood changes nothing. Each stream knows with
+//! what it was opened (`Pass`); after each change, and when a right is over, all are judged again. A stream is given
+//! its end, and cut if it does not take that.
 //!
 //! Between the check of a request and its stream a change may come. So the pass is noted before the check, and rights
 //! are changed before streams are judged: one of the two sees the other.
@@ -116,7 +117,12 @@ impl TokensFile {
     /// None where the content is the same.
     fn read(&mut self) -> Result<Option<Rights>, String> {
         let mut bytes = Vec::new();
-        let read = File::open(&self.path).and_then(|file| file.take(FILE_BYTES + 1).read_to_end(&mut bytes));
+        // To open a pipe waits for whoever writes to it, and what was read from one is not there to be read again.
+        let open = || match fs::metadata(&self.path)?.is_file() {
+            true => File::open(&self.path),
+            false => invalid("it is no regular file: write the rights into one"),
+        };
+        let read = open().and_then(|file| file.take(FILE_BYTES + 1).read_to_end(&mut bytes));
         read.map_err(|error| error.to_string())?;
         if bytes.len() as u64 > FILE_BYTES {
             return Err(format!("it has more than {FILE_BYTES} bytes"));
@@ -181,9 +187,10 @@ impl Watch {
         self.judged_at = now;
         self.ending.retain(|(since, c)| match c.upgrade() {
             Some(c) if since.elapsed() >= END_TIME => {
-                let is_withdrawn = self.door.is_withdrawn(&enter(&c.state));
-                if is_withdrawn {
-                    c.cut(WITHDRAWN);
+                let mut state = enter(&c.state);
+                match self.door.is_withdrawn(&state) {
+                    true => c.cut(WITHDRAWN),
+                    false => state.ending = state.ending.filter(|why| *why != WITHDRAWN), // it may be withdrawn again
                 }
                 false
             }

@@ -104,6 +104,8 @@ fn a_bad_flag_is_told_what_was_expected() {
         (&["--connections=0"], "give at least 1"),
         (&["--topics=0"], "give at least 1"),
         (&["--head-bytes=0"], "give some KiB"),
+        (&["--body-bytes=513MiB"], "--body-bytes: too much for one event: give at most 512MiB"),
+        (&["--line-bytes=1024GiB"], "--line-bytes: too much for one event: give at most 512MiB"),
         (&["--lifetime", "0s"], "--lifetime: 0 leaves no time"),
         (&["--allow-origin", "app.example"], "--allow-origin: \"app.example\" is no origin"),
         (&["--allow-origin", "a b://app.example"], "is no origin"),

@@ -11,7 +11,6 @@ use std::sync::{Arc, LazyLock, Mutex};
 use std::thread;
 use std::time::UNIX_EPOCH;
 
-#[allow(unused_imports)] // the example shows all that a program needs
 #[path = "memory_engine.rs"]
 mod memory;
 
@@ -336,6 +335,16 @@ fn a_topic_for_which_there_is_no_name_left_has_a_gap_later() {
     let answer = post(server.addr().unwrap(), "/events/e", "x");
     assert_eq!(answer.status, 503, "{answer:?}");
     assert!(answer.body.starts_with("all 4 topic names are in use"), "{answer:?}");
+}
+
+#[test]
+fn many_events_of_a_new_topic_take_one_name() {
+    let config = Config::default().with(|config| config.topics = 4);
+    let (_engine, [server, _other]) = two_servers(&config);
+    let (ids, result) = server.hub().publish_all("a", (0..100).map(|n| numbered(n, 1)));
+    assert!(result.is_ok() && ids.len() == 100, "{result:?}");
+    let each = server.hub().publish_each(["a", "b", "c", "d", "e"], Event::new("x"));
+    assert_eq!(each.unwrap_err().kind(), ErrorKind::QuotaExceeded);
 }
 
 #[test]

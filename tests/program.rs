@@ -199,6 +199,21 @@ fn a_handlers_error_becomes_the_answer() {
 }
 
 #[test]
+fn a_handlers_error_is_one_line_of_the_log_whatever_stands_in_it() {
+    let (lines, log) = mpsc::channel();
+    let config = Config::default().with(|config| {
+        config.log = brooklet::Log::Info;
+        config.log_to = brooklet::LogTo::lines(move |line| lines.send(line.to_string()).unwrap());
+    });
+    let (_server, addr) = with_route("/", config, |request| {
+        Err(io::Error::other(format!("no such job: {}", request.rest()))) // not quoted, as it should be
+    });
+    assert_eq!(get(addr, "/7%0Aa%20line%20of%20the%20peer's%1B[2J").status, 500);
+    let line = log.iter().find(|line| line.contains("the handler of")).unwrap();
+    assert!(line.ends_with(r"failed: no such job: 7\na line of the peer's\u{1b}[2J"), "{line}");
+}
+
+#[test]
 fn a_head_request_is_seen_as_a_get_and_gets_the_head_alone() {
     let (_server, addr) = with_route("/", Config::default(), |request| {
         assert_eq!(request.method(), "GET");
@@ -544,6 +559,35 @@ fn a_hook_that_takes_its_time_holds_up_neither_streams_nor_their_ends() {
     let calls: Vec<_> = (0..20).map(|_| heard.recv_timeout(PATIENCE).unwrap()).collect();
     assert_eq!(calls[..10], peers.iter().map(|peer| (*peer, false)).collect::<Vec<_>>());
     assert!(peers.iter().all(|peer| calls[10..].contains(&(*peer, true))), "{calls:?}");
+}
+
+#[test]
+fn a_hook_that_is_stuck_locks_out_nobody_but_new_streams() {
+    const MOST_CALLS: usize = 1_024; // as `presence.rs` has it
+    let server = bind(Config::default().with(|config| config.threads = 8)).unwrap();
+    let (release, held) = mpsc::channel::<()>();
+    server.on_subscription(move |_| held.recv().unwrap_or_default()).unwrap();
+    let server = server.spawn().unwrap();
+    let addr = server.addr().unwrap();
+    // Half of them come, and half of them go. The hook has the first.
+    for _ in 0..MOST_CALLS / 2 + 1 {
+        Wire::subscribe(addr, "/events/a", "").0.reset();
+    }
+    wait_for_metric(addr, "subscribers", 0);
+    // More than there are threads for requests. Some of them may have to make room.
+    let mut late: Vec<_> = (0..8).map(|_| Wire::connect(addr)).collect();
+    for wire in &mut late {
+        wire.send(b"GET /events/a HTTP/1.1\r\nHost: localhost\r\n\r\n");
+    }
+    assert_eq!(get(addr, "/health").body, "ok\n");
+    late.iter_mut().for_each(|wire| drop(wire.rest())); // each has its end
+    let end = Wire::stream(addr, "/events/a", "").block().unwrap();
+    assert!(end.retry.is_some() && end.comments == ["the program's hook is far behind"], "{end:?}");
+    drop(release);
+    wait_for("a newcomer to be let in", || {
+        let mut wire = Wire::stream(addr, "/events/a", "");
+        wire.block().filter(|first| first.id.is_some())
+    });
 }
 
 /// The next event, whichever it is, so that each of several streams has one.

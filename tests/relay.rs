@@ -116,6 +116,18 @@ fn another_brooklet_is_relayed_as_it_goes_on_and_from_its_beginning_again() {
 }
 
 #[test]
+fn the_largest_event_of_one_brooklet_is_relayed_to_another_with_the_same_limits() {
+    let server = serve_default();
+    let addr = server.addr().unwrap();
+    let data = "x".repeat(Config::default().body_bytes);
+    publish(addr, "/events/source", &data);
+    let event = Wire::stream(addr, "/events/source?since=earliest&poll", "").rest();
+    let answer = relay(addr, &event);
+    assert!(answer.body.starts_with("published 1, last id "), "{answer:?}");
+    assert_eq!(seen(&server), [(None, data)]);
+}
+
+#[test]
 fn what_cannot_be_published_of_a_stream_is_said_after_what_came_before_it() {
     let server = serve(Config::default().with(|config| {
         config.line_bytes = 100;
@@ -123,7 +135,7 @@ fn what_cannot_be_published_of_a_stream_is_said_after_what_came_before_it() {
     }));
     let addr = server.addr().unwrap();
     for (status, text, said) in [
-        (413, format!("data: {}", "x".repeat(100)), "a line of event 2 is longer than 100 bytes (line_bytes)"),
+        (413, format!("data: {}", "x".repeat(101)), "a line of event 2 is longer than 106 bytes (line_bytes)"),
         (413, "data: 12345678901234567890\n".repeat(5), "the data of event 2 is longer than 100 bytes (line_bytes)"),
         (400, "event: a\0b\ndata: x\n\n".into(), "the event name \"a\\0b\" holds CR, LF or NUL"),
     ] {

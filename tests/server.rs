@@ -155,6 +155,36 @@ fn a_server_without_an_address_serves_the_sockets_of_another_accept_loop() {
 }
 
 #[test]
+fn a_connection_handed_in_while_the_server_stops_is_closed_too() {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    for _ in 0..100 {
+        let server = Server::new(Config::default()).unwrap().spawn().unwrap();
+        let pair = |_| (TcpStream::connect(listener.local_addr().unwrap()).unwrap(), listener.accept().unwrap().0);
+        let (clients, sockets): (Vec<_>, Vec<_>) = (0..50).map(pair).unzip();
+        let sockets = std::sync::Mutex::new(sockets.into_iter());
+        let next = || sockets.lock().unwrap().next();
+        thread::scope(|scope| {
+            for _ in 0..8 {
+                scope.spawn(|| {
+                    while let Some(socket) = next() {
+                        let _ = server.serve(socket);
+                    }
+                });
+            }
+            assert_eq!(server.stop(), 0);
+        });
+        for mut client in clients {
+            client.set_read_timeout(Some(PATIENCE)).unwrap();
+            let ended = std::io::Read::read(&mut client, &mut [0]);
+            assert!(
+                ended.as_ref().map_or_else(|error| error.kind() == ErrorKind::ConnectionReset, |got| *got == 0),
+                "{ended:?}"
+            );
+        }
+    }
+}
+
+#[test]
 fn a_server_that_listens_nowhere_has_nothing_to_run() {
     let error = Server::new(Config::default()).unwrap().run().unwrap_err();
     assert_eq!(

@@ -1,13 +1,13 @@
 //! The tokens' file: rights to some topics each, changed while streams are open.
 
 use crate::common::*;
-use brooklet::{Config, Event, Handle, Id};
+use brooklet::{Config, Event, Handle, Id, Stream};
 use std::fs;
 use std::io::{ErrorKind, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::path::Path;
-use std::sync::Mutex;
-use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::SeqCst};
+use std::sync::{Arc, Mutex, mpsc};
 use std::thread;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
@@ -184,6 +184,86 @@ fn a_stream_whose_right_is_withdrawn_or_over_ends_within_seconds_and_no_other_do
 }
 
 #[test]
+fn a_stream_whose_right_came_back_at_once_ends_when_it_is_withdrawn_again() {
+    let dir = Scratch::new();
+    let path = dir.path("tokens");
+    write(&path, "root both *\n");
+    let (server, round) = (bind(with_tokens(&path)).unwrap(), Arc::new(AtomicUsize::new(0)));
+    let now = round.clone();
+    let says_the_round = move |stream: &mut Stream| {
+        loop {
+            stream.comment(&format!("round {}.", now.load(SeqCst)))?;
+            stream.sleep(Duration::from_millis(100))?;
+        }
+    };
+    server.stream("/mine", says_the_round).unwrap();
+    let server = server.spawn().unwrap();
+    let addr = server.addr().unwrap();
+    let has_right = |token: &str| ask(addr, "GET", "/topics", token).status == 200;
+    // On a busy machine the right may come back too late: then the stream is cut, and another is tried.
+    let mut mine = wait_longer_for("a stream to keep its right", || {
+        write(&path, "root both *\npage both *\nother both *\n");
+        wait_for("the rights", || (has_right("page") && has_right("other")).then_some(()));
+        let [mut mine, mut other] = ["page", "other"].map(|token| Wire::stream(addr, "/mine", &bearer(token)));
+        write(&path, "root both *\n");
+        wait_for("the rights to go", || (!has_right("page")).then_some(()));
+        write(&path, "root both *\npage both *\n");
+        other.rest(); // it was cut, so both have been looked at again
+        let round = round.fetch_add(1, SeqCst) + 1;
+        mine.take_until(format!(":round {round}.\n").as_bytes()).map(|_| mine)
+    });
+    write(&path, "root both *\n");
+    assert_eq!(mine.take_until(b"no more"), None, "it is cut");
+}
+
+#[test]
+fn a_page_that_closes_when_its_right_has_just_ended_is_seen_to_close() {
+    let dir = Scratch::new();
+    let path = dir.path("tokens");
+    write(&path, "root both *\n");
+    let (lines, log) = mpsc::channel();
+    let mut config = with_tokens(&path);
+    config.log = brooklet::Log::Info;
+    config.log_to = brooklet::LogTo::lines(move |line| lines.send(line.to_string()).unwrap());
+    let server = bind(config).unwrap();
+    server.stream("/mine", |stream| stream.sleep(Duration::from_secs(600))).unwrap();
+    let server = server.spawn().unwrap();
+    let addr = server.addr().unwrap();
+    let has_right = || ask(addr, "GET", "/topics", "page").status == 200;
+    wait_longer_for("the page's end, before its stream is cut", || {
+        write(&path, "root both *\npage both *\n");
+        wait_for("the right", || has_right().then_some(()));
+        let mine = Wire::stream(addr, "/mine", &bearer("page"));
+        write(&path, "root both *\n");
+        wait_for("the right to go", || (!has_right()).then_some(()));
+        mine.close();
+        let line = log.iter().find(|line| line.contains("path=\"/mine\"")).unwrap();
+        line.contains("reason=\"the peer ").then_some(())
+    });
+}
+
+#[test]
+fn a_request_whose_right_ends_before_its_body_has_come_gets_no_event() {
+    let dir = Scratch::new();
+    let path = dir.path("tokens");
+    write(&path, "page both a\n");
+    let server = serve(with_tokens(&path));
+    let addr = server.addr().unwrap();
+    server.hub().publish("a", Event::new("a secret")).unwrap();
+    let fields = format!("Host: localhost\r\nContent-Length: 1\r\nExpect: 100-continue\r\n{}", bearer("page"));
+    let mut wire = Wire::connect(addr);
+    wire.send(format!("GET /events/a?since=earliest HTTP/1.1\r\n{fields}\r\n").as_bytes());
+    assert_eq!(wire.head(), "HTTP/1.1 100 Continue\r\n\r\n", "it has the right");
+    let (mut other, _) = Wire::subscribe(addr, "/events/a", &bearer("page"));
+    write(&path, "root both *\n");
+    assert_eq!(end_of(&mut other), (vec![WITHDRAWN.into()], true)); // and those before it were looked at, too
+    wire.send(b"x");
+    assert!(wire.head().starts_with("HTTP/1.1 200 OK\r\n"));
+    let stream = String::from_utf8(wire.rest()).unwrap();
+    assert!(stream.contains(WITHDRAWN) && !stream.contains("a secret"), "{stream}");
+}
+
+#[test]
 fn a_reader_that_takes_nothing_is_cut_when_its_right_is_gone() {
     let dir = Scratch::new();
     let path = dir.path("tokens");
@@ -233,6 +313,8 @@ fn a_file_that_cannot_be_understood_stops_the_start_with_its_line_and_shows_no_t
     assert!(bind(with_tokens(&path)).err().unwrap().to_string().contains("it is not UTF-8 from byte 9 on"));
     let missing = bind(with_tokens(&dir.path("missing"))).err().unwrap().to_string();
     assert!(missing.contains("No such file"), "{missing}");
+    let other = bind(with_tokens("/dev/null")).err().unwrap().to_string();
+    assert_eq!(other, "tokens: /dev/null: it is no regular file: write the rights into one");
 }
 
 #[test]
@@ -262,6 +344,19 @@ fn a_file_that_goes_bad_or_away_changes_nothing_and_is_logged_once_with_its_line
     assert_eq!(log.matches("rights stay as they were").count(), 2, "{log}");
     assert!(!log.contains("-secret"), "{log}");
     process.finish();
+}
+
+/// To open a pipe waits for whoever writes to it; and what was read from one once is not there to be read again.
+#[test]
+fn a_pipe_in_place_of_the_file_changes_nothing_and_rights_end_in_time() {
+    let dir = Scratch::new();
+    let path = dir.path("tokens");
+    write(&path, &format!("page subscribe a until={}\n", unix_time() + 4));
+    let server = serve(with_tokens(&path));
+    let (mut stream, _) = Wire::subscribe(server.addr().unwrap(), "/events/a", &bearer("page"));
+    fs::remove_file(&path).unwrap();
+    assert!(shell(&format!("mkfifo {path}")));
+    assert_eq!(end_of(&mut stream), (vec![WITHDRAWN.into()], true));
 }
 
 /// The entry of the file says the same after a change, as far as a program can bring that about.

@@ -1,10 +1,10 @@
 //! A real Redis that can be hurt, servers that share it, publishers that note what they were told, and followers that go
 //! from server to server with their last id.
 
-use crate::common::{PATIENCE, Process, Scratch, Wire, header, output, post_request, shell, start, wait_for};
+use crate::common::{PATIENCE, Process, Scratch, Wire, has, header, output, post_request, shell, start, wait_for};
 use brooklet::Id;
 use std::collections::BTreeMap;
-use std::io::Write;
+use std::io::{self, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::SeqCst};
@@ -12,11 +12,21 @@ use std::sync::{Arc, Mutex};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
+/// The program, which may be another that speaks the same language: `REDIS_SERVER=valkey-server make redis-test`.
+pub fn redis_server() -> String {
+    std::env::var("REDIS_SERVER").unwrap_or_else(|_| "redis-server".into())
+}
+
+/// Whether it is there, and what hurts it.
+pub fn has_redis() -> bool {
+    has(&redis_server()) && has("redis-cli")
+}
+
 /// A Redis of our own, in a directory of its own.
 pub struct Redis {
     pub port: u16,
     dir: Scratch,
-    flags: Vec<String>,
+    pub flags: Vec<String>,
     child: Child,
 }
 
@@ -37,7 +47,7 @@ impl Redis {
     }
 
     fn run(port: u16, dir: &Scratch, flags: &[String]) -> Child {
-        let mut command = Command::new("redis-server");
+        let mut command = Command::new(redis_server());
         command.args(["--port", &port.to_string(), "--bind", "127.0.0.1", "--dir"]).arg(&dir.0);
         command.args(["--repl-diskless-sync-delay", "0"]).args(flags); // a replica is in step at once
         start(command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()))
@@ -78,6 +88,19 @@ impl Redis {
         self.wait();
     }
 
+    /// A number that it tells of itself.
+    pub fn info(&self, section: &str, name: &str) -> u64 {
+        let info = self.cli(&["info", section]);
+        let value = info.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'));
+        value.and_then(|value| value.trim().parse().ok()).unwrap_or_else(|| panic!("no {name} in {info}"))
+    }
+
+    /// What its one thread that works has had of the processor.
+    pub fn processor_us(&self) -> u64 {
+        let text = std::fs::read_to_string(format!("/proc/{}/schedstat", self.child.id())).unwrap();
+        text.split(' ').next().unwrap().parse::<u64>().unwrap() / 1_000
+    }
+
     /// What the stream holds: the ids of events, and their data.
     pub fn events(&self) -> BTreeMap<Id, String> {
         let said = self.cli(&["xrange", "brooklet", "-", "+"]);
@@ -112,18 +135,26 @@ pub struct Relay {
     to: Arc<Mutex<(u16, Vec<TcpStream>)>>,
 }
 
+/// Sees what goes through a relay, first whether it is for Redis, and says whether it goes on.
+type Watch = dyn Fn(bool, &[u8]) -> bool + Send + Sync;
+
 impl Relay {
     pub fn to(port: u16) -> Relay {
+        Relay::watched(port, |_, _| true)
+    }
+
+    pub fn watched(port: u16, watch: impl Fn(bool, &[u8]) -> bool + Send + Sync + 'static) -> Relay {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let relay = Relay { port: listener.local_addr().unwrap().port(), to: Arc::new(Mutex::new((port, Vec::new()))) };
-        let to = relay.to.clone();
+        let (to, watch): (_, Arc<Watch>) = (relay.to.clone(), Arc::new(watch));
         thread::spawn(move || {
             for near in listener.incoming().map_while(Result::ok) {
                 let mut to = to.lock().unwrap();
                 let Ok(far) = TcpStream::connect(("127.0.0.1", to.0)) else { continue };
-                for (mut from, mut into) in [(&near, &far), (&far, &near)].map(|(a, b)| (clone(a), clone(b))) {
+                for (from, into, is_for_redis) in [(&near, &far, true), (&far, &near, false)] {
+                    let (from, into, watch) = (clone(from), clone(into), watch.clone());
                     thread::spawn(move || {
-                        let _ = std::io::copy(&mut from, &mut into);
+                        let _ = carry(&from, &into, |bytes| watch(is_for_redis, bytes));
                         let _ = into.shutdown(Shutdown::Both);
                     });
                 }
@@ -146,6 +177,17 @@ impl Relay {
 
 fn clone(socket: &TcpStream) -> TcpStream {
     socket.try_clone().unwrap()
+}
+
+fn carry(mut from: &TcpStream, mut into: &TcpStream, goes_on: impl Fn(&[u8]) -> bool) -> io::Result<()> {
+    let mut buffer = [0; 64 * 1024];
+    loop {
+        match from.read(&mut buffer)? {
+            0 => return Ok(()),
+            got if goes_on(&buffer[..got]) => into.write_all(&buffer[..got])?,
+            _ => {}
+        }
+    }
 }
 
 /// A server that shares what goes through `url`.
@@ -199,8 +241,11 @@ pub fn publisher(name: &str, servers: &Servers, over: &Over, topic: &str) -> Joi
 
 /// The status and the body; none where the server is gone.
 pub fn try_post(addr: SocketAddr, target: &str, body: &str) -> Option<(u16, String)> {
-    let socket = TcpStream::connect(addr).ok()?;
-    let mut wire = Wire::on(socket);
+    try_post_on(&mut Wire::on(TcpStream::connect(addr).ok()?), target, body)
+}
+
+/// The same on a connection that may be there.
+pub fn try_post_on(wire: &mut Wire, target: &str, body: &str) -> Option<(u16, String)> {
     wire.socket.write_all(post_request(target, body).as_bytes()).ok()?;
     let head = wire.head_if_any()?;
     let status = head.split(' ').nth(1)?.parse().ok()?;
