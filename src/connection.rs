@@ -9,17 +9,17 @@
 //! While a subscriber has no thread, what it follows lies in the state. Whoever takes that out owns the socket and the
 //! ending: so each ends exactly once. Why nothing is lost or repeated between two owners is shown in `subscription.rs`.
 
-use crate::encoded::{Encoded, Run, Shape};
+use crate::encoded::{Run, Shape};
 use crate::event::Id;
+use crate::outgoing::{Outgoing, Unfinished};
 use crate::rights::Pass;
 use crate::subscriber::Subscriber;
 use crate::sync::{Mutex, enter};
 use crossbeam_channel::Sender;
-use std::borrow::Cow;
 use std::convert::Infallible;
 use std::io::{self, ErrorKind, IoSlice, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpStream};
-use std::sync::{Arc, OnceLock};
+use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
 /// How long a peer gets for the last bytes of its answer. After a refusal the rest of its request is read for this
@@ -27,8 +27,9 @@ use std::time::{Duration, Instant};
 /// §9.6](https://www.rfc-editor.org/rfc/rfc9112#section-9.6)).
 pub const LINGER: Duration = Duration::from_secs(1);
 /// One write waits this long; then its owner looks whether it may wait on. The kernel wakes a blocked writer only once a
-/// third of the buffer is free, but a new write takes whatever is: so a slow peer is served at least this often.
-pub const PATIENCE: Duration = Duration::from_millis(250);
+/// third of the buffer is free, but a new write takes whatever is: so a slow peer is served at least this often. Each
+/// time costs: with a quarter of this, the p99 of a thousand slow readers over paced connections was twice as long.
+pub const PATIENCE: Duration = Duration::from_secs(1);
 /// A subscriber has nothing to say after its request; one that sends more than this is closed.
 const STRAY_BYTES: usize = 4 * 1024;
 /// Why something about a connection ended, for the log and for a handler. Never text from outside.
@@ -97,34 +98,6 @@ pub enum Phase {
     Closed(Reason),
 }
 
-/// What has been begun, or must come first, and how much of it is out. If something else were written before the rest,
-/// the reader would see two frames mixed.
-pub struct Unfinished {
-    pub what: Outgoing,
-    pub offset: usize,
-}
-
-/// What goes out in one piece.
-pub enum Outgoing {
-    /// An event of this topic. The cursor moves once it is out.
-    Event(Encoded, Arc<str>),
-    /// Of no topic, and not counted as an event, but a cursor, too.
-    Gap(Encoded),
-    /// A response's head and a stream's first block, or a heartbeat.
-    Other(Vec<u8>),
-}
-
-impl Outgoing {
-    /// A form is made anew wherever it goes on: so what is unfinished takes no memory of its own.
-    fn bytes(&self, shape: Shape) -> Cow<'_, [u8]> {
-        match self {
-            Outgoing::Event(event, topic) => event.shaped(shape, Some(topic)),
-            Outgoing::Gap(gap) => gap.shaped(shape, None),
-            Outgoing::Other(bytes) => bytes.into(),
-        }
-    }
-}
-
 impl Connection {
     pub fn new(serial: u64, peer: SocketAddr, socket: TcpStream, stall_time: Duration) -> Connection {
         let state = State {
@@ -168,16 +141,13 @@ impl Connection {
         let first = run.events.partition_point(|(id, _)| *id <= state.cursor);
         let last = (first as u64).saturating_add(state.wanted).min(run.events.len() as u64) as usize;
         let (start, end) = (run.end_of(first), run.end_of(last));
-        let head = match state.unfinished.take_if(|unfinished| matches!(unfinished.what, Outgoing::Other(_))) {
-            Some(Unfinished { what: Outgoing::Other(head), .. }) => head,
-            _ => Vec::new(),
-        };
-        let written = self.write_some(state, &head, &run.bytes[start..end])?;
-        if written < head.len() {
-            state.unfinished = Some(Unfinished { what: Outgoing::Other(head), offset: written });
+        let (head, offset) = Unfinished::take_other(&mut state.unfinished).unwrap_or_default();
+        let offset = offset + self.write_some(state, &head[offset..], &run.bytes[start..end])?;
+        if offset < head.len() {
+            state.unfinished = Some(Unfinished { what: Outgoing::Other(head), offset });
             return Ok(0);
         }
-        let reached = start + written - head.len();
+        let reached = start + offset - head.len();
         // The cursor moves by whole events only: what was begun is finished from `unfinished`, never replayed.
         let whole = run.events.partition_point(|(_, end)| *end <= reached);
         if whole > first {
@@ -225,7 +195,7 @@ impl Connection {
     /// The connection is closed.
     pub fn look(&self, state: &mut State) -> Result<bool, Reason> {
         // A handler's stream may have the rest of a heartbeat, which nobody else goes on with.
-        if let Some(Unfinished { what: Outgoing::Other(bytes), offset }) = state.unfinished.take() {
+        if let Some((bytes, offset)) = Unfinished::take_other(&mut state.unfinished) {
             self.write_or_leave(state, bytes[offset..].to_vec())?;
         }
         if !state.has_said_all {
@@ -282,13 +252,13 @@ impl Connection {
         if state.stray > STRAY_BYTES { Err("the peer sent too much after its request") } else { Ok(false) }
     }
 
-    /// Writes what is unfinished, and waits for the peer where it must; with writes that wait as long as `may_wait` lets
-    /// them. Returns whether nothing is unfinished any more, and how many events went out whole.
+    /// Writes what is unfinished, and waits for the peer where it must; each write as long as `patience` says then, and no
+    /// more once that is nothing. Returns whether nothing is unfinished any more, and how many events went out whole.
     ///
     /// # Errors
     /// The peer took nothing for the stall time, closed or reset the connection, or the deadline has passed. The stream
     /// may have ended in the middle of an event, so nothing may follow.
-    pub fn finish(&self, deadline: Instant, may_wait: &dyn Fn() -> bool) -> Result<(bool, u64), Reason> {
+    pub fn finish(&self, deadline: Instant, patience: &dyn Fn() -> Duration) -> Result<(bool, u64), Reason> {
         let mut state = enter(&self.state);
         let Some(Unfinished { what, offset }) = state.unfinished.take() else { return Ok((true, 0)) };
         let (shape, mut stalled) = (state.shape, state.stalled);
@@ -298,9 +268,9 @@ impl Connection {
         if reached > offset {
             stalled = Duration::ZERO;
         }
-        if reached < bytes.len() && may_wait() {
+        if reached < bytes.len() && !patience().is_zero() {
             self.set_nonblocking(false)?;
-            reached += self.write_waiting(&bytes[reached..], deadline, &mut stalled, may_wait)?;
+            reached += self.write_waiting(&bytes[reached..], deadline, &mut stalled, patience)?;
             self.set_nonblocking(true)?;
         }
         let is_whole = reached == bytes.len();
@@ -353,30 +323,34 @@ impl Connection {
     /// # Errors
     /// As for [`Connection::finish`].
     pub fn write_whole(&self, bytes: &[u8], deadline: Instant) -> Result<(), Reason> {
-        self.write_waiting(bytes, deadline, &mut Duration::default(), &|| true).map(drop)
+        self.write_waiting(bytes, deadline, &mut Duration::default(), &|| PATIENCE).map(drop)
     }
 
-    /// Writes for as long as the peer takes something in each stall time, until all is out or `may_wait` says that others
-    /// need the thread. The deadline bounds a peer that takes a byte now and then. Returns how much went out.
+    /// Writes for as long as the peer takes something in each stall time, until all is out or `patience` is nothing, since
+    /// others need the thread. The deadline bounds a peer that takes a byte now and then. Returns how much went out.
     fn write_waiting(
         &self,
         bytes: &[u8],
         deadline: Instant,
         stalled: &mut Duration,
-        may_wait: &dyn Fn() -> bool,
+        patience: &dyn Fn() -> Duration,
     ) -> Result<usize, Reason> {
-        let (mut written, patience) = (0, PATIENCE.min(self.stall_time));
-        let set_timeout = |time| self.socket.set_write_timeout(Some(time)).map_err(|error| reason_of(&error));
-        let mut is_shortened = false;
+        let (mut written, longest) = (0, PATIENCE.min(self.stall_time));
+        let mut timeout = longest; // of the socket: to set it is a call to the system
+        let mut set_timeout = |time| {
+            let set = if time == timeout { Ok(()) } else { self.socket.set_write_timeout(Some(time)) };
+            timeout = time;
+            set.map_err(|error| reason_of(&error))
+        };
         while written < bytes.len() {
-            let began = Instant::now();
+            let (began, patience) = (Instant::now(), patience());
             let left = deadline.saturating_duration_since(began);
             if left.is_zero() {
                 return Err("the time is over, in the middle of a write");
-            } else if left < patience {
-                set_timeout(left.max(Duration::from_millis(1)))?; // 0 would be none
-                is_shortened = true;
+            } else if patience.is_zero() {
+                break;
             }
+            set_timeout(longest.min(left).min(patience).max(Duration::from_millis(1)))?; // 0 would be none
             match (&self.socket).write(&bytes[written..]) {
                 Ok(count) => {
                     written += count;
@@ -396,13 +370,9 @@ impl Connection {
                 }
                 written += last;
                 *stalled = Duration::ZERO;
-            } else if !may_wait() {
-                break;
             }
         }
-        if is_shortened {
-            set_timeout(patience)?;
-        }
+        set_timeout(longest)?;
         Ok(written)
     }
 

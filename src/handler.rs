@@ -8,7 +8,7 @@
 
 use crate::asked::{Opener, Parts, Request};
 use crate::clock::spread;
-use crate::connection::{Connection, LINGER, Phase, Reason, STOPPING};
+use crate::connection::{Connection, LINGER, PATIENCE, Phase, Reason, STOPPING};
 use crate::follower::Since;
 use crate::hub::Core;
 use crate::names::distinct;
@@ -333,7 +333,7 @@ fn end_stream(
     state.open = None;
     drop(state);
     core.lanes[lane].leave(c.serial, &Arc::default());
-    let finished = c.finish(Instant::now() + LINGER, &|| true);
+    let finished = c.finish(Instant::now() + LINGER, &|| PATIENCE);
     // An end is written only after a whole frame; a stream that is closed may be in the middle of one. What a panic has
     // left unsaid nobody knows: such a stream looks cut.
     if let (Phase::Closed(reason), _) | (_, Err(reason)) = (enter(&c.state).phase, finished) {

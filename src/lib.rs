@@ -156,6 +156,7 @@ mod places; // who is here, and who makes room
 mod pool; // threads for those who must be waited for
 mod desk; // what waits for the clerk
 mod connection; // one socket, and whose it is
+mod outgoing; // what is on its way out, and how much of it is out
 mod subscriber; // what a subscriber follows, while nobody serves it
 mod encoded; // an event's bytes, shared by all who get it
 mod form; // what scripts read instead of an event stream

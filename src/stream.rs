@@ -7,10 +7,11 @@
 //! errors ends in time.
 
 use crate::asked::Request;
-use crate::connection::{Connection, Outgoing, Phase, Reason, STOPPING, State, Unfinished};
+use crate::connection::{Connection, PATIENCE, Phase, Reason, STOPPING, State};
 use crate::event::Event;
 use crate::follower::{Follower, News};
 use crate::hub::Core;
+use crate::outgoing::{Outgoing, Unfinished};
 use crate::sync::enter;
 use crate::text::{LONGEST, with_lf};
 use crossbeam_channel::{Receiver, TryRecvError, bounded, select};
@@ -259,7 +260,7 @@ impl Stream<'_> {
             Ok(false) => {
                 state.phase = Phase::Behind;
                 drop(state);
-                let finished = self.c.finish(Instant::now() + LONGEST, &|| true).map(drop);
+                let finished = self.c.finish(Instant::now() + LONGEST, &|| PATIENCE).map(drop);
                 state = enter(&self.c.state);
                 state.phase = Phase::Live;
                 close_if_err(&mut state, finished);

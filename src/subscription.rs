@@ -42,7 +42,7 @@
 
 use crate::clock::spread;
 use crate::config::Log;
-use crate::connection::{Connection, Outgoing, Phase, Reason, STOPPING, Unfinished};
+use crate::connection::{Connection, PATIENCE, Phase, Reason, STOPPING};
 use crate::cursor::Next;
 use crate::desk::Desk;
 use crate::encoded::{Run, Shapes};
@@ -52,6 +52,7 @@ use crate::form::Form;
 use crate::history::History;
 use crate::hub::Core;
 use crate::log::Logger;
+use crate::outgoing::{Outgoing, Unfinished};
 use crate::places::Places;
 use crate::pool::{Kind, Pool, Seat};
 use crate::presence::FAR_BEHIND;
@@ -257,9 +258,10 @@ impl<'a> Served<'a> {
     /// must not wait for the peer at all.
     fn serve(mut self, may_wait: bool) {
         let (pool, until) = (&self.streams.pool, Instant::now() + TURN);
-        let may_go_on = || pool.is_nobody_waiting() || Instant::now() < until;
+        let left = || until.saturating_duration_since(Instant::now());
+        let patience = || if pool.is_nobody_waiting() { PATIENCE } else { left() };
         loop {
-            match self.step(&may_go_on, may_wait) {
+            match self.step(&patience, may_wait) {
                 Step::Again => {}
                 Step::Live => return,
                 Step::Queue => return self.queue(),
@@ -269,11 +271,11 @@ impl<'a> Served<'a> {
     }
 
     /// Finishes what was begun, and takes the next step: a run of events, a gap, or to turn live.
-    fn step(&mut self, may_go_on: &dyn Fn() -> bool, may_wait: bool) -> Step {
+    fn step(&mut self, patience: &dyn Fn() -> Duration, may_wait: bool) -> Step {
         let (core, c) = (&*self.streams.core, self.c);
         let Some(subscriber) = &mut self.subscriber else { return Step::Live };
         // First of all: an event or heartbeat that the lane has begun must end before anything else is written.
-        match c.finish(subscriber.deadline, &|| may_wait && may_go_on()) {
+        match c.finish(subscriber.deadline, &|| if may_wait { patience() } else { Duration::ZERO }) {
             Ok((true, finished)) => core.counters.delivered.fetch_add(finished, Relaxed),
             Ok((false, _)) => return Step::Queue,
             Err(reason) => return Step::End(reason),
@@ -291,7 +293,7 @@ impl<'a> Served<'a> {
         } else if has_taken_all {
             let (why, retry) = if is_poll { (POLL_IS_OVER, POLL_RETRY) } else { (ALL_IS_TAKEN, core.config.retry) };
             return self.end(why, retry);
-        } else if !may_go_on() {
+        } else if patience().is_zero() {
             return Step::Queue;
         }
         let history = core.history();
