@@ -679,6 +679,7 @@ fn when_the_server_stops_every_form_ends_after_a_whole_line() {
             readings.push(Reading::on(TcpStream::connect(addr).unwrap(), &target, form, version, ""));
         }
     }
+    wait_for_metric(addr, "live", readings.len() as u64); // who is behind when the server stops resumes later
     let event = publish_told(&server.hub(), "a", "last".into());
     let stopper = thread::spawn(move || drop(server));
     for reading in &mut readings {
