@@ -59,7 +59,8 @@ pub struct Config {
     /// Readers may show their token as `?access_token=`, too (no): URLs stand in logs and histories.
     pub query_tokens: bool,
     /// Origins whose pages may read and publish, with the browser's cookies: `https://app.example`,
-    /// `https://*.app.example` for all names below it (but not for itself), `null` for pages from files; `*` lets all others read, without cookies (none).
+    /// `https://*.app.example` for all names below it (but not for itself), `null` for pages from files; `*` lets all
+    /// others read, without cookies (none).
     pub allow_origins: Vec<String>,
     /// Streams at once (100,000). Each takes a descriptor and some 2 kB; lowered at the start where the system gives fewer
     /// descriptors.
@@ -277,8 +278,9 @@ fn check_origin(origin: &str) -> io::Result<()> {
 pub struct Token(String);
 
 impl Token {
-    /// Whether this is the token that was presented: see [`Request::shows`](crate::Request::shows) for routes. Takes the same time wherever the two differ, or the time would
-    /// tell an attacker how many of the first characters were right.
+    /// Whether this is the token that was presented: see [`Request::shows`](crate::Request::shows) for routes. Takes
+    /// the same time wherever the two differ, or the time would tell an attacker how many of the first characters were
+    /// right.
     pub(crate) fn is(&self, presented: &str) -> bool {
         // `black_box` keeps the compiler from leaving the loop early. Only the length shows, which is no secret.
         let differ =

@@ -64,8 +64,8 @@
 //! Each room has one idea, which its first paragraph says, and uses only rooms that stand below it in this list. One event's
 //! way goes down through them once: `routes` → `publishing` → `hub` → `journal` → `history` → `lane` → `connection`. A stream's
 //! way is `conversation` → `routes` (what is wanted) → `subscription`, then `cursor` while it is behind and `lane` while it is
-//! live, both through `connection`; from its lane it comes back by way of the `desk` and the `clerk`. What is `pub` in a room is for the rooms above it; what is for the world is named at
-//! the end of this file. A `Connection` is called `c`.
+//! live, both through `connection`; from its lane it comes back by way of the `desk` and the `clerk`. What is `pub` in a
+//! room is for the rooms above it; what is for the world is named at the end of this file. A `Connection` is called `c`.
 //!
 //! # Where a change goes
 //! *A parameter of a stream* is named and read in `wanted`. Where the stream starts is decided in `cursor`; when it

@@ -258,8 +258,10 @@ impl<'a> Served<'a> {
     /// must not wait for the peer at all.
     fn serve(mut self, may_wait: bool) {
         let (pool, until) = (&self.streams.pool, Instant::now() + TURN);
-        let left = || until.saturating_duration_since(Instant::now());
-        let patience = || if pool.is_nobody_waiting() { PATIENCE } else { left() };
+        let patience = || match pool.is_nobody_waiting() {
+            true => PATIENCE,
+            false => until.saturating_duration_since(Instant::now()), // what is left of its turn
+        };
         loop {
             match self.step(&patience, may_wait) {
                 Step::Again => {}

@@ -18,7 +18,6 @@ use std::sync::Mutex;
 static SESSIONS: Mutex<BTreeMap<String, String>> = Mutex::new(BTreeMap::new());
 /// Beyond this many, nobody new is let in: what strangers can fill has a bound.
 const MOST_SESSIONS: usize = 10_000;
-const NAME_BYTES: usize = 40;
 
 fn main() -> io::Result<()> {
     server("127.0.0.1:3000")?.run()
@@ -29,7 +28,7 @@ pub fn server(address: &str) -> io::Result<Server> {
     server.route("POST /login", |request| {
         let (name, session) = (request.text()?.trim(), new_session()?);
         let mut sessions = SESSIONS.lock().unwrap();
-        if !(1..=NAME_BYTES).contains(&name.len()) {
+        if !(1..=40).contains(&name.len()) {
             return Ok(Answer::text(400, "POST your name, of 40 bytes at most"));
         } else if sessions.len() == MOST_SESSIONS {
             return Ok(Answer::text(503, "too many are logged in"));

@@ -1,5 +1,4 @@
-//! A job queue with progress, as the front ends of language models want it: the answer to the `POST` is the stream of what
-//! comes of it.
+//! A job queue with progress, as front ends of language models want it: the answer to the `POST` is a stream.
 //!
 //! ```console
 //! $ curl -N -d 'once upon a time' localhost:3000/jobs
@@ -11,18 +10,14 @@ use brooklet::{Answer, Config, Event, Hub, News, Server, Since, crossbeam_channe
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::{io, thread, time::Duration};
 
-/// How many jobs may wait for the worker. Whoever comes then is told to try again.
-const WAITING_JOBS: usize = 100;
-/// How long a page may be away: topics are kept for as long, and there is room for some thousands of them.
-const KEEP_AGE: Duration = Duration::from_secs(3_600);
-
 fn main() -> io::Result<()> {
     server("127.0.0.1:3000")?.run()
 }
 
 pub fn server(address: &str) -> io::Result<Server> {
-    let server = Server::bind(address, Config::default().with(|config| config.keep_age = KEEP_AGE))?;
-    let (queue, jobs) = bounded::<(String, String)>(WAITING_JOBS);
+    let hour = Duration::from_secs(3_600); // a page may be away for so long
+    let server = Server::bind(address, Config::default().with(|config| config.keep_age = hour))?;
+    let (queue, jobs) = bounded::<(String, String)>(100); // whoever comes when so many wait is told to try again
     let hub = server.hub();
     thread::spawn(move || jobs.iter().for_each(|(topic, prompt)| work(&hub, &topic, &prompt)));
 
@@ -43,7 +38,6 @@ pub fn server(address: &str) -> io::Result<Server> {
             }
         }
     })?;
-
     server.route("GET /jobs/", |request| {
         let topic = format!("job-{}", request.rest());
         match request.hub().newest(&topic)? {

@@ -396,20 +396,39 @@ fn readers_that_were_trimmed_past_hear_a_gap() {
     assert_eq!(stream.event().unwrap().data(), "40");
 }
 
+/// Three servers, each with a stream, before a fail-over. They know one address. What stands behind it changes, as with a
+/// virtual address or a proxy.
+struct World {
+    primary: Redis,
+    replica: Redis,
+    relay: Relay,
+    servers: Vec<Process>,
+    streams: Vec<Wire>,
+    /// The id of the one event that the replica has.
+    kept: String,
+}
+
+impl World {
+    /// The replica is cut off from its primary, which goes on for a while.
+    fn with_a_replica_that_is_cut_off() -> World {
+        let primary = Redis::start();
+        let replica = Redis::with(&["--save", "", "--replicaof", &format!("127.0.0.1 {}", primary.port)]);
+        let relay = Relay::to(primary.port);
+        let servers = three(&relay.url(), &[]);
+        let streams = servers.iter().map(|server| Wire::subscribe(server.addr, "/events/a", "").0).collect();
+        let kept = publish(servers[0].addr, "/events/a", "kept");
+        wait_for("the replica", || (replica.events() == primary.events()).then_some(()));
+        replica.cli(&["replicaof", "no", "one"]);
+        World { primary, replica, relay, servers, streams, kept }
+    }
+}
+
 #[test]
 fn after_a_fail_over_to_a_replica_that_lacks_the_newest_there_is_a_gap_and_then_new_events() {
     if !has_redis() {
         return;
     }
-    // Servers know one address. What stands behind it changes, as with a virtual address or a proxy.
-    let mut primary = Redis::start();
-    let replica = Redis::with(&["--save", "", "--replicaof", &format!("127.0.0.1 {}", primary.port)]);
-    let relay = Relay::to(primary.port);
-    let servers = three(&relay.url(), &[]);
-    let mut streams: Vec<Wire> = servers.iter().map(|server| Wire::subscribe(server.addr, "/events/a", "").0).collect();
-    let kept = publish(servers[0].addr, "/events/a", "kept");
-    wait_for("the replica", || (replica.events() == primary.events()).then_some(()));
-    replica.cli(&["replicaof", "no", "one"]); // cut off from its primary, which goes on for a while
+    let World { mut primary, replica, relay, servers, mut streams, kept } = World::with_a_replica_that_is_cut_off();
     publish(servers[1].addr, "/events/a", "lost");
     let lost = publish(servers[2].addr, "/events/a", "lost");
     for stream in &mut streams {
@@ -446,16 +465,9 @@ fn ids_do_not_go_back_where_a_replica_with_a_slow_clock_takes_over() {
     if !has_redis() {
         return;
     }
-    let mut primary = Redis::start();
-    let replica = Redis::with(&["--save", "", "--replicaof", &format!("127.0.0.1 {}", primary.port)]);
-    let relay = Relay::to(primary.port);
-    let servers = three(&relay.url(), &[]);
-    let mut streams: Vec<Wire> = servers.iter().map(|server| Wire::subscribe(server.addr, "/events/a", "").0).collect();
-    let kept: Id = publish(servers[0].addr, "/events/a", "kept").parse().unwrap();
-    wait_for("the replica", || (replica.events() == primary.events()).then_some(()));
-    replica.cli(&["replicaof", "no", "one"]);
+    let World { mut primary, replica, relay, servers, mut streams, kept } = World::with_a_replica_that_is_cut_off();
     // As a primary would number it whose clock is a minute fast.
-    let lost = Id { ms: kept.ms + 60_000, seq: 7 };
+    let lost = Id { ms: kept.parse::<Id>().unwrap().ms + 60_000, seq: 7 };
     primary.cli(&["xadd", "brooklet", &lost.to_string(), "topic", "a", "data", "lost"]);
     for stream in &mut streams {
         assert_eq!([0, 1].map(|_| stream.event().unwrap().data.unwrap()), ["kept", "lost"]);
