@@ -40,7 +40,7 @@ impl Wanted {
         let poll = match query.get("poll") {
             None => None,
             Some("") => Some(POLL_TIME),
-            Some(time) => Some(parse_duration(time)?),
+            Some(time) => Some(parse_duration(time).or_else(|error| invalid(format!("poll: {error}")))?),
         };
         let since = wanted_start(query)?.unwrap_or(start);
         let take = query.get("take").map(|text| count("take", text)).transpose()?;

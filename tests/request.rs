@@ -50,7 +50,7 @@ fn each_bad_request_gets_the_answer_of_the_table_and_the_next_connection_works()
         ),
         (400, "since is earliest", to("GET", "/events/a?since=yesterday")),
         (400, "since is earliest", to("GET", "/events/a?since=")),
-        (400, "is no length of time", to("GET", "/events/a?poll=10")),
+        (400, "poll: \"10\" is no length of time", to("GET", "/events/a?poll=10")),
         (
             400,
             "the parameter \"sinse\" is not known: since, last, poll, take, as, last_event_id, lastEventId, lastEventID are",
