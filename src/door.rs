@@ -138,17 +138,12 @@ impl Door {
         if !is_on_loopback || is_loopback(host) || self.origins.iter().any(names_it) {
             return Ok(());
         }
-        refuse(
-            403,
-            format!(
-                "{} is not this server: behind a proxy, name the public origin in allow_origins (--allow-origin https://…), and pass that host on",
-                quoted(host)
-            ),
-        )
+        let mend = "name the public origin in allow_origins (--allow-origin https://…), and pass that host on";
+        refuse(403, format!("{} is not this server: behind a proxy, {mend}", quoted(host)))
     }
 
-    /// Whether the page that sends this request may publish; 403 otherwise. A `POST` of plain text needs no preflight,
-    /// so the browser alone would not ask (<https://fetch.spec.whatwg.org/#cors-safelisted-method>).
+    /// Whether the page that sends this request may do more than read; 403 otherwise. A `POST` of plain text needs no
+    /// preflight, so the browser alone would not ask (<https://fetch.spec.whatwg.org/#cors-safelisted-method>).
     pub fn check_origin(&self, request: &Request) -> Result<(), Response> {
         let Some(origin) = request.origin.as_deref() else { return Ok(()) };
         let host = request.host.as_deref().unwrap_or_default();
@@ -159,10 +154,8 @@ impl Door {
         if is_own || self.is_allowed(origin) {
             return Ok(());
         }
-        decline(
-            403,
-            format!("pages of {} may not publish: name them in allow_origins (--allow-origin)", quoted(origin)),
-        )
+        let (method, pages) = (&request.method, quoted(origin));
+        decline(403, format!("pages of {pages} may not {method}: name their origin in allow_origins (--allow-origin)"))
     }
 
     /// The header lines, each with its CRLF, that let a page of another origin read a response:

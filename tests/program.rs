@@ -328,7 +328,9 @@ fn a_route_is_closed_to_foreign_hosts_and_to_what_foreign_pages_do_but_asks_for_
     let (_server, addr) = with_route("/mine", config, |_| Ok(Answer::text(200, "here")));
     assert_eq!(ask(addr, "POST /mine HTTP/1.1", "").status, 200);
     assert_eq!(ask(addr, "POST /mine HTTP/1.1\r\nOrigin: https://evil.example", "").status, 403);
-    assert_eq!(ask(addr, "DELETE /mine HTTP/1.1\r\nOrigin: null", "").status, 403);
+    let refused = ask(addr, "DELETE /mine HTTP/1.1\r\nOrigin: null", "");
+    let said = "pages of \"null\" may not DELETE: name their origin in allow_origins (--allow-origin)\n";
+    assert_eq!((refused.status, refused.body.as_str()), (403, said));
     let read = ask(addr, "GET /mine HTTP/1.1\r\nOrigin: https://evil.example", "");
     assert_eq!((read.status, read.header("access-control-allow-origin")), (200, None), "its page cannot read that");
     let rebound = Wire::ask(addr, "GET /mine HTTP/1.1\r\nHost: evil.example\r\n\r\n");
