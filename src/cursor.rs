@@ -15,7 +15,6 @@ use crate::encoded::{Encoded, Framing, Run};
 use crate::entry::Entry;
 use crate::event::{Event, Id};
 use crate::history::{History, Topic};
-use std::slice;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -132,11 +131,6 @@ impl History {
             run.append(&topic.name, entry.point.id, |bytes| self.copy(chain, wire, bytes));
         }
         if run.bytes.is_empty() { Next::Nothing } else { Next::Events(run) }
-    }
-
-    /// Which of these topics keeps the event of this id.
-    pub fn topic_of(&self, names: &[Arc<str>], id: Id) -> Option<Arc<str>> {
-        names.iter().find(|name| self.oldest_after(slice::from_ref(*name), id.before()) == Some(id)).cloned()
     }
 
     /// The newest id that each of these topics has forgotten: kept by a subscriber that has just been told of a gap.

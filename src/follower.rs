@@ -297,11 +297,9 @@ impl Follower {
                 self.read.push_back((self.read_to, News::Gap { oldest }));
             }
             Next::Events(run) => {
-                let topic = |id| history.topic_of(&self.names, id).unwrap_or_default();
-                let topics = run.events.iter().map(|(id, _)| topic(*id)).collect();
                 drop(history); // before the events are read
                 self.read_to = run.newest();
-                self.read.extend(read_all(&run, topics).map(|event| (event.id, News::Event(event))));
+                self.read.extend(read_all(&run).map(|event| (event.id, News::Event(event))));
             }
         }
     }

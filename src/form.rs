@@ -84,7 +84,7 @@ impl Form {
 }
 
 /// The values of a field of a frame, a line each.
-fn values<'a>(frame: &'a str, field: &'a str) -> impl Iterator<Item = &'a str> {
+pub fn values<'a>(frame: &'a str, field: &'a str) -> impl Iterator<Item = &'a str> {
     let value = move |line: &'a str| line.strip_prefix(field)?.strip_prefix(':');
     frame.split('\n').filter_map(value).map(|value| value.strip_prefix(' ').unwrap_or(value))
 }

@@ -6,6 +6,7 @@
 use crate::cursor::Next;
 use crate::encoded::{Framing, Run};
 use crate::event::{Event, Id};
+use crate::form::values;
 use crate::history::TopicOverview;
 use crate::hub::Hub;
 use crate::names::{check_topic, distinct};
@@ -41,31 +42,21 @@ pub struct Published {
 }
 
 impl Published {
-    /// Reads the bytes of an event, which are ours: see `Event::lines`.
+    /// Reads the frame of an event.
     fn read(topic: Arc<str>, id: Id, frame: &[u8]) -> Published {
-        let mut published = Published { topic, id, name: None, data: String::new(), retry: None };
-        let mut data = Vec::new();
         let frame = String::from_utf8_lossy(frame);
-        for (field, value) in frame.split('\n').filter_map(|line| line.split_once(": ")) {
-            match field {
-                "event" => published.name = Some(value.into()),
-                "data" => data.push(value),
-                "retry" => published.retry = value.parse().ok().map(Duration::from_millis),
-                _ => {}
-            }
-        }
-        published.data = data.join("\n");
-        published
+        let name = values(&frame, "event").next().map(String::from);
+        let data = values(&frame, "data").collect::<Vec<_>>().join("\n");
+        let retry = values(&frame, "retry").next().and_then(|text| text.parse().ok()).map(Duration::from_millis);
+        Published { topic, id, name, data, retry }
     }
 }
 
-/// Reads the events of a run, whose bytes are plain. `topics` are theirs, in the same order.
-pub fn read_all(run: &Run, topics: Vec<Arc<str>>) -> impl Iterator<Item = Published> {
-    let mut start = 0;
-    run.events.iter().zip(topics).map(move |((id, end), topic)| {
-        let frame = &run.bytes[start..*end];
-        start = *end;
-        Published::read(topic, *id, frame)
+/// Reads the events of a run, whose bytes are plain.
+pub fn read_all(run: &Run) -> impl Iterator<Item = Published> {
+    run.events.iter().enumerate().map(|(index, (id, end))| {
+        let frame = &run.bytes[run.end_of(index)..*end];
+        Published::read(run.topic(index).clone(), *id, frame)
     })
 }
 
@@ -201,7 +192,7 @@ impl Hub {
             };
             drop(history);
             read_to = run.newest();
-            Some(read_all(&run, vec![names[0].clone(); run.events.len()]).collect::<Vec<_>>())
+            Some(read_all(&run).collect::<Vec<_>>())
         };
         Ok(iter::from_fn(step).flatten().take_while(move |event| event.id <= until))
     }
@@ -227,9 +218,6 @@ impl Hub {
         let Some(id) = history.newest_of(topic) else { return Ok(None) };
         let next = history.next(&names, id.before(), &history.told(&names), &[], Framing::Plain);
         drop(history);
-        Ok(match next {
-            Next::Events(run) => read_all(&run, names.to_vec()).next(),
-            _ => None,
-        })
+        Ok(if let Next::Events(run) = next { read_all(&run).next() } else { None })
     }
 }
