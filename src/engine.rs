@@ -8,10 +8,9 @@
 //! An engine has three duties: it numbers, it feeds every server, and it says so where something may be missing. How it
 //! does that is its own business; [`Entry::fields`] are how an entry can be written down in it.
 
-use crate::event::{Event, Id};
-use crate::text::{invalid, quoted};
+use crate::event::{Event, Id, parse_retry};
+use crate::text::invalid;
 use std::io;
-use std::time::Duration;
 
 /// Gives the events of several servers one order. The servers share it; see [`Server::bind_with_engine`].
 ///
@@ -46,8 +45,9 @@ pub trait Engine: Send + Sync {
     /// half a second, or stopping the server would have to wait for it.
     ///
     /// # Errors
-    /// [`ErrorKind::InvalidInput`](io::ErrorKind::InvalidInput) is answered with 400, everything else with 503 and a
-    /// `Retry-After`. Where nobody knows whether the entries were taken, the message must say so.
+    /// [`InvalidInput`](io::ErrorKind::InvalidInput) is answered with 400; [`StorageFull`](io::ErrorKind::StorageFull)
+    /// with 507 and everything else with 503, both with a `Retry-After`. Where nobody knows whether the entries were taken,
+    /// the message must say so.
     fn publish(&self, entries: &[Entry]) -> io::Result<Vec<Id>>;
 
     /// The newest id that was given, or a later one up to which everything will be shown. Asked where a client resumes
@@ -145,7 +145,7 @@ impl Entry {
                 "topic" => topic = Some(value.into()),
                 "data" => data = Some(value.into()),
                 "event" => event.name = Some(value.into()),
-                "retry" => event.retry = Some(milliseconds(&value.into())?),
+                "retry" => event.retry = Some(parse_retry(&value.into())?),
                 "forget" => forget = true,
                 _ => {}
             }
@@ -156,12 +156,5 @@ impl Entry {
             Some(data) => Ok(Entry::new(topic, Event { data, ..event })),
             None => invalid("an entry without data"),
         }
-    }
-}
-
-fn milliseconds(text: &str) -> io::Result<Duration> {
-    match text.parse::<u32>() {
-        Ok(number) => Ok(Duration::from_millis(number.into())),
-        Err(_) => invalid(format!("the retry {} is no number of milliseconds", quoted(text))),
     }
 }

@@ -239,6 +239,15 @@ impl Id {
     }
 }
 
+/// Reads a reconnection time: whole milliseconds. Browsers ignore a `retry` that is anything else than digits; `parse`
+/// alone would take a sign.
+pub fn parse_retry(text: &str) -> io::Result<Duration> {
+    match text.parse::<u32>() {
+        Ok(number) if text.bytes().all(|b| b.is_ascii_digit()) => Ok(Duration::from_millis(number.into())),
+        _ => invalid(format!("the retry {} is no number of milliseconds up to {}", quoted(text), u32::MAX)),
+    }
+}
+
 /// The ids of events that are published together, from the first one on. A journal names the first alone, so that these
 /// must not depend on the clock.
 pub fn ids_from(first: Id) -> impl Iterator<Item = Id> {

@@ -6,19 +6,17 @@
 //! last one has. 200 means that everything is published, and is in the journal if there is one.
 
 use crate::connection::STOPPING;
-use crate::event::{Event, Id};
+use crate::event::{Event, Id, parse_retry};
 use crate::hub::Hub;
 use crate::lines::Lines;
 use crate::places::Places;
 use crate::reader::Reader;
 use crate::relay::Relay;
 use crate::request::Request;
-use crate::response::{Response, decline};
-use crate::text::quoted;
+use crate::response::Response;
 use std::fmt;
 use std::io::{self, ErrorKind};
 use std::sync::Arc;
-use std::time::Duration;
 
 /// Whether whoever publishes still may.
 type Check<'a> = &'a dyn Fn() -> Result<(), Response>;
@@ -52,13 +50,9 @@ impl Publishing {
             Response::text(400, format!("the body is not UTF-8 from byte {} on", error.utf8_error().valid_up_to()))
         })?;
         check()?;
-        let published = match topics {
-            [topic] => self.hub.publish(topic, event).map(|id| id.to_string()),
-            _ => {
-                self.hub.core.publish_each(&topics.iter().map(String::as_str).collect::<Vec<_>>(), &event).map(lines_of)
-            }
-        };
-        published.map(|ids| Response::text(200, ids)).map_err(|error| self.not_published(&error))
+        let topics: Vec<&str> = topics.iter().map(String::as_str).collect();
+        let ids = self.hub.core.publish_each(&topics, &event).map_err(|error| self.not_published(&error))?;
+        Ok(Response::text(200, ids.iter().map(Id::to_string).collect::<Vec<_>>().join("\n")))
     }
 
     /// Forgets what a topic keeps.
@@ -147,8 +141,9 @@ impl Publishing {
         let mut event = Event::new("");
         event.name = request.query.get("event").map(String::from);
         event.key = request.query.get("key").map(String::from);
-        event.retry = request.query.get("retry").map(milliseconds).transpose()?;
-        event.check_for_topic(&self.hub.core.config).map_err(|error| self.not_published(&error)).map(|()| event)
+        let refuse = |error| self.not_published(&error);
+        event.retry = request.query.get("retry").map(parse_retry).transpose().map_err(refuse)?;
+        event.check_for_topic(&self.hub.core.config).map_err(refuse).map(|()| event)
     }
 
     /// The answer to an error of the hub: 400 where the request is wrong, 507 where the disk takes nothing, else 503.
@@ -174,17 +169,4 @@ impl Publishing {
     pub fn unavailable(&self, reason: impl fmt::Display) -> Response {
         Response::text(503, reason).field("Retry-After", self.hub.core.config.retry.as_millis().div_ceil(1000))
     }
-}
-
-fn lines_of(ids: Vec<Id>) -> String {
-    ids.iter().map(Id::to_string).collect::<Vec<_>>().join("\n")
-}
-
-/// Whole milliseconds; browsers ignore a `retry` that is anything else than digits.
-fn milliseconds(text: &str) -> Result<Duration, Response> {
-    let number = text.parse::<u32>().ok().filter(|_| text.bytes().all(|b| b.is_ascii_digit()));
-    let Some(number) = number else {
-        return decline(400, format!("the retry {} is no number of milliseconds up to {}", quoted(text), u32::MAX));
-    };
-    Ok(Duration::from_millis(number.into()))
 }
