@@ -25,11 +25,11 @@ use crate::metrics::Counters;
 use crate::names::check_topic;
 use crate::presence::PresenceHook;
 use crate::rewrite::Snapshot;
-use crate::sync::enter;
+use crate::sync::{Mutex, MutexGuard, enter, wait};
 use crate::unwritten::{Change, Numbered, Order, Turn, Turns, Waits};
 use std::io::{self, ErrorKind};
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 /// A topic may keep a million events, and to forget one takes some 100 ns with the history's lock held.
@@ -165,14 +165,13 @@ impl Core {
         self.counters.journal_bytes.store(length, Relaxed);
     }
 
-    /// From here on no event gets an id. False if the server was stopping already.
-    pub fn stop(&self) -> bool {
-        let is_first = self.stopped_at.set(Instant::now()).is_ok();
+    /// From here on no event gets an id.
+    pub fn stop(&self) {
+        let _ = self.stopped_at.set(Instant::now()); // the first counts
         drop(enter(&self.turns.order)); // or whoever has just looked, and is falling asleep, would miss it
         self.turns.ended.notify_all();
         self.turns.work.notify_one();
         self.bells.close();
-        is_first
     }
 
     /// Has the lanes end all live streams, once the server stops. Under the order lock, so that each lane has everything
@@ -261,7 +260,7 @@ impl Core {
             if left.is_zero() {
                 return;
             }
-            order = self.turns.ended.wait_timeout(order, left).unwrap_or_else(PoisonError::into_inner).0;
+            order = wait(&self.turns.ended, order, left);
         }
     }
 
@@ -382,7 +381,7 @@ impl Core {
                 Some(left) if left.is_zero() => {
                     return Err(io::Error::new(ErrorKind::NotConnected, format!("{STOPPING}, and {NOT_TAKEN}")));
                 }
-                Some(left) => ended.wait_timeout(order, left).unwrap_or_else(PoisonError::into_inner).0,
+                Some(left) => wait(ended, order, left),
             };
         }
         match outcome.get() {

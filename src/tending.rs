@@ -7,12 +7,12 @@
 use crate::config::Log;
 use crate::hub::Core;
 use crate::journal::Journal;
-use crate::sync::{enter, start_thread};
+use crate::sync::{enter, start_thread, wait};
 use crate::unwritten::Turn;
 use crate::watch::LOOK_TIME;
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::{Arc, PoisonError};
+use std::sync::Arc;
 use std::thread;
 use std::time::Instant;
 
@@ -76,6 +76,6 @@ fn wait_for_turn(core: &Core, look_at: Instant) -> Journal {
         // Somebody is writing: claimed, the journal is ours next, and the end of that turn wakes us.
         order.is_claimed |= has_work;
         let left = if has_work { LOOK_TIME } else { left };
-        order = core.turns.work.wait_timeout(order, left).unwrap_or_else(PoisonError::into_inner).0;
+        order = wait(&core.turns.work, order, left);
     }
 }
