@@ -31,15 +31,16 @@ pub struct Reader<'a> {
     buffer: Vec<u8>,
     /// `buffer[..start]` has been used; the next read removes it.
     start: usize,
-    /// Until when the next read waits; for ever without one.
-    pub deadline: Option<Instant>,
+    /// Until when the next read waits.
+    deadline: Instant,
     /// The read timeout that the socket was last given, if any: setting it is a call to the system.
-    timeout: Option<Option<Duration>>,
+    timeout: Option<Duration>,
 }
 
 impl<'a> Reader<'a> {
+    /// Reads wait for nothing until [`Reader::wait_at_most`] says how long they may.
     pub fn new(c: &'a Connection) -> Reader<'a> {
-        Reader { c, buffer: Vec::new(), start: 0, deadline: None, timeout: None }
+        Reader { c, buffer: Vec::new(), start: 0, deadline: Instant::now(), timeout: None }
     }
 
     /// The same, with something that has come already.
@@ -67,7 +68,7 @@ impl<'a> Reader<'a> {
 
     /// From now on, reads wait until this time is over, all of them together.
     pub fn wait_at_most(&mut self, time: Duration) {
-        self.deadline = Some(Instant::now() + time);
+        self.deadline = Instant::now() + time;
     }
 
     /// Waits for the next request without sleeping, but not for long; other threads that are due on this core go first.
@@ -96,15 +97,15 @@ impl<'a> Reader<'a> {
 
     /// The same, which appends at most `most` bytes to `out`.
     fn read(&mut self, out: &mut Vec<u8>, most: usize) -> io::Result<usize> {
-        let left = self.deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
-        if left.is_some_and(|left| left.is_zero()) {
+        let left = self.deadline.saturating_duration_since(Instant::now());
+        if left.is_zero() {
             return Err(ErrorKind::WouldBlock.into());
         }
         // In whole milliseconds, so that requests one after another have the same timeout, which is set once.
-        let timeout = left.map(|left| Duration::from_millis(left.as_millis() as u64 + 1));
-        if self.timeout != Some(timeout) {
+        let timeout = Some(Duration::from_millis(left.as_millis() as u64 + 1));
+        if self.timeout != timeout {
             self.c.socket.set_read_timeout(timeout)?;
-            self.timeout = Some(timeout);
+            self.timeout = timeout;
         }
         let old = out.len();
         out.resize(old + most, 0);
