@@ -338,6 +338,14 @@ fn a_topic_for_which_there_is_no_name_left_has_a_gap_later() {
 }
 
 #[test]
+fn the_retry_of_an_entry_is_digits_alone_and_counts_in_32_bits() {
+    for retry in ["soon", "+5", "4294967296"] {
+        let read = Entry::from_fields([("topic", "a"), ("data", "x"), ("retry", retry)]);
+        assert_eq!(read.unwrap_err().kind(), ErrorKind::InvalidInput, "{retry}");
+    }
+}
+
+#[test]
 fn many_events_of_a_new_topic_take_one_name() {
     let config = Config::default().with(|config| config.topics = 4);
     let (_engine, [server, _other]) = two_servers(&config);
