@@ -35,7 +35,7 @@ Each has an environment variable, such as BROOKLET_LISTEN=ADDR, BROOKLET_OPEN=1;
 the flag wins. T and ORIGIN can be given several times.
 
   --listen ADDR          127.0.0.1:3000  other than loopback: needs a publish
-                                         token, or --open
+                                         token, --tokens, or --open
   --open                 off             whoever reaches it may publish
   --publish-token T      none            publishers must show T, which is a
                                          token, or @FILE with one token a line
@@ -356,8 +356,8 @@ fn failure(error: io::Error, listen: SocketAddr, is_open: bool) -> Failure {
     match error.kind() {
         ErrorKind::InvalidInput if is_ours => Failure::usage(by_flag(&error.to_string())),
         ErrorKind::PermissionDenied if is_ours && !is_open => Failure::usage(format_args!(
-            "--listen: {listen} is beyond loopback, so whoever reaches it could publish: give --publish-token TOKEN, or say \
-             --open"
+            "--listen: {listen} is beyond loopback, so whoever reaches it could publish: give --publish-token TOKEN or \
+             --tokens FILE, or say --open"
         )),
         kind => {
             let hint = if kind == ErrorKind::AddrInUse { ": give another with --listen" } else { "" };
