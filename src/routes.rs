@@ -185,7 +185,7 @@ impl Routes {
         };
         let names = names.map_err(|error| Response::text(400, error))?;
         // Asked again before anything is published: a body may take a while, a `PUT` days.
-        let tokens = std::mem::take(&mut request.tokens);
+        let tokens = mem::take(&mut request.tokens);
         let check = || self.door.check_right(Act::Publish, &tokens, &names);
         check()?;
         if self.door.needs_token(Act::Publish) {
@@ -253,13 +253,12 @@ impl Routes {
     /// The answer to a handler's error. The hub's own errors are answered as those of a `POST` are; another says what is
     /// wrong with the program, which is for its log and not for the peer.
     pub fn failed(&self, error: &io::Error) -> Response {
-        let response = self.publishing.not_published(error);
+        use ErrorKind::{InvalidInput, NotConnected, QuotaExceeded, ResourceBusy, StorageFull};
         match error.kind() {
-            ErrorKind::InvalidInput | ErrorKind::NotConnected if error.raw_os_error().is_none() => response,
-            ErrorKind::QuotaExceeded | ErrorKind::ResourceBusy | ErrorKind::StorageFull
+            InvalidInput | NotConnected | QuotaExceeded | ResourceBusy | StorageFull
                 if error.raw_os_error().is_none() =>
             {
-                response
+                self.publishing.not_published(error)
             }
             _ => Response::text(500, "the program failed to answer; its log, if it has one, says why"),
         }
@@ -275,10 +274,10 @@ impl Routes {
     /// Takes `access_token` out of the query, where tokens may stand there: nobody else needs to see it.
     fn take_query_token(&self, request: &mut Request) {
         if self.streams.core.config.query_tokens {
-            let (tokens, others) =
-                std::mem::take(&mut request.query.0).into_iter().partition(|(name, _)| name == QUERY_TOKEN);
+            let all = mem::take(&mut request.query.0);
+            let (tokens, others): (Vec<_>, _) = all.into_iter().partition(|(name, _)| name == QUERY_TOKEN);
             request.query.0 = others;
-            request.tokens.extend(tokens.into_iter().map(|(_, token): (String, String)| token).take(1));
+            request.tokens.extend(tokens.into_iter().map(|(_, token)| token).take(1));
         }
     }
 

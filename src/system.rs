@@ -37,19 +37,18 @@ const _: () =
 /// any connection has a thread, and after the listener and the log have what they need.
 ///
 /// # Errors
-/// [`ErrorKind::QuotaExceeded`]: there is no room for two connections, one to publish and one to read.
+/// [`ErrorKind::QuotaExceeded`]: there is no room for two connections, one to publish and one to read, or for the fewest
+/// threads.
 pub fn fit(mut config: Config, lanes: usize, log: &Logger) -> io::Result<Config> {
-    let files = (files_left(), "open files (ulimit -n)");
-    let room = files.0;
+    let (room, what) = (files_left(), "open files (ulimit -n)");
     if room < 2 {
-        return Err(no_room("two connections", files.1));
+        return Err(no_room("two connections", what));
     }
     if config.subscribers.saturating_add(config.connections) > room {
         // An eighth for publishing and health, which must work while all streams are taken.
         config.connections = config.connections.min(room / 8 + 1);
         config.subscribers = config.subscribers.min(room - config.connections);
         let (subscribers, connections) = (config.subscribers, config.connections);
-        let what = files.1;
         let line =
             format_args!("room for {subscribers} streams and {connections} connections only: the limit is on {what}");
         log.line(Log::Info, line);
