@@ -217,7 +217,7 @@ impl Request<'_> {
     }
 
     /// The id after which a page that reconnects wants to go on: the field `Last-Event-ID`, or a parameter of the query
-    /// `last_event_id` or `lastEventId`, as polyfills send it. None where it is empty.
+    /// `last_event_id` (`lastEventId` and `lastEventID`, too, as some packages write it). None where it is empty.
     ///
     /// ```
     /// # fn main() -> std::io::Result<()> {

@@ -26,8 +26,10 @@ pub const FEWEST_THREADS: usize = 4;
 /// as much.
 const MOST_DATA_BYTES: usize = 512 * 1024 * 1024;
 const _: () = assert!(7 * MOST_DATA_BYTES as u64 + 1024 * 1024 < u32::MAX as u64, "with all other fields");
-const _: () =
-    assert!(SWEEP.as_millis() == 1_750 && MOST_LANES == 256 && FEWEST_THREADS == 4, "`Config::check` names all");
+const _: () = assert!(
+    SWEEP.as_millis() == 1_750 && MOST_LANES == 256 && FEWEST_THREADS == 4,
+    "the messages of `check` name them"
+);
 
 /// Every limit of a [`Server`](crate::Server); each is a flag of the command, too. [`Config::default`] has the defaults
 /// named here. A program sets the fields that it wants otherwise by [`Config::with`], or one after another. More fields
@@ -44,7 +46,7 @@ const _: () =
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub struct Config {
-    /// Listen beyond loopback without a publish token, so that whoever reaches the port may publish (default: no).
+    /// Listen beyond loopback though nobody needs a token to publish: whoever reaches the port may (default: no).
     pub open: bool,
     /// Any of these lets its holder publish (none: no token is needed). Several, so that they can be changed without a
     /// gap.

@@ -86,7 +86,7 @@
 //! | the state, in `connection` | during one non-blocking write | whose the socket is, and the cursor |
 //! | the bells, in `bell` | shortly, under the order lock or alone | who in the program waits for which topic |
 //! | the changes, in `lane`, the papers, in `desk`, and the begun events, in `hub` | shortly, and nothing is locked under them | who joins and leaves a lane; whom lanes let go; the bytes that slow readers share |
-//! | the tables, in `places` and `routes`, and the lines, in `pool` | shortly, under no other lock | which connections are open; what is at a path; who waits for a thread |
+//! | the tables, in `places` and `routes`, the lines, in `pool`, the queue, in `presence`, and the reserve, in `system` | shortly, under no other lock | which connections are open; what is at a path; who waits for a thread; what the program's hook is still to hear; the address space that is held back |
 //! | the rights, in `door` | shortly, and nothing is locked under it | what the tokens' file says |
 //! | the date of now, in `clock` | shortly, and nothing is locked under it | one line of every response |
 //!

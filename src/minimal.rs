@@ -101,7 +101,8 @@ impl Server {
     }
 
     /// The routes. Returns a whole answer; or nothing, where a stream was written and has ended. Queries are ignored
-    /// (event types, keys, where to begin, polling: `routes.rs`), names are taken as they are (escapes: `target.rs`).
+    /// (event types, keys: `publishing.rs`; where to begin, polling: `wanted.rs`), names are taken as they are (escapes:
+    /// `target.rs`).
     fn route(&self, request: &Request, socket: &mut TcpStream, peer: SocketAddr) -> String {
         let is_plain = |byte: u8| byte.is_ascii_alphanumeric() || b"._~-".contains(&byte);
         let is_name = |name: &str| (1..=64).contains(&name.len()) && name.bytes().all(is_plain);

@@ -102,10 +102,11 @@ impl Server {
     /// Binds the address and starts the hub, so that publishing works from here on. Port 0 takes any free one.
     ///
     /// # Errors
-    /// The address cannot be bound; it is beyond loopback and [`Config::open`] is not set
-    /// ([`ErrorKind::PermissionDenied`]); a limit makes no sense ([`ErrorKind::InvalidInput`]); the journal cannot be
-    /// used ([`ErrorKind::ResourceBusy`]: another process has it; [`ErrorKind::InvalidData`]: the file is none); or no
-    /// thread can be started; or the system has no room for two connections ([`ErrorKind::QuotaExceeded`]).
+    /// The address cannot be bound; it is beyond loopback, nobody needs a token to publish, and [`Config::open`] is not
+    /// set ([`ErrorKind::PermissionDenied`]); a limit makes no sense, or the file of tokens cannot be read or understood
+    /// ([`ErrorKind::InvalidInput`]); the journal cannot be used ([`ErrorKind::ResourceBusy`]: another process has it;
+    /// [`ErrorKind::InvalidData`]: the file is none); no thread can be started; or the system has no room for two
+    /// connections or a few threads ([`ErrorKind::QuotaExceeded`]).
     ///
     /// ```
     /// # fn main() -> std::io::Result<()> {
@@ -375,9 +376,8 @@ fn check_reach(config: &Config, address: SocketAddr) -> io::Result<()> {
     if config.open || needs_token || address.ip().is_loopback() {
         return Ok(());
     }
-    let reason =
-        format!("open: {address} is beyond loopback, so whoever reaches it could publish: set publish_tokens, or open");
-    Err(io::Error::new(ErrorKind::PermissionDenied, reason))
+    let what = format!("open: {address} is beyond loopback, so whoever reaches it could publish");
+    Err(io::Error::new(ErrorKind::PermissionDenied, format!("{what}: set publish_tokens or tokens, or open")))
 }
 
 fn check_without_journal(config: &Config) -> io::Result<()> {
@@ -430,8 +430,9 @@ fn admit(shared: &Arc<Shared>, space: &AddressSpace, socket: TcpStream, peer: So
     places.close_to_streams(room < Room::Streams);
     let Some(c) = has_space.then(|| places.admit(socket, peer)).flatten() else {
         core.counters.rejected.fetch_add(1, Relaxed);
-        let why = if has_space { "are taken" } else { "have no address space (ulimit -v)" };
-        return log.warn(format_args!("no room for {peer}: all {} places {why}", places.limit()));
+        let taken = format!("all {} places are taken", places.limit());
+        let why = if has_space { &taken } else { "no address space is left (ulimit -v)" };
+        return log.warn(format_args!("no room for {peer}: {why}"));
     };
     // Once more, now that it has its place: stopping cuts whoever has one, but nobody who gets one after that.
     if core.is_stopping() {

@@ -242,7 +242,7 @@ impl Streams {
         let (peer, path, reason) = (c.peer, quoted(&opened.path), c.cut.get().copied().unwrap_or(reason));
         let line =
             format_args!("closed peer={peer} path={path} reason={reason:?} seconds={seconds}.{tenths} events={sent}");
-        // As fast as a flood.
+        // These ends come as fast as a flood may.
         let repeats =
             [POLL_IS_OVER, ALL_IS_TAKEN, NO_ROOM, NO_THREAD, NO_NAMES, NOT_REACHED, FAR_BEHIND].contains(&reason);
         self.log.line(if repeats { Log::Debug } else { Log::Info }, line);
