@@ -69,8 +69,8 @@ pub struct Request<'a> {
 }
 
 impl Request<'_> {
-    /// `GET`, `POST`, `PUT`, `PATCH` or `DELETE`. A `HEAD` is seen as the `GET` whose head it asks for, and its answer's
-    /// body is not sent; `OPTIONS` is answered without the program.
+    /// `GET`, `POST`, `PUT`, `PATCH` or `DELETE`. A `HEAD` is seen as the `GET` whose head it asks for, and its
+    /// answer's body is not sent; `OPTIONS` is answered without the program.
     ///
     /// ```
     /// # fn main() -> std::io::Result<()> {

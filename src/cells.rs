@@ -1,26 +1,27 @@
 //! Where the bytes of kept events are: one buffer, in cells of one size.
 //!
-//! What is kept lives long, and every publisher brings it. Allocated one by one, kept bytes lie in the memory of all the
-//! threads that have published (malloc gives them arenas of their own), with holes between them that no other thread
-//! uses: ten times what is kept, after publishers that came in turn. So the bytes are copied into this one buffer. An
-//! event is a chain of cells, anywhere in it, so that a free cell fits every event, whatever was there before. Where too
-//! many cells are free, the last ones move to the free places, and the buffer is cut off behind them. So it is never
-//! much larger than what is in it, and the system has the rest back.
+//! What is kept lives long, and every publisher brings it. Allocated one by one, kept bytes lie in the memory of all
+//! the threads that have published (malloc gives them arenas of their own), with holes between them that no other
+//! thread uses: ten times what is kept, after publishers that came in turn. So the bytes are copied into this one
+//! buffer. An event is a chain of cells, anywhere in it, so that a free cell fits every event, whatever was there
+//! before. Where too many cells are free, the last ones move to the free places, and the buffer is cut off behind them.
+//! So it is never much larger than what is in it, and the system has the rest back.
 //!
 //! A large buffer is memory that malloc maps by itself: it is cut in place, and what was never touched of it takes no
 //! memory. So the buffer has its whole size at once, as address space, which nobody else can use up then.
 
 use std::ops::Range;
 
-/// Bytes in each cell: two cache lines. A small event fits into one, and of the last cell half is lost on average, whatever
-/// the event's size.
+/// Bytes in each cell: two cache lines. A small event fits into one, and of the last cell half is lost on average,
+/// whatever the event's size.
 const ROOM: usize = 128;
 /// Stands where no cell follows.
 const NONE: u32 = u32::MAX;
-/// So many cells may be free, and a sixteenth of those in use: else publishing would grow and cut the buffer all the time.
+/// So many cells may be free, and a sixteenth of those in use: else publishing would grow and cut the buffer all the
+/// time.
 const FREE_CELLS: usize = 2 * 1024;
-/// The buffer is cut where so much was used behind its end (1 MiB), or a sixteenth. Where there is no room for all of it
-/// at once, it grows by as much.
+/// The buffer is cut where so much was used behind its end (1 MiB), or a sixteenth. Where there is no room for all of
+/// it at once, it grows by as much.
 const STEP_CELLS: usize = 8 * 1024;
 /// What a cell takes with its link.
 const CELL_BYTES: usize = ROOM + size_of::<Link>();
@@ -57,7 +58,8 @@ pub struct Chain(u32);
 
 pub struct Cells {
     cells: Vec<[u8; ROOM]>,
-    /// One for each cell. Apart from the cells, so that the bytes of neighbours stand together: most chains are neighbours.
+    /// One for each cell. Apart from the cells, so that the bytes of neighbours stand together: most chains are
+    /// neighbours.
     links: Vec<Link>,
     /// The first cell of each chain; where a number is not in use, the next such number.
     firsts: Vec<u32>,
@@ -134,8 +136,8 @@ impl Cells {
         }
     }
 
-    /// Where bytes of a chain stand together from a place on, at most `most` of them. The place moves behind them; there
-    /// must be some.
+    /// Where bytes of a chain stand together from a place on, at most `most` of them. The place moves behind them;
+    /// there must be some.
     fn together(&self, place: &mut Place, most: usize) -> Range<usize> {
         while place.at >= ROOM {
             *place = Place { cell: self.links[place.cell as usize].next, at: place.at - ROOM };
@@ -242,8 +244,8 @@ impl Cells {
         }
     }
 
-    /// Gives the system back what was used behind the end, and takes the address space for all again. Where it is not to
-    /// be had, the buffer grows step by step.
+    /// Gives the system back what was used behind the end, and takes the address space for all again. Where it is not
+    /// to be had, the buffer grows step by step.
     fn cut(&mut self) {
         let least = self.cells.len().max(1); // given back whole, it would count for malloc as a usual size
         let more = self.most.saturating_sub(self.cells.len());

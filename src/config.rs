@@ -53,10 +53,10 @@ pub struct Config {
     pub publish_tokens: Vec<Token>,
     /// Any of these lets its holder read streams, `/topics` and `/metrics` (none: no token is needed).
     pub subscribe_tokens: Vec<Token>,
-    /// A file of tokens with rights to some topics each, read again whenever it changes (none). One right a line: a token,
-    /// `publish`, `subscribe` or `both`, topics with commas between them (names, or beginnings that end in `*`), and
-    /// perhaps `until=` with a Unix time in seconds. With it, everybody needs a token. Handlers' streams, `/metrics` and
-    /// `/topics` need a right to `*`.
+    /// A file of tokens with rights to some topics each, read again whenever it changes (none). One right a line: a
+    /// token, `publish`, `subscribe` or `both`, topics with commas between them (names, or beginnings that end in `*`),
+    /// and perhaps `until=` with a Unix time in seconds. With it, everybody needs a token. Handlers' streams,
+    /// `/metrics` and `/topics` need a right to `*`.
     pub tokens: Option<PathBuf>,
     /// Readers may show their token as `?access_token=`, too (no): URLs stand in logs and histories.
     pub query_tokens: bool,
@@ -64,15 +64,15 @@ pub struct Config {
     /// `https://*.app.example` for all names below it (but not for itself), `null` for pages from files; `*` lets all
     /// others read, without cookies (none).
     pub allow_origins: Vec<String>,
-    /// Streams at once (100,000). Each takes a descriptor and some 2 kB; lowered at the start where the system gives fewer
-    /// descriptors.
+    /// Streams at once (100,000). Each takes a descriptor and some 2 kB; lowered at the start where the system gives
+    /// fewer descriptors.
     pub subscribers: usize,
     /// Connections beside the streams (1,000): publishing and `/health` have room also while all streams are taken.
     pub connections: usize,
     /// Connections that are waited for at the same time, each by a thread (4,000, at least 4): half of them at most for
-    /// requests, a quarter for handlers, and three quarters for handlers and subscribers that are behind. A thread takes 4
-    /// memory mappings: near the usual limit of 65,530 the process aborts. Lowered at the start where the system has less
-    /// room.
+    /// requests, a quarter for handlers, and three quarters for handlers and subscribers that are behind. A thread
+    /// takes 4 memory mappings: near the usual limit of 65,530 the process aborts. Lowered at the start where the
+    /// system has less room.
     pub threads: usize,
     /// Bytes of a request's head (16 KiB): cookies and proxies make heads of several KiB.
     pub head_bytes: usize,
@@ -88,9 +88,9 @@ pub struct Config {
     /// How long a `PUT` may be silent between two lines (12 h: a log may be, overnight). The standard library cannot
     /// turn TCP keepalive on, so a publisher that vanished without a packet is known by its silence alone.
     pub put_idle_time: Duration,
-    /// How long a connection that is kept alive may be idle between two requests (75 s): longer than the 60 s of many load
-    /// balancers, which would otherwise send a request just when it is closed. Responses say it in `Keep-Alive`, and it is
-    /// closed a second later.
+    /// How long a connection that is kept alive may be idle between two requests (75 s): longer than the 60 s of many
+    /// load balancers, which would otherwise send a request just when it is closed. Responses say it in `Keep-Alive`,
+    /// and it is closed a second later.
     pub idle_time: Duration,
     /// Longest silence on a stream of topics (15 s, at least 3.5 s): proxies cut silent streams, many after 60 s, some
     /// after 30. <https://html.spec.whatwg.org/multipage/server-sent-events.html#authoring-notes>
@@ -105,8 +105,8 @@ pub struct Config {
     pub retry: Duration,
     /// Newest events kept of each topic (1,000).
     pub keep_events: usize,
-    /// Bytes kept of all topics together (64 MiB), counted as the memory that they take: an event with its bookkeeping is
-    /// cut into pieces of 128 bytes, which take 140 each. So a small event counts as some 150 bytes.
+    /// Bytes kept of all topics together (64 MiB), counted as the memory that they take: an event with its bookkeeping
+    /// is cut into pieces of 128 bytes, which take 140 each. So a small event counts as some 150 bytes.
     pub keep_bytes: usize,
     /// How long an event is kept (24 h).
     pub keep_age: Duration,
@@ -342,8 +342,9 @@ pub struct LogTo(Option<Arc<LogLines>>);
 type LogLines = dyn Fn(&str) + Send + Sync;
 
 impl LogTo {
-    /// Calls `take` with each line, without the line's end, one after another on a thread of the log's own. So it may take
-    /// its time: lines wait, 1,024 of them, and then are left out and counted. What it panics with is left out, too.
+    /// Calls `take` with each line, without the line's end, one after another on a thread of the log's own. So it may
+    /// take its time: lines wait, 1,024 of them, and then are left out and counted. What it panics with is left out,
+    /// too.
     ///
     /// ```
     /// # fn main() -> std::io::Result<()> {

@@ -1,10 +1,10 @@
 //! One socket, and whose it is.
 //!
 //! `phase` says it, under the connection's own lock: a live subscriber's socket is its lane's, one that is behind has a
-//! thread, one that is queued waits for a thread and is nobody's. Only the owner writes, or the bytes of two events would
-//! mix. Non-blocking mode belongs to the open file and not to a handle, so only the owner sets it, too: a lane whose
-//! socket was made blocking by another would wait for one slow reader, and all its others with it. Everyone else may
-//! only shut the socket down ([`Connection::cut`]).
+//! thread, one that is queued waits for a thread and is nobody's. Only the owner writes, or the bytes of two events
+//! would mix. Non-blocking mode belongs to the open file and not to a handle, so only the owner sets it, too: a lane
+//! whose socket was made blocking by another would wait for one slow reader, and all its others with it. Everyone else
+//! may only shut the socket down ([`Connection::cut`]).
 //!
 //! While a subscriber has no thread, what it follows lies in the state. Whoever takes that out owns the socket and the
 //! ending: so each ends exactly once. Why nothing is lost or repeated between two owners is shown in `subscription.rs`.
@@ -26,8 +26,8 @@ use std::time::{Duration, Instant};
 /// long, or the reset that closing causes would overtake the answer ([RFC 9112
 /// §9.6](https://www.rfc-editor.org/rfc/rfc9112#section-9.6)).
 pub const LINGER: Duration = Duration::from_secs(1);
-/// One write waits this long; then its owner looks whether it may wait on. The kernel wakes a blocked writer only once a
-/// third of the buffer is free, but a new write takes whatever is: so a slow peer is served at least this often. Each
+/// One write waits this long; then its owner looks whether it may wait on. The kernel wakes a blocked writer only once
+/// a third of the buffer is free, but a new write takes whatever is: so a slow peer is served at least this often. Each
 /// time costs: with a quarter of this, the p99 of a thousand slow readers over paced connections was twice as long.
 pub const PATIENCE: Duration = Duration::from_secs(1);
 /// A subscriber has nothing to say after its request; one that sends more than this is closed.
@@ -38,7 +38,8 @@ pub const STOPPING: Reason = "the server is stopping";
 pub const WITHDRAWN: Reason = "the right of its token has ended";
 const CLOSED: Reason = "the peer closed the connection";
 
-/// Shared by whoever serves it, its lane and the table in `places.rs`; the socket closes when the last of them drops it.
+/// Shared by whoever serves it, its lane and the table in `places.rs`; the socket closes when the last of them drops
+/// it.
 pub struct Connection {
     /// Counts connections from the start; a lane's lists are sorted by it.
     pub serial: u64,
@@ -130,9 +131,9 @@ impl Connection {
         self.socket.set_write_timeout(Some(PATIENCE.min(self.stall_time)))
     }
 
-    /// One non-blocking write of what in `run` is newer than the cursor, and wanted; a stream's head goes out before it, in
-    /// the same write. Returns how many events went out whole. Where not all did, the first of the rest is unfinished, and
-    /// the subscriber behind. For the owner, with the state locked.
+    /// One non-blocking write of what in `run` is newer than the cursor, and wanted; a stream's head goes out before
+    /// it, in the same write. Returns how many events went out whole. Where not all did, the first of the rest is
+    /// unfinished, and the subscriber behind. For the owner, with the state locked.
     ///
     /// # Errors
     /// The connection is closed.
@@ -187,9 +188,9 @@ impl Connection {
         Ok(state.unfinished.is_none())
     }
 
-    /// Looks whether the peer has gone, without waiting. True where that is in doubt, for the first time: it has ended its
-    /// sending side, which looks the same whether it still reads or not. Then a heartbeat is written, which a peer that has
-    /// gone answers with a reset; so look again soon.
+    /// Looks whether the peer has gone, without waiting. True where that is in doubt, for the first time: it has ended
+    /// its sending side, which looks the same whether it still reads or not. Then a heartbeat is written, which a peer
+    /// that has gone answers with a reset; so look again soon.
     ///
     /// # Errors
     /// The connection is closed.
@@ -252,8 +253,9 @@ impl Connection {
         if state.stray > STRAY_BYTES { Err("the peer sent too much after its request") } else { Ok(false) }
     }
 
-    /// Writes what is unfinished, and waits for the peer where it must; each write as long as `patience` says then, and no
-    /// more once that is nothing. Returns whether nothing is unfinished any more, and how many events went out whole.
+    /// Writes what is unfinished, and waits for the peer where it must; each write as long as `patience` says then, and
+    /// no more once that is nothing. Returns whether nothing is unfinished any more, and how many events went out
+    /// whole.
     ///
     /// # Errors
     /// The peer took nothing for the stall time, closed or reset the connection, or the deadline has passed. The stream
@@ -326,8 +328,9 @@ impl Connection {
         self.write_waiting(bytes, deadline, &mut Duration::default(), &|| PATIENCE).map(drop)
     }
 
-    /// Writes for as long as the peer takes something in each stall time, until all is out or `patience` is nothing, since
-    /// others need the thread. The deadline bounds a peer that takes a byte now and then. Returns how much went out.
+    /// Writes for as long as the peer takes something in each stall time, until all is out or `patience` is nothing,
+    /// since others need the thread. The deadline bounds a peer that takes a byte now and then. Returns how much went
+    /// out.
     fn write_waiting(
         &self,
         bytes: &[u8],
@@ -376,8 +379,8 @@ impl Connection {
         Ok(written)
     }
 
-    /// The end of a stream that the server decides on; only for its owner, after a whole frame. Whether the peer takes it
-    /// makes no difference to us.
+    /// The end of a stream that the server decides on; only for its owner, after a whole frame. Whether the peer takes
+    /// it makes no difference to us.
     pub fn end(&self, why: Reason, retry: Duration, id: Option<Id>) -> Reason {
         let shape = enter(&self.state).shape;
         let _ = self.write_stream(&shape.end(why, retry, id), Instant::now() + LINGER);

@@ -2,8 +2,8 @@
 //!
 //! They are read and answered on a thread of the pool. Whatever goes wrong here ends this connection and no other: a
 //! refusal is answered, a panic closes the socket, and in each case the place is given up (`Drop` of `Conversation`). A
-//! stream that finds no room is answered with 200, a reconnection time and its end, since a browser gives up for good on
-//! anything else; only forms for scripts get 503.
+//! stream that finds no room is answered with 200, a reconnection time and its end, since a browser gives up for good
+//! on anything else; only forms for scripts get 503.
 
 use crate::clock::spread;
 use crate::config::{Config, Log};
@@ -270,8 +270,8 @@ impl Conversation {
     }
 
     /// Rejects a stream in a way that a browser comes back from: it is opened, told when to come back, and ended. The
-    /// time is spread, or all that were rejected would return at the same moment. A script would take an empty stream for
-    /// success, so other forms are refused.
+    /// time is spread, or all that were rejected would return at the same moment. A script would take an empty stream
+    /// for success, so other forms are refused.
     fn reject(&self, shape: Shape, lines: &str, why: Reason) -> Reason {
         self.shared.streams.core.counters.rejected.fetch_add(1, Relaxed);
         self.shared.streams.log.warn(format_args!("{} was rejected: {why}", self.c.peer));

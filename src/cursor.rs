@@ -1,13 +1,13 @@
 //! Where a stream starts in the history, what comes next, and which gaps it is told of.
 //!
-//! A cursor is an id: the subscriber has had everything up to it. Whether it has just connected, resumes or was too slow,
-//! it asks the same of the history: what comes after the cursor, in all of its topics, in one order? What was forgotten
-//! after the cursor is never passed over in silence: a `gap` comes first. The gap's own id is a cursor, too, after which
-//! comes all that is still kept. Like all of the history, nothing here waits: the caller has the lock.
+//! A cursor is an id: the subscriber has had everything up to it. Whether it has just connected, resumes or was too
+//! slow, it asks the same of the history: what comes after the cursor, in all of its topics, in one order? What was
+//! forgotten after the cursor is never passed over in silence: a `gap` comes first. The gap's own id is a cursor, too,
+//! after which comes all that is still kept. Like all of the history, nothing here waits: the caller has the lock.
 //!
-//! One cursor is not enough where each topic starts at its own newest events: the cursor begins before the first of all of
-//! them, and each topic has a floor besides, up to which its events are passed over. Floors are ids of events that were
-//! published before the stream began, so they only matter until everything of then has been replayed.
+//! One cursor is not enough where each topic starts at its own newest events: the cursor begins before the first of all
+//! of them, and each topic has a floor besides, up to which its events are passed over. Floors are ids of events that
+//! were published before the stream began, so they only matter until everything of then has been replayed.
 
 use crate::cells::Chain;
 use crate::clock::{millis, now_ms};
@@ -18,8 +18,8 @@ use crate::history::{History, Topic};
 use std::sync::Arc;
 use std::time::Duration;
 
-/// Where a new stream wants to begin: now, with all that is kept, with the newest of each topic, some time ago, or after an
-/// id.
+/// Where a new stream wants to begin: now, with all that is kept, with the newest of each topic, some time ago, or
+/// after an id.
 #[derive(Clone, Copy)]
 pub enum Start {
     Now,
@@ -79,8 +79,8 @@ impl History {
         }
     }
 
-    /// Up to where each topic is passed over, for streams that begin with the newest of each. Where a topic keeps nothing,
-    /// whatever comes is wanted.
+    /// Up to where each topic is passed over, for streams that begin with the newest of each. Where a topic keeps
+    /// nothing, whatever comes is wanted.
     pub fn floors(&self, names: &[Arc<str>], from: Start) -> Box<[Id]> {
         match from {
             Start::Newest(count) => {
@@ -112,9 +112,10 @@ impl History {
         self.topics(names).zip(places(cursor, floors)).map(|(topic, place)| (topic, self.after(topic, place)))
     }
 
-    /// What comes after `cursor` in all of these topics, in one order, up to one run. A gap comes first where a topic has
-    /// forgotten something after the cursor and its floor that the subscriber was not told of. `told` has an id for each
-    /// topic: with one for all, a gap told for one topic would hide what another forgets later. `floors` may be missing.
+    /// What comes after `cursor` in all of these topics, in one order, up to one run. A gap comes first where a topic
+    /// has forgotten something after the cursor and its floor that the subscriber was not told of. `told` has an id for
+    /// each topic: with one for all, a gap told for one topic would hide what another forgets later. `floors` may be
+    /// missing.
     pub fn next(&self, names: &[Arc<str>], cursor: Id, told: &[Id], floors: &[Id], framing: Framing) -> Next {
         if self.has_untold(names, cursor, told, floors) {
             return Next::Gap(self.gap(names, Some(cursor), cursor));

@@ -88,7 +88,8 @@ impl Door {
         self.check_right(Act::Subscribe, &request.tokens, &[ALL.into()])
     }
 
-    /// Notes what a stream's right will rest on, before it is checked (`tokens.rs`). Only a file's rights are withdrawn.
+    /// Notes what a stream's right will rest on, before it is checked (`tokens.rs`). Only a file's rights are
+    /// withdrawn.
     pub fn note_pass(&self, state: &mut State, tokens: &[String], topics: &[String]) {
         if self.rights.is_some() {
             state.pass = Some(Box::new(Pass { tokens: tokens.to_vec(), topics: topics.to_vec() }));
@@ -179,7 +180,8 @@ impl Door {
             lines += &format!("Access-Control-Allow-Methods: {methods}\r\nAccess-Control-Allow-Headers: {fields}\r\n");
             lines += "Access-Control-Max-Age: 600\r\n";
             if request.asks_private_network {
-                // From a page of the internet to a server of the user's own network: https://wicg.github.io/private-network-access/
+                // From a page of the internet to a server of the user's own network:
+                // https://wicg.github.io/private-network-access/
                 lines += "Access-Control-Allow-Private-Network: true\r\n";
             }
         }

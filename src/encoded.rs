@@ -19,8 +19,8 @@ pub const BATCH_BYTES: usize = 32 * 1024;
 const _: () = assert!(BATCH_BYTES < 65_000, "a batch fits into the buffer of a real link");
 /// What ends a chunk.
 const CHUNK_END: &[u8] = b"\r\n";
-/// The beginning of the next chunk's size, where a zero more means nothing (RFC 9112 §7.1). Once only, since some clients
-/// count the digits of a size.
+/// The beginning of the next chunk's size, where a zero more means nothing (RFC 9112 §7.1). Once only, since some
+/// clients count the digits of a size.
 const LEADING_ZERO: &[u8] = b"0";
 
 /// How the bytes of a stream stand on its connection.
@@ -48,8 +48,8 @@ impl Shape {
         self.form.heartbeat().map(|text| self.framing.wrap(text.as_bytes()))
     }
 
-    /// What a peer that has gone answers with a reset, and one that still reads passes over. Lines without chunks have no
-    /// such thing; there the next event asks.
+    /// What a peer that has gone answers with a reset, and one that still reads passes over. Lines without chunks have
+    /// no such thing; there the next event asks.
     pub fn question(self) -> Vec<u8> {
         match (self.heartbeat(), self.framing) {
             (Some(heartbeat), _) => heartbeat,
@@ -58,8 +58,8 @@ impl Shape {
         }
     }
 
-    /// The end of a stream, after a whole frame: why, when to come back, and after which id, if that is not the last one
-    /// that was sent. Only an event stream has a place for these; other forms just end.
+    /// The end of a stream, after a whole frame: why, when to come back, and after which id, if that is not the last
+    /// one that was sent. Only an event stream has a place for these; other forms just end.
     pub fn end(self, why: &str, retry: Duration, id: Option<Id>) -> Vec<u8> {
         let id = id.map_or(String::new(), |id| format!("id: {id}\n"));
         let block = format!(": {why}\nretry: {}\n{id}\n", retry.as_millis());
@@ -86,8 +86,8 @@ impl Framing {
     }
 }
 
-/// The bytes of an event that is published, before anybody shares them: what only the journal needs, the chunk's size, the
-/// frame, the chunk's end.
+/// The bytes of an event that is published, before anybody shares them: what only the journal needs, the chunk's size,
+/// the frame, the chunk's end.
 pub struct Parts<'a> {
     pub id: Id,
     fields: &'a [u8],
@@ -293,8 +293,8 @@ impl Run {
         self.bytes.is_empty() || self.bytes.len() + layout.wire(self.shape.framing).len() <= BATCH_BYTES
     }
 
-    /// The event at `index`, for who has to remember it. Where it came from the history, it is cut out of the bytes: only
-    /// event streams are copied straight from there.
+    /// The event at `index`, for who has to remember it. Where it came from the history, it is cut out of the bytes:
+    /// only event streams are copied straight from there.
     pub fn event(&self, index: usize) -> Encoded {
         let copy = || {
             let (id, end) = self.events[index];

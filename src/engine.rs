@@ -1,9 +1,9 @@
 //! An engine outside of the server that gives events their order, for topics that outgrow one machine.
 //!
-//! One server numbers its events itself. Several that share topics need one order over all of them, or a client that comes
-//! back to another server could not resume there. So with an [`Engine`] nothing is numbered here: publishing asks the
-//! engine, and whatever the engine has taken comes back to every server through its [`Feed`](crate::Feed), in one order
-//! and with the same ids. The engine keeps the events, too, so it takes the place of the journal.
+//! One server numbers its events itself. Several that share topics need one order over all of them, or a client that
+//! comes back to another server could not resume there. So with an [`Engine`] nothing is numbered here: publishing asks
+//! the engine, and whatever the engine has taken comes back to every server through its [`Feed`](crate::Feed), in one
+//! order and with the same ids. The engine keeps the events, too, so it takes the place of the journal.
 //!
 //! An engine has three duties: it numbers, it feeds every server, and it says so where something may be missing. How it
 //! does that is its own business; [`Entry::fields`] are how an entry can be written down in it.
@@ -28,7 +28,7 @@ use std::io;
 /// engine.join(feed);
 /// let (south, feed) = Server::bind_with_engine("127.0.0.1:0", Config::default(), engine.clone())?;
 /// engine.join(feed);
-/// let first = north.hub().publish("news", Event::new("hello").key("7"))?; // whoever follows it on either server gets it
+/// let first = north.hub().publish("news", Event::new("hello").key("7"))?; // to followers on either server
 /// let again = south.hub().publish("news", Event::new("hello").key("7"))?;
 /// assert_eq!(first, again); // published once
 /// # Ok(()) }
@@ -46,8 +46,8 @@ pub trait Engine: Send + Sync {
     ///
     /// # Errors
     /// [`InvalidInput`](io::ErrorKind::InvalidInput) is answered with 400; [`StorageFull`](io::ErrorKind::StorageFull)
-    /// with 507 and everything else with 503, both with a `Retry-After`. Where nobody knows whether the entries were taken,
-    /// the message must say so.
+    /// with 507 and everything else with 503, both with a `Retry-After`. Where nobody knows whether the entries were
+    /// taken, the message must say so.
     fn publish(&self, entries: &[Entry]) -> io::Result<Vec<Id>>;
 
     /// The newest id that was given, or a later one up to which everything will be shown. Asked where a client resumes
@@ -113,8 +113,8 @@ impl Entry {
         self.event.is_none()
     }
 
-    /// The entry as pairs of a name and a value: `topic`; then `event`, `retry` and `data`, of which only the last must be
-    /// there; or `forget` without a value. The key is not among them: it is the engine's to look up and to keep.
+    /// The entry as pairs of a name and a value: `topic`; then `event`, `retry` and `data`, of which only the last must
+    /// be there; or `forget` without a value. The key is not among them: it is the engine's to look up and to keep.
     pub fn fields(&self) -> Vec<(&'static str, String)> {
         let mut fields = vec![("topic", self.topic.clone())];
         match &self.event {
@@ -131,8 +131,8 @@ impl Entry {
     /// Reads what [`Entry::fields`] has written. Pairs with other names are passed over.
     ///
     /// # Errors
-    /// [`ErrorKind::InvalidInput`](io::ErrorKind::InvalidInput) where a field is missing or is nothing that an event can
-    /// have.
+    /// [`ErrorKind::InvalidInput`](io::ErrorKind::InvalidInput) where a field is missing or is nothing that an event
+    /// can have.
     ///
     /// ```
     /// let entry = brooklet::Entry::from_fields([("topic", "news"), ("data", "hello")]).unwrap();

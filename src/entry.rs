@@ -1,4 +1,5 @@
-//! A kept event, as it stands in its chain of cells: what must be known of it, its bytes in all of their forms, its key.
+//! A kept event, as it stands in its chain of cells: what must be known of it, its bytes in all of their forms, its
+//! key.
 
 use crate::cells::{Cells, Chain};
 use crate::encoded::{Layout, Parts};

@@ -226,8 +226,9 @@ impl Id {
         }
     }
 
-    /// The position just before this one: who resumes from it gets this one first. It need not belong to any event. Starts
-    /// and gaps in the history rest on it, and so on ids being pairs of numbers with nothing between two neighbours.
+    /// The position just before this one: who resumes from it gets this one first. It need not belong to any event.
+    /// Starts and gaps in the history rest on it, and so on ids being pairs of numbers with nothing between two
+    /// neighbours.
     ///
     /// ```
     /// use brooklet::Id;

@@ -1,10 +1,10 @@
 //! What an engine shows to its server.
 //!
-//! A server with an [`Engine`](crate::Engine) numbers nothing: the engine shows it what all servers have published, each
-//! entry with its id, in rising order. So ids never go back here. An engine whose ids may (its newest entries were lost,
-//! and it numbers on from before them) must first give an id above all that it has ever shown, and say that everything up
-//! to it may be missing: then each subscriber, live or not, and each client that comes back with an older id, hears a gap
-//! before anything else. That is enough to start over, and no cursor has to be judged in two ways.
+//! A server with an [`Engine`](crate::Engine) numbers nothing: the engine shows it what all servers have published,
+//! each entry with its id, in rising order. So ids never go back here. An engine whose ids may (its newest entries were
+//! lost, and it numbers on from before them) must first give an id above all that it has ever shown, and say that
+//! everything up to it may be missing: then each subscriber, live or not, and each client that comes back with an older
+//! id, hears a gap before anything else. That is enough to start over, and no cursor has to be judged in two ways.
 //!
 //! A feed does not keep its server alive: a program that drops the server's handle need not think of the engine.
 
@@ -25,8 +25,8 @@ use std::io;
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
-/// How long a client that is ahead of this server waits for the engine to show as much here. While engines keep up it is
-/// some milliseconds; after this time the client is told to come back.
+/// How long a client that is ahead of this server waits for the engine to show as much here. While engines keep up it
+/// is some milliseconds; after this time the client is told to come back.
 const REACH_TIME: Duration = Duration::from_millis(500);
 /// Said to a client that is ahead for longer.
 pub const NOT_REACHED: &str = "events that another server has sent have not come here yet";
@@ -60,13 +60,13 @@ pub struct Feed {
 }
 
 impl Feed {
-    /// Shows an entry to the server, which keeps it and hands it to whoever follows the topic. Ids must rise from call to
-    /// call; they need not follow one another. Waits while the server has too much to write.
+    /// Shows an entry to the server, which keeps it and hands it to whoever follows the topic. Ids must rise from call
+    /// to call; they need not follow one another. Waits while the server has too much to write.
     ///
     /// # Errors
     /// [`ErrorKind::NotConnected`](io::ErrorKind::NotConnected) once the server has stopped;
-    /// [`ErrorKind::InvalidInput`](io::ErrorKind::InvalidInput) for an id that is not above the last one, and for an entry
-    /// that cannot be shown, which is passed over.
+    /// [`ErrorKind::InvalidInput`](io::ErrorKind::InvalidInput) for an id that is not above the last one, and for an
+    /// entry that cannot be shown, which is passed over.
     pub fn show(&self, id: Id, entry: Entry) -> io::Result<()> {
         let core = self.core()?;
         let mut order = enter(&core.turns.order); // as publishing does: ids, history and queues have one order
@@ -74,7 +74,8 @@ impl Feed {
         let is_forget = entry.is_forget();
         let checked = check_topic(&entry.topic).and_then(|()| entry.event.as_ref().map_or(Ok(()), Event::check));
         match entry.event.filter(|_| checked.is_ok()) {
-            // It is kept nowhere, so a client of this topic that comes later has to hear of a gap; nobody follows it now.
+            // It is kept nowhere, so a client of this topic that comes later has to hear of a gap; nobody follows it
+            // now.
             Some(_) if core.history().check_room(&[&entry.topic]).is_err() => core.history().pass_over(id),
             Some(event) => {
                 let frame = event.encode_with_id(id);
@@ -89,9 +90,9 @@ impl Feed {
         checked
     }
 
-    /// Says that anything up to this id may be missing, in every topic. All streams hear a gap before they go on, and so
-    /// does whoever resumes from before this id. What was shown stays. Ids must rise, as for [`Feed::show`]: say it before
-    /// anything above this id is shown. To repeat the last id does nothing.
+    /// Says that anything up to this id may be missing, in every topic. All streams hear a gap before they go on, and
+    /// so does whoever resumes from before this id. What was shown stays. Ids must rise, as for [`Feed::show`]: say it
+    /// before anything above this id is shown. To repeat the last id does nothing.
     ///
     /// # Errors
     /// As for [`Feed::show`].
@@ -103,8 +104,9 @@ impl Feed {
         }
         advance(&core, &mut order, id)?;
         core.history().miss_up_to(id);
-        // After the history, and under the order lock, as events are. So whoever turned live before this is sent back by
-        // its lane, which knows it by then; and whoever turns live after this has looked at the history after it, too.
+        // After the history, and under the order lock, as events are. So whoever turned live before this is sent back
+        // by its lane, which knows it by then; and whoever turns live after this has looked at the history after it,
+        // too.
         core.lanes.iter().for_each(Lane::look);
         core.bells.ring_all();
         Ok(())
@@ -141,8 +143,8 @@ fn advance(core: &Core, order: &mut Order, id: Id) -> io::Result<()> {
     Ok(())
 }
 
-/// Waits until the engine has shown all that a client may have seen which resumes from `start`: it may come from a server
-/// that is ahead of this one. False where that takes too long, or the engine cannot be asked.
+/// Waits until the engine has shown all that a client may have seen which resumes from `start`: it may come from a
+/// server that is ahead of this one. False where that takes too long, or the engine cannot be asked.
 pub fn reach(core: &Core, start: &Start) -> bool {
     let (Some(engine), Start::After(Some(asked))) = (&core.engine, start) else { return true };
     if *asked <= enter(&core.turns.order).newest {

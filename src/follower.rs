@@ -266,8 +266,8 @@ impl Follower {
     }
 
     /// The id of the event or gap that was taken last, or where the subscription began: `Since::After` this goes on
-    /// from here, also in another process where there is a journal. Of one that began with [`Since::Newest`] and has not
-    /// taken all of these yet, that also gives what they have overtaken.
+    /// from here, also in another process where there is a journal. Of one that began with [`Since::Newest`] and has
+    /// not taken all of these yet, that also gives what they have overtaken.
     ///
     /// ```
     /// # fn main() -> std::io::Result<()> {

@@ -1,9 +1,9 @@
 //! The forms in which a stream goes out: an event stream, or lines that a script reads without a parser for one.
 //!
-//! `as=lines` is the data alone; `as=json` is one JSON object a line, with all that an event has ([NDJSON]). Both are made
-//! from the event's frame wherever somebody reads them, and never kept: a lane makes them once for a batch, a replay once
-//! for each of its runs. Each event is whole lines in either form, so that nobody who is cut off takes a part of one for
-//! the whole.
+//! `as=lines` is the data alone; `as=json` is one JSON object a line, with all that an event has ([NDJSON]). Both are
+//! made from the event's frame wherever somebody reads them, and never kept: a lane makes them once for a batch, a
+//! replay once for each of its runs. Each event is whole lines in either form, so that nobody who is cut off takes a
+//! part of one for the whole.
 //!
 //! [NDJSON]: https://github.com/ndjson/ndjson-spec
 

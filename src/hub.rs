@@ -58,8 +58,8 @@ impl Hub {
     /// [`ErrorKind::StorageFull`] when the journal cannot be written (the message has the system's reason),
     /// [`ErrorKind::NotConnected`] once the server is stopping. Nothing is published then, with one exception: if the
     /// disk had not answered when the server stopped, the event may be published, and the message says so. With the
-    /// same [`key`](Event::key), publishing it again is safe. Where an [`Engine`] numbers the events, its errors come here
-    /// as they are, and `Ok` means that it has the event.
+    /// same [`key`](Event::key), publishing it again is safe. Where an [`Engine`] numbers the events, its errors come
+    /// here as they are, and `Ok` means that it has the event.
     ///
     /// ```
     /// # fn main() -> std::io::Result<()> {
@@ -118,8 +118,8 @@ impl Core {
         log: &Arc<Logger>,
         engine: Option<Arc<dyn Engine>>,
     ) -> io::Result<Core> {
-        // Ids begin above those of the journal, and an engine says itself what is missing. With neither, whatever an earlier
-        // process had counts as forgotten.
+        // Ids begin above those of the journal, and an engine says itself what is missing. With neither, whatever an
+        // earlier process had counts as forgotten.
         let begins_anew = config.journal.is_none() && engine.is_none();
         let base = if begins_anew { Id { ms: now_ms(), seq: 0 } } else { Id::default() };
         let history = Arc::new(Mutex::new(History::new(base, engine.is_some(), &config)));
@@ -174,8 +174,8 @@ impl Core {
         self.bells.close();
     }
 
-    /// Has the lanes end all live streams, once the server stops. Under the order lock, so that each lane has everything
-    /// before it that was published, and nothing after.
+    /// Has the lanes end all live streams, once the server stops. Under the order lock, so that each lane has
+    /// everything before it that was published, and nothing after.
     pub fn end_streams(&self) {
         let _order = enter(&self.turns.order);
         let newest = self.history().newest();
@@ -189,8 +189,9 @@ impl Core {
         history
     }
 
-    /// Publishes one event to each of these topics (each named once): to all of them, with neighbouring ids, or to none.
-    /// A topic that keeps an event with this key stays as it is, and its id is that event's. Returns an id for each.
+    /// Publishes one event to each of these topics (each named once): to all of them, with neighbouring ids, or to
+    /// none. A topic that keeps an event with this key stays as it is, and its id is that event's. Returns an id for
+    /// each.
     ///
     /// # Errors
     /// As for [`Hub::publish`].
@@ -202,9 +203,9 @@ impl Core {
         numbered.into_iter().map(|event| self.settle(event)).collect()
     }
 
-    /// Forgets what a topic keeps, in the order of the ids: what is published before this, and nothing after. Streams go
-    /// on; whoever resumes from before the newest of it hears a gap. Returns the id of that newest event, if there was
-    /// any, once the journal has it.
+    /// Forgets what a topic keeps, in the order of the ids: what is published before this, and nothing after. Streams
+    /// go on; whoever resumes from before the newest of it hears a gap. Returns the id of that newest event, if there
+    /// was any, once the journal has it.
     ///
     /// # Errors
     /// As for [`Hub::publish`]. Nothing is forgotten then.
@@ -306,8 +307,8 @@ impl Core {
     fn place(&self, order: &mut Order, topic: &str, event: &Event, key: Option<Arc<str>>) -> Numbered {
         let id = order.newest.next();
         order.newest = id;
-        // Both ways make the same event; for the journal, its fields stand before the frame. The id is inside the frame,
-        // so whoever numbers events must do so before this.
+        // Both ways make the same event; for the journal, its fields stand before the frame. The id is inside the
+        // frame, so whoever numbers events must do so before this.
         if self.config.journal.is_none() {
             let frame = event.encode_with_id(id);
             self.hand_out(topic, &Parts::new(id, b"", frame.as_bytes()), key.as_deref());
@@ -317,8 +318,8 @@ impl Core {
         (id, Some(order.push(Change::Publish { events: vec![(topic.into(), block.clone())], key }, block)))
     }
 
-    /// Places an event in several topics. One block of the journal holds all of them, so that no crash can part them: it
-    /// has the first one's id, from which the others are counted on (`kept.rs`).
+    /// Places an event in several topics. One block of the journal holds all of them, so that no crash can part them:
+    /// it has the first one's id, from which the others are counted on (`kept.rs`).
     fn place_together(
         &self,
         order: &mut Order,

@@ -17,7 +17,8 @@
 //! [stream](Request::stream), or let the page [follow](Request::follow) topics; [pages](Server::page) and
 //! [streams](Server::stream) are the short forms. It [subscribes](Hub::subscribe) in itself, reads what is
 //! [kept](Hub::kept), sees the [topics](Hub::topics), and is told [who comes and goes](Server::on_subscription). Every
-//! limit is a field of [`Config`]. `tests/embed` has three programs of about 60 lines: a job queue, a chat, a dashboard.
+//! limit is a field of [`Config`]. `tests/embed` has three programs of about 60 lines: a job queue, a chat, a
+//! dashboard.
 //!
 //! ```
 //! # fn main() -> std::io::Result<()> {
@@ -36,8 +37,8 @@
 //!
 //! # The idea: a live subscriber is never waited for
 //! Server-Sent Events go one way. Once its request is read, a subscriber sends nothing, so there is nothing to wait
-//! for: a write to it succeeds, would block, or fails. So who has everything needs no thread, and is written to by a lane
-//! with many others; only who must be waited for has a thread:
+//! for: a write to it succeeds, would block, or fails. So who has everything needs no thread, and is written to by a
+//! lane with many others; only who must be waited for has a thread:
 //!
 //! ```text
 //!                 publish: number it, keep it, hand it to every lane (crossbeam channel, bounded)
@@ -52,31 +53,33 @@
 //!   └── failed ──▶ CLOSED: the clerk notes its end
 //! ```
 //!
-//! Connecting, resuming and being slow are the same thing, *being behind*, and have one code path. No thread is woken to
-//! deliver an event, which would cost several times the write itself. Whose a subscriber is, and why no event is lost or
-//! repeated when it changes hands, is shown in `subscription.rs`.
+//! Connecting, resuming and being slow are the same thing, *being behind*, and have one code path. No thread is woken
+//! to deliver an event, which would cost several times the write itself. Whose a subscriber is, and why no event is
+//! lost or repeated when it changes hands, is shown in `subscription.rs`.
 //!
 //! # Beyond one machine
-//! Servers that share their topics need one order over all events, so that a client resumes on any of them. An [`Engine`] gives
-//! it: it numbers what is published, and shows it to every server through a [`Feed`]. The command has one for Redis.
+//! Servers that share their topics need one order over all events, so that a client resumes on any of them. An
+//! [`Engine`] gives it: it numbers what is published, and shows it to every server through a [`Feed`]. The command has
+//! one for Redis.
 //!
 //! # The house
-//! Each room has one idea, which its first paragraph says, and uses only rooms that stand below it in this list. One event's
-//! way goes down through them once: `routes` → `publishing` → `hub` → `journal` → `history` → `lane` → `connection`. A stream's
-//! way is `conversation` → `routes` (what is wanted) → `subscription`, then `cursor` while it is behind and `lane` while it is
-//! live, both through `connection`; from its lane it comes back by way of the `desk` and the `clerk`. What is `pub` in a
-//! room is for the rooms above it; what is for the world is named at the end of this file. A `Connection` is called `c`.
+//! Each room has one idea, which its first paragraph says, and uses only rooms that stand below it in this list. One
+//! event's way goes down through them once: `routes` → `publishing` → `hub` → `journal` → `history` → `lane` →
+//! `connection`. A stream's way is `conversation` → `routes` (what is wanted) → `subscription`, then `cursor` while it
+//! is behind and `lane` while it is live, both through `connection`; from its lane it comes back by way of the `desk`
+//! and the `clerk`. What is `pub` in a room is for the rooms above it; what is for the world is named at the end of
+//! this file. A `Connection` is called `c`.
 //!
 //! # Where a change goes
 //! *A parameter of a stream* is named and read in `wanted`. Where the stream starts is decided in `cursor`; when it
 //! ends, in `subscription` (`Served::step`); what its events look like, in `form`. Live or behind, the events of its
 //! topics are written by `Connection::deliver`, or by `Connection::finish` where one fitted only in part.
 //!
-//! *Another kind of storage* replaces `journal`, which only `hub`, `tending`, `unwritten` and `kept` name; `kept` stands
-//! between its blocks and the history. One that numbers events itself is an [`Engine`]: `Core::publish_outside` asks it, and
-//! its [`Feed`] gives what comes back to `Core::hand_out`, which only demands that ids rise. That an id has a time of this
-//! server's clock in it, and a position just before it, is relied on in `cursor`; when the process starts, also in `kept`
-//! (`recover`) and `history` (`restore`).
+//! *Another kind of storage* replaces `journal`, which only `hub`, `tending`, `unwritten` and `kept` name; `kept`
+//! stands between its blocks and the history. One that numbers events itself is an [`Engine`]: `Core::publish_outside`
+//! asks it, and its [`Feed`] gives what comes back to `Core::hand_out`, which only demands that ids rise. That an id
+//! has a time of this server's clock in it, and a position just before it, is relied on in `cursor`; when the process
+//! starts, also in `kept` (`recover`) and `history` (`restore`).
 //!
 //! # Locks, outermost first
 //! | lock | held | guards |
@@ -95,10 +98,10 @@
 //!
 //! # For those new to threads in Rust
 //! An `Arc<T>` is a value with several owners, counted. A `Mutex<T>` holds a value that one thread at a time may touch:
-//! `enter(&mutex)` waits for its turn and returns a guard, through which the value is reached; the lock is free again when
-//! the guard goes out of scope or is given to `drop`. To wait on a `Condvar` frees the lock, sleeps until another thread
-//! notifies, and takes the lock again. An `Atomic…` is a number that needs no lock. A channel is a queue between threads;
-//! `bounded` ones let the sender wait while they are full.
+//! `enter(&mutex)` waits for its turn and returns a guard, through which the value is reached; the lock is free again
+//! when the guard goes out of scope or is given to `drop`. To wait on a `Condvar` frees the lock, sleeps until another
+//! thread notifies, and takes the lock again. An `Atomic…` is a number that needs no lock. A channel is a queue between
+//! threads; `bounded` ones let the sender wait while they are full.
 //!
 //! # Not for
 //! Two-way traffic (use WebSockets), TLS (put a proxy before it), events that need a database's queries.

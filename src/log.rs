@@ -1,8 +1,9 @@
 //! The log's lines, written by a thread of their own.
 //!
-//! A pipe that nobody reads, or a program that takes its time over a line, must hold up neither streams nor stopping. So lines wait in a bounded queue; a line that
-//! does not fit is dropped and counted, and the next one that fits says how many are missing. Whatever can repeat as
-//! fast as a flood is limited to one line a second, or it would push everything else out of the log.
+//! A pipe that nobody reads, or a program that takes its time over a line, must hold up neither streams nor stopping.
+//! So lines wait in a bounded queue; a line that does not fit is dropped and counted, and the next one that fits says
+//! how many are missing. Whatever can repeat as fast as a flood is limited to one line a second, or it would push
+//! everything else out of the log.
 
 use crate::clock::{date, now_ms};
 use crate::config::{Config, Log, LogTo};

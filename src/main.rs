@@ -79,8 +79,8 @@ enum Takes {
     Values,
 }
 
-/// Every flag that the environment can give, too. A variable of another name that begins with `BROOKLET_` is not ours to
-/// refuse: Kubernetes sets some for a service that is called brooklet.
+/// Every flag that the environment can give, too. A variable of another name that begins with `BROOKLET_` is not ours
+/// to refuse: Kubernetes sets some for a service that is called brooklet.
 const FLAGS: [(&str, Takes); 32] = [
     ("--listen", Takes::Value),
     ("--open", Takes::Nothing),
@@ -222,8 +222,8 @@ impl Command {
         Ok(Some(command))
     }
 
-    /// Takes what the flags have not said from variables such as `BROOKLET_LISTEN`. What may be given several times adds
-    /// up, so that a token can be changed without a gap.
+    /// Takes what the flags have not said from variables such as `BROOKLET_LISTEN`. What may be given several times
+    /// adds up, so that a token can be changed without a gap.
     fn read_environment(&mut self, given: &[&str]) -> Result<(), Failure> {
         for (flag, takes) in FLAGS {
             let variable = format!("BROOKLET{}", flag[1..].replace('-', "_").to_uppercase());
@@ -379,8 +379,8 @@ static STOPPING: AtomicBool = AtomicBool::new(false);
 /// The first Ctrl-C, SIGTERM or SIGHUP stops the server in order; one that does not belong to the first, at once.
 fn stop_on_signals(serving: Thread) -> io::Result<()> {
     if hangup_is_ignored() {
-        // Under nohup the server outlives its terminal. ctrlc would take the hang-up for a request to stop, so its handler
-        // stays out, and SIGTERM ends the process without farewell.
+        // Under nohup the server outlives its terminal. ctrlc would take the hang-up for a request to stop, so its
+        // handler stays out, and SIGTERM ends the process without farewell.
         return Ok(());
     }
     let mut first: Option<Instant> = None;

@@ -20,8 +20,9 @@ use std::sync::{Arc, Mutex, Weak};
 use std::thread::{self, Builder, ThreadId};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-// Whatever can grow has a limit, and every wait has an end (to set them: `config.rs`). So memory is bounded: KEPT_BYTES,
-// and for each connection its request, or its queue (16 bytes for each kept event) and the event that it is at.
+// Whatever can grow has a limit, and every wait has an end (to set them: `config.rs`). So memory is bounded:
+// KEPT_BYTES, and for each connection its request, or its queue (16 bytes for each kept event) and the event that it is
+// at.
 const CONNECTIONS: usize = 1_100; // a thread each, for publishers, too (delivering without waking one: `lane.rs`)
 const HEAD_BYTES: usize = 16 * 1024; // browsers send 1 KiB, and cookies
 const BODY_BYTES: usize = 64 * 1024; // events are notices, not files (sevenfold on the wire, if it is all newlines)
@@ -55,8 +56,8 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
 /// connection too many is closed without a word: a browser takes that for a broken network, and tries again (making
 /// room for it: `places.rs`).
 ///
-/// The loop ends when the other end of `stopping` is dropped; nothing is ever sent on it. Then each stream gets its end.
-/// `all_closed` closes with the last share of the server.
+/// The loop ends when the other end of `stopping` is dropped; nothing is ever sent on it. Then each stream gets its
+/// end. `all_closed` closes with the last share of the server.
 pub fn serve(listener: TcpListener, stopping: Receiver<()>) -> io::Result<()> {
     let (address, stopped) = (listener.local_addr()?, stopping.clone());
     let (open, all_closed) = bounded(0);
@@ -101,8 +102,8 @@ impl Server {
     }
 
     /// The routes. Returns a whole answer; or nothing, where a stream was written and has ended. Queries are ignored
-    /// (event types, keys: `publishing.rs`; where to begin, polling: `wanted.rs`), names are taken as they are (escapes:
-    /// `target.rs`).
+    /// (event types, keys: `publishing.rs`; where to begin, polling: `wanted.rs`), names are taken as they are
+    /// (escapes: `target.rs`).
     fn route(&self, request: &Request, socket: &mut TcpStream, peer: SocketAddr) -> String {
         let is_plain = |byte: u8| byte.is_ascii_alphanumeric() || b"._~-".contains(&byte);
         let is_name = |name: &str| (1..=64).contains(&name.len()) && name.bytes().all(is_plain);
@@ -125,14 +126,14 @@ impl Server {
 
     /// Writes a stream until it ends in order, and returns why; or until a write fails.
     ///
-    /// `/test` counts seconds. Its timer is a variable in here, so it ends with the stream when a write fails. The first
-    /// write after a tab was closed still succeeds, but brings back a reset; the next one fails. So it stops within two
-    /// seconds.
+    /// `/test` counts seconds. Its timer is a variable in here, so it ends with the stream when a write fails. The
+    /// first write after a tab was closed still succeeds, but brings back a reset; the next one fails. So it stops
+    /// within two seconds.
     ///
-    /// A topic's stream has a queue, and nobody waits for a slow reader. If it takes nothing for PATIENCE, a write fails
-    /// ("Resource temporarily unavailable"). If its queue is full, `publish` drops the sending end. If its next event is
-    /// not kept any more, the reference to it in the queue is empty. In each case the stream ends; the browser comes back
-    /// for what it missed.
+    /// A topic's stream has a queue, and nobody waits for a slow reader. If it takes nothing for PATIENCE, a write
+    /// fails ("Resource temporarily unavailable"). If its queue is full, `publish` drops the sending end. If its next
+    /// event is not kept any more, the reference to it in the queue is empty. In each case the stream ends; the browser
+    /// comes back for what it missed.
     fn stream(&self, socket: &mut TcpStream, topic: Option<&str>, last_event_id: &str) -> io::Result<String> {
         let (timer, (first_block, queue)) = match topic {
             None => (tick(Duration::from_secs(1)), (String::new(), never())),
@@ -166,7 +167,8 @@ impl Server {
 ///
 /// The first of the kept events stands for all that are forgotten: it is there for its id, and is not sent any more.
 /// Whoever has seen that one or a later one can resume; whoever comes with an earlier id is told of a gap. So it is
-/// after a restart, which loses all of this (surviving it: `journal.rs`): ids are microseconds, so old ones are earlier.
+/// after a restart, which loses all of this (surviving it: `journal.rs`): ids are microseconds, so old ones are
+/// earlier.
 struct Hub {
     kept: VecDeque<Arc<Event>>, // of all topics, in the order of the ids; never empty
     subscribers: HashMap<ThreadId, (String, Sender<Weak<Event>>)>, // each with its topic (several: `subscription.rs`)
@@ -211,8 +213,8 @@ impl Hub {
     }
 }
 
-/// What is needed of HTTP/1.1. A host or a length that two readers could understand in two ways is refused. Left out are
-/// HEAD (`conversation.rs`), chunked bodies (`body.rs`), and tokens and pages of other origins (`door.rs`).
+/// What is needed of HTTP/1.1. A host or a length that two readers could understand in two ways is refused. Left out
+/// are HEAD (`conversation.rs`), chunked bodies (`body.rs`), and tokens and pages of other origins (`door.rs`).
 struct Request {
     line: String, // such as "GET /test"
     last_event_id: String,

@@ -1,8 +1,9 @@
 //! What is on its way out, and how much of it is out already.
 //!
 //! A write that does not wait may stop anywhere. What it has begun must be finished before anything else is written, or
-//! the reader would see two frames mixed. So it is remembered with the offset that it has come to, as what it is and not
-//! as bytes: an event shares its memory with all others who read it, and the cursor moves only once it is out whole.
+//! the reader would see two frames mixed. So it is remembered with the offset that it has come to, as what it is and
+//! not as bytes: an event shares its memory with all others who read it, and the cursor moves only once it is out
+//! whole.
 
 use crate::encoded::{Encoded, Shape};
 use std::borrow::Cow;

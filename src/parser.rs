@@ -3,8 +3,8 @@
 //! A line ends with LF, CR or CRLF; where a CR is the last byte so far, its line has ended all the same, or the event
 //! would wait for the next one. A blank line ends an event. One without data is none, and one that the stream ends in
 //! the middle of is dropped. What is not UTF-8 becomes U+FFFD, and a BOM at the beginning is passed over. A line and an
-//! event's data have a limit each, so a stream that never ends either takes no more memory than that. `retry` is for the
-//! reader's own connection, so it is passed over here.
+//! event's data have a limit each, so a stream that never ends either takes no more memory than that. `retry` is for
+//! the reader's own connection, so it is passed over here.
 //! <https://html.spec.whatwg.org/multipage/server-sent-events.html#event-stream-interpretation>
 
 use std::mem::take;
@@ -18,8 +18,8 @@ pub struct Parsed {
     /// Its type; empty where it has none.
     pub name: String,
     pub data: String,
-    /// The id that stands in this very event, unless that is empty. In the standard an id goes on to count for the events
-    /// after it, which have none; but there it says where the stream is, and here which event this is.
+    /// The id that stands in this very event, unless that is empty. In the standard an id goes on to count for the
+    /// events after it, which have none; but there it says where the stream is, and here which event this is.
     pub id: Option<String>,
 }
 

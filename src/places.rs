@@ -2,9 +2,9 @@
 //!
 //! A connection is idle (the head of its next request has not come whole), busy (its body is being read, or its answer
 //! written), or a stream. When all places are taken, one connection is closed to make room for a newcomer: the one that
-//! has kept the server waiting longest. Otherwise a crowd of idle or slow clients could lock everybody else out. Streams
-//! never make room, and they cannot take the places that are kept for other connections. While there are few streams, a
-//! burst of new connections may use the streams' places, too.
+//! has kept the server waiting longest. Otherwise a crowd of idle or slow clients could lock everybody else out.
+//! Streams never make room, and they cannot take the places that are kept for other connections. While there are few
+//! streams, a burst of new connections may use the streams' places, too.
 
 use crate::config::Config;
 use crate::connection::{Connection, Reason};
@@ -206,17 +206,17 @@ impl Table {
     }
 
     /// Closes the connection that has been idle longest. But where a crowd has just arrived, nobody has been idle for
-    /// long, and it is the one that has been busy longest. Whoever waits for a thread comes next, and publishers that have
-    /// shown a token are the last of all.
+    /// long, and it is the one that has been busy longest. Whoever waits for a thread comes next, and publishers that
+    /// have shown a token are the last of all.
     fn make_room(&mut self) -> bool {
         let [first, second] =
             if self.somebody_idles() { [Place::Idle, Place::Busy] } else { [Place::Busy, Place::Idle] };
         self.close_one(vec![first, second, Place::New, Place::Trusted])
     }
 
-    /// Closes the one that has been longest at the first of these places where there is any. Where those with a token are
-    /// too many, it is whoever has been silent longest, token or not: a publisher that has vanished without a word goes
-    /// before those that live.
+    /// Closes the one that has been longest at the first of these places where there is any. Where those with a token
+    /// are too many, it is whoever has been silent longest, token or not: a publisher that has vanished without a word
+    /// goes before those that live.
     fn close_one(&mut self, mut order: Vec<Place>) -> bool {
         if self.queue(Place::Trusted).len() > self.trusted_limit {
             order.sort_by_key(|place| self.queue(*place).first_key_value().map_or(u64::MAX, |(arrival, _)| *arrival));

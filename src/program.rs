@@ -124,8 +124,8 @@ impl Server {
 
     /// Calls `hook` for each subscriber of topics that comes over the network, and again when it has gone, with the
     /// reason. One call comes after another, in the order in which it happened, on a thread of its own and with no lock
-    /// held: so the hook may take its time, publish, and panic. While 1,024 calls wait, pages that come are told to come
-    /// back later.
+    /// held: so the hook may take its time, publish, and panic. While 1,024 calls wait, pages that come are told to
+    /// come back later.
     ///
     /// # Errors
     /// There is a hook already ([`AlreadyExists`](io::ErrorKind::AlreadyExists)); or no thread can be started.

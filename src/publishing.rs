@@ -1,5 +1,5 @@
-//! Publishing over HTTP: `POST` publishes its body as one event, `PUT` every line of it as it arrives, and `DELETE` makes
-//! a topic forget what was published. A `PUT` may also be an event stream, whose events are published.
+//! Publishing over HTTP: `POST` publishes its body as one event, `PUT` every line of it as it arrives, and `DELETE`
+//! makes a topic forget what was published. A `PUT` may also be an event stream, whose events are published.
 //!
 //! What is wrong with the query is said before the body is read: nobody should send a day's log to learn of a typing
 //! error. A `PUT` cannot be undone, so an error in the middle of it says how many lines were published and which id the
@@ -75,8 +75,8 @@ impl Publishing {
         forgotten.map(|_| Response::text(200, "forgotten")).map_err(|error| self.not_published(&error))
     }
 
-    /// Publishes each line of the body, or each event of a body that is an event stream; the answer says how many, and the
-    /// last id.
+    /// Publishes each line of the body, or each event of a body that is an event stream; the answer says how many, and
+    /// the last id.
     ///
     /// # Errors
     /// As for [`Publishing::post`], with what was published before.

@@ -119,8 +119,8 @@ impl<'a> Reader<'a> {
         read
     }
 
-    /// Appends what comes of a body to `out`, without a copy in the buffer; nothing may be unread. `left` is how much of it
-    /// may come. Returns how many bytes came.
+    /// Appends what comes of a body to `out`, without a copy in the buffer; nothing may be unread. `left` is how much
+    /// of it may come. Returns how many bytes came.
     pub fn read_body(&mut self, out: &mut Vec<u8>, left: u64) -> Result<usize, Response> {
         let most = usize::try_from(left).map_or(BODY_READ_BYTES, |left| left.min(BODY_READ_BYTES));
         let read = self.read(out, most);

@@ -2,19 +2,23 @@
 //!
 //! One stream for all topics numbers the events, keeps them, and brings them to every server: whatever is published on
 //! one of them is appended with `XADD`, and each server reads the stream on a connection of its own and shows what it
-//! reads. So the ids are the same everywhere, and a client may come back to any server. 200 means that Redis has the event.
+//! reads. So the ids are the same everywhere, and a client may come back to any server. 200 means that Redis has the
+//! event.
 //!
 //! # Why nothing is missing without a word
 //! Redis may lose what it had acknowledged: it was killed before it wrote, a replica took over that lacked the newest
-//! entries, somebody flushed it or set it back. So beside the stream stands who has it: the `run_id` of the Redis process,
-//! a random epoch, and the id of a *mark*, which is an entry of the stream that says "anything before this may be missing".
+//! entries, somebody flushed it or set it back. So beside the stream stands who has it: the `run_id` of the Redis
+//! process, a random epoch, and the id of a *mark*, which is an entry of the stream that says "anything before this may
+//! be missing".
 //! 1. Whoever connects compares the `run_id`, before it reads or publishes, and where it differs sets a new epoch and a
-//!    mark, in one script ([`JOIN`]). So after each restart and fail-over there is a mark before the first new event, in
-//!    the stream itself, where servers find it that were not there at the time.
-//! 2. A mark is above every id that its server has seen, so ids never go back, though the stream that is left may be older.
-//! 3. After each read the reader looks whether the entry that it had read last is still there ([`CHECK`]). Trimming goes
-//!    from the oldest on, so if it is, nothing behind it was missed. If it is not, but later ones are, those in between
-//!    may be trimmed: a gap. If nothing later is there, either, the stream was flushed or set back: a new epoch and a mark.
+//!    mark, in one script ([`JOIN`]). So after each restart and fail-over there is a mark before the first new event,
+//!    in the stream itself, where servers find it that were not there at the time.
+//! 2. A mark is above every id that its server has seen, so ids never go back, though the stream that is left may be
+//!    older.
+//! 3. After each read the reader looks whether the entry that it had read last is still there ([`CHECK`]). Trimming
+//!    goes from the oldest on, so if it is, nothing behind it was missed. If it is not, but later ones are, those in
+//!    between may be trimmed: a gap. If nothing later is there, either, the stream was flushed or set back: a new epoch
+//!    and a mark.
 //! 4. An epoch that another server has set is taken over if its mark is still to be read; a mark that is not above what
 //!    was read belongs to a stream that has parted from the one that was read, so it needs another that is.
 //! 5. `NOMKSTREAM`: nobody publishes into a stream that was deleted, before there is a mark in it again.

@@ -1,9 +1,9 @@
 //! One Redis and its stream: connecting, joining, and what is sent.
 //!
-//! Whatever must not be torn apart is a script, since Redis runs a script as one step. They are sent with their text, which
-//! Redis knows by then, so nobody has to find out whether it does. Every wait has a bound. Errors are words: what happens
-//! next never depends on which error it was, but for a refusal (nothing was done) and a connection that is lost (nobody
-//! knows). The URL is in none of them, since it may hold a password.
+//! Whatever must not be torn apart is a script, since Redis runs a script as one step. They are sent with their text,
+//! which Redis knows by then, so nobody has to find out whether it does. Every wait has a bound. Errors are words: what
+//! happens next never depends on which error it was, but for a refusal (nothing was done) and a connection that is lost
+//! (nobody knows). The URL is in none of them, since it may hold a password.
 
 use brooklet::{Entry, Id};
 use redis::{
@@ -24,9 +24,9 @@ const CONNECT_TIME: Duration = Duration::from_secs(1);
 /// Keys are kept this long at most, in milliseconds: Redis takes no time that overflows its clock.
 pub const LONGEST_MS: u128 = 10 * 365 * 24 * 3600 * 1000;
 
-/// KEYS: the stream, what stands beside it. ARGV: `run_id`, a new epoch, the epoch that was found to be broken (or none),
-/// the id above all that this server has seen, the length. Returns epoch and mark. The first `XADD` gives a mark by Redis's
-/// clock, which nearly always is above what any server has seen; the second fails unless the first is not.
+/// KEYS: the stream, what stands beside it. ARGV: `run_id`, a new epoch, the epoch that was found to be broken (or
+/// none), the id above all that this server has seen, the length. Returns epoch and mark. The first `XADD` gives a mark
+/// by Redis's clock, which nearly always is above what any server has seen; the second fails unless the first is not.
 pub const JOIN: &str = "
 local known = redis.call('HMGET', KEYS[2], 'run', 'epoch', 'mark')
 if known[1] == ARGV[1] and known[2] ~= ARGV[3] and redis.call('EXISTS', KEYS[1]) == 1 then
@@ -48,11 +48,11 @@ pub const NEWEST: &str = "
 local newest = redis.call('XREVRANGE', KEYS[1], '+', '-', 'COUNT', 1)[1]
 return newest and newest[1]";
 
-/// Appends entries that follow one another. KEYS: the stream; then for a keyed entry, where its key is kept and when its
-/// topic was last forgotten; for one that forgets, the latter. ARGV: the length, how long keys are kept in ms; then for each
-/// entry its kind, the number of its fields, and these. What a key's first event got is kept with what was forgotten by
-/// then: once the topic is forgotten, they differ, and the key counts no more. So the latter is kept for as long as the newest
-/// key. Returns the ids; that of an earlier event, whose key it was, stands behind a `=`.
+/// Appends entries that follow one another. KEYS: the stream; then for a keyed entry, where its key is kept and when
+/// its topic was last forgotten; for one that forgets, the latter. ARGV: the length, how long keys are kept in ms; then
+/// for each entry its kind, the number of its fields, and these. What a key's first event got is kept with what was
+/// forgotten by then: once the topic is forgotten, they differ, and the key counts no more. So the latter is kept for
+/// as long as the newest key. Returns the ids; that of an earlier event, whose key it was, stands behind a `=`.
 pub const APPEND: &str = "
 local ids, arg, key = {}, 3, 2
 while ARGV[arg] do
@@ -232,8 +232,8 @@ impl Session {
         self.ask(std::slice::from_ref(command))?.pop().ok_or_else(|| NONSENSE.into())
     }
 
-    /// Gives each reply to `take` as it comes, so that those before an error count. (The package's own pipelines wait for
-    /// every single reply of a connection that is silent.)
+    /// Gives each reply to `take` as it comes, so that those before an error count. (The package's own pipelines wait
+    /// for every single reply of a connection that is silent.)
     pub fn send(&mut self, bytes: &[u8], count: usize, mut take: impl FnMut(Value)) -> Result<(), String> {
         let lost = |error| reason(&error);
         let deadline = Instant::now() + self.wait;

@@ -11,8 +11,8 @@ use std::sync::atomic::Ordering::SeqCst;
 use std::thread;
 use std::time::{Duration, Instant, UNIX_EPOCH};
 
-/// How long the reader waits in Redis for the next event. Then it looks whether the stream is still the one it was, which
-/// is how soon a flush is noticed on which nothing follows.
+/// How long the reader waits in Redis for the next event. Then it looks whether the stream is still the one it was,
+/// which is how soon a flush is noticed on which nothing follows.
 const BLOCK_TIME: Duration = Duration::from_millis(300);
 /// How long its reply may take then.
 pub const TURN_TIME: Duration = BLOCK_TIME.saturating_add(REPLY_TIME);

@@ -250,8 +250,8 @@ impl Routes {
         }))
     }
 
-    /// The answer to a handler's error. The hub's own errors are answered as those of a `POST` are; another says what is
-    /// wrong with the program, which is for its log and not for the peer.
+    /// The answer to a handler's error. The hub's own errors are answered as those of a `POST` are; another says what
+    /// is wrong with the program, which is for its log and not for the peer.
     pub fn failed(&self, error: &io::Error) -> Response {
         use ErrorKind::{InvalidInput, NotConnected, QuotaExceeded, ResourceBusy, StorageFull};
         match error.kind() {
@@ -288,8 +288,8 @@ impl Routes {
         self.streams.log.warn_within(&self.refusals, line);
     }
 
-    /// A line for each topic that is in use, in columns for `cut` and `column -t`; where no event is kept, `-` stands for
-    /// the newest one's id.
+    /// A line for each topic that is in use, in columns for `cut` and `column -t`; where no event is kept, `-` stands
+    /// for the newest one's id.
     fn topics(&self) -> Vec<u8> {
         let mut lines = String::from("name\tsubscribers\tevents\tbytes\tnewest\n");
         for TopicOverview { name, subscribers, events, bytes, newest } in self.streams.core.topics() {

@@ -93,8 +93,8 @@ pub struct Handle {
 pub(crate) struct Listening {
     listener: Arc<TcpListener>,
     pub(crate) address: SocketAddr,
-    /// The listening socket as one that can be shut down, which wakes whoever accepts. Made at the start, since stopping
-    /// must work without a descriptor left.
+    /// The listening socket as one that can be shut down, which wakes whoever accepts. Made at the start, since
+    /// stopping must work without a descriptor left.
     pub(crate) doorbell: TcpStream,
 }
 
@@ -103,10 +103,10 @@ impl Server {
     ///
     /// # Errors
     /// The address cannot be bound; it is beyond loopback, nobody needs a token to publish, and [`Config::open`] is not
-    /// set ([`ErrorKind::PermissionDenied`]); a limit makes no sense, or the file of tokens cannot be read or understood
-    /// ([`ErrorKind::InvalidInput`]); the journal cannot be used ([`ErrorKind::ResourceBusy`]: another process has it;
-    /// [`ErrorKind::InvalidData`]: the file is none); no thread can be started; or the system has no room for two
-    /// connections or a few threads ([`ErrorKind::QuotaExceeded`]).
+    /// set ([`ErrorKind::PermissionDenied`]); a limit makes no sense, or the file of tokens cannot be read or
+    /// understood ([`ErrorKind::InvalidInput`]); the journal cannot be used ([`ErrorKind::ResourceBusy`]: another
+    /// process has it; [`ErrorKind::InvalidData`]: the file is none); no thread can be started; or the system has no
+    /// room for two connections or a few threads ([`ErrorKind::QuotaExceeded`]).
     ///
     /// ```
     /// # fn main() -> std::io::Result<()> {
@@ -120,8 +120,8 @@ impl Server {
         Server::bind_to(address, config, None)
     }
 
-    /// As [`Server::bind`], for a server that shares its topics with others: the engine numbers what is published on any
-    /// of them, and shows it to this one by the feed. [`Engine`] has an example.
+    /// As [`Server::bind`], for a server that shares its topics with others: the engine numbers what is published on
+    /// any of them, and shows it to this one by the feed. [`Engine`] has an example.
     ///
     /// # Errors
     /// As for [`Server::bind`]; and a journal is [`ErrorKind::InvalidInput`], since the engine keeps the events.
@@ -146,8 +146,8 @@ impl Server {
     }
 
     /// A server that listens nowhere: the program accepts connections itself and hands them to [`Handle::serve`], so it
-    /// is the program that decides who can reach it. On the connections that come over loopback, hosts are checked as on
-    /// a server that listens there.
+    /// is the program that decides who can reach it. On the connections that come over loopback, hosts are checked as
+    /// on a server that listens there.
     ///
     /// # Errors
     /// Those of [`Server::bind`] that are not about an address.
@@ -415,8 +415,8 @@ fn admit_all(shared: &Arc<Shared>, space: &AddressSpace, accepted: &Receiver<(Tc
     accepted.iter().for_each(|(socket, peer)| admit(shared, space, socket, peer));
 }
 
-/// Gives a connection its place and puts it into the line for a thread, or closes it where there is no room. Never waits
-/// for the peer.
+/// Gives a connection its place and puts it into the line for a thread, or closes it where there is no room. Never
+/// waits for the peer.
 fn admit(shared: &Arc<Shared>, space: &AddressSpace, socket: TcpStream, peer: SocketAddr) {
     let Streams { core, places, log, .. } = &*shared.streams;
     if core.is_stopping() {

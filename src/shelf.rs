@@ -1,7 +1,8 @@
 //! What a program asks of its hub: several events at once, which topics there are, what they keep.
 //!
-//! All of it has a form on the network, too (`POST` to several topics, `PUT`, `DELETE`, `/topics`), with the same promises.
-//! What is kept is read some at a time: whoever reads all of it holds nobody up, and takes the memory of one write.
+//! All of it has a form on the network, too (`POST` to several topics, `PUT`, `DELETE`, `/topics`), with the same
+//! promises. What is kept is read some at a time: whoever reads all of it holds nobody up, and takes the memory of one
+//! write.
 
 use crate::cursor::Next;
 use crate::encoded::{Framing, Run};
@@ -83,8 +84,8 @@ impl From<Published> for Event {
 
 impl Hub {
     /// Publishes one event to each of these topics: to all of them, as neighbours in the order of the ids, or to none.
-    /// Returns the id in each, in the same order; a topic that is named twice has it once. A topic that keeps an event of
-    /// this [`key`](Event::key) stays as it is, and its id is that event's.
+    /// Returns the id in each, in the same order; a topic that is named twice has it once. A topic that keeps an event
+    /// of this [`key`](Event::key) stays as it is, and its id is that event's.
     ///
     /// # Errors
     /// As for [`Hub::publish`]; also [`InvalidInput`](io::ErrorKind::InvalidInput) for no topic, and for more than 64.
@@ -123,9 +124,9 @@ impl Hub {
         self.core.publish_all(topic, events.into_iter().collect())
     }
 
-    /// Forgets what a topic keeps, in the order of the ids: all that was published before, and nothing after. Streams go
-    /// on. Whoever resumes from before the newest of it hears a gap. Returns that newest one's id; None where nothing was
-    /// kept. An [`Engine`](crate::Engine) gives the forgetting an id of its own, which is returned then.
+    /// Forgets what a topic keeps, in the order of the ids: all that was published before, and nothing after. Streams
+    /// go on. Whoever resumes from before the newest of it hears a gap. Returns that newest one's id; None where
+    /// nothing was kept. An [`Engine`](crate::Engine) gives the forgetting an id of its own, which is returned then.
     ///
     /// # Errors
     /// As for [`Hub::publish`]. Nothing is forgotten then.
@@ -163,8 +164,8 @@ impl Hub {
         self.core.topics()
     }
 
-    /// What a topic keeps now, oldest first; nothing for a topic that is not in use. It is read some at a time, as it is
-    /// asked for, so what is forgotten meanwhile is left out.
+    /// What a topic keeps now, oldest first; nothing for a topic that is not in use. It is read some at a time, as it
+    /// is asked for, so what is forgotten meanwhile is left out.
     ///
     /// # Errors
     /// [`InvalidInput`](io::ErrorKind::InvalidInput) for what is no topic name.

@@ -8,18 +8,18 @@
 //! # Why nothing is lost and nothing comes twice
 //! 1. The topics count their subscriber before anything else (`History::subscribe`), so from then on publishing hands
 //!    its lane every event.
-//! 2. The lane is told of the subscriber before it turns live (`Lane::join` in [`Served::turn_live`]), and looks whom it
-//!    was told of between taking an event from its queue and writing it (`Worker::write_run`). So a lane that takes an
-//!    event which was queued after that knows the subscriber.
+//! 2. The lane is told of the subscriber before it turns live (`Lane::join` in [`Served::turn_live`]), and looks whom
+//!    it was told of between taking an event from its queue and writing it (`Worker::write_run`). So a lane that takes
+//!    an event which was queued after that knows the subscriber.
 //! 3. "Nothing newer is kept" and "live" happen in one hold of the history's lock ([`Served::turn_live`]).
 //! 4. Publishing keeps an event before it queues it (`Core::hand_out`). So an event is either kept before 3, and was
 //!    replayed; or it is kept after 3, and queued after that, for a lane to which the subscriber is live.
-//! 5. A lane skips what is not newer than the cursor (`Worker::write_run`, `Connection::deliver`): what was replayed and
-//!    still stands in the queue does not come twice.
+//! 5. A lane skips what is not newer than the cursor (`Worker::write_run`, `Connection::deliver`): what was replayed
+//!    and still stands in the queue does not come twice.
 //!
-//! A stream that begins with the newest of each topic has a floor for each (`cursor.rs`). What 3 and 4 say is then said of
-//! what is above the floors, which is all that is wanted; turning live, the cursor moves up to the highest of them, so that
-//! it is enough for 5.
+//! A stream that begins with the newest of each topic has a floor for each (`cursor.rs`). What 3 and 4 say is then said
+//! of what is above the floors, which is all that is wanted; turning live, the cursor moves up to the highest of them,
+//! so that it is enough for 5.
 //!
 //! `make model` runs this in many orders of the threads, and `make model-broken` with one of the legs left out.
 //!
@@ -110,10 +110,10 @@ enum Step {
 }
 
 impl Streams {
-    /// Counts a subscriber and finds its start, in one hold of the history's lock: what is forgotten in between would be a
-    /// gap that nobody tells. The response's head and a first block are left unfinished: the block has no data, so browsers
-    /// dispatch no event for it; but one that is cut off before its first event resumes from the block's id. Forms without
-    /// blocks begin with what they have to say.
+    /// Counts a subscriber and finds its start, in one hold of the history's lock: what is forgotten in between would
+    /// be a gap that nobody tells. The response's head and a first block are left unfinished: the block has no data, so
+    /// browsers dispatch no event for it; but one that is cut off before its first event resumes from the block's id.
+    /// Forms without blocks begin with what they have to say.
     ///
     /// # Errors
     /// All topic names are in use; or with an engine, it has not shown yet what the client has seen elsewhere.
@@ -165,8 +165,8 @@ impl Streams {
         let mut served = Served::new(self, c, subscriber);
         match c.set_nonblocking(true) {
             Err(reason) => served.reason = reason,
-            // Where it has no share, because others are slow, it still gets what it takes without waiting: mostly that is
-            // all there is, and it is live.
+            // Where it has no share, because others are slow, it still gets what it takes without waiting: mostly that
+            // is all there is, and it is live.
             Ok(()) => match served.begin() {
                 Ok(()) => served.serve(seat.change_to(Kind::Behind)),
                 Err(reason) => served.reason = reason,
@@ -254,8 +254,8 @@ impl<'a> Served<'a> {
         Served { streams, c, subscriber: Some(subscriber), reason: "this server panicked: a fault" }
     }
 
-    /// Serves it until it is live, has ended, or its turn is over because others need the thread. It may be that the thread
-    /// must not wait for the peer at all.
+    /// Serves it until it is live, has ended, or its turn is over because others need the thread. It may be that the
+    /// thread must not wait for the peer at all.
     fn serve(mut self, may_wait: bool) {
         let (pool, until) = (&self.streams.pool, Instant::now() + TURN);
         let patience = || match pool.is_nobody_waiting() {
@@ -324,8 +324,8 @@ impl<'a> Served<'a> {
         }
     }
 
-    /// Of a stream that has just been opened, writes the head and the first events in one go, so that a crowd that comes
-    /// back costs one write for each, as far as the kernel takes it.
+    /// Of a stream that has just been opened, writes the head and the first events in one go, so that a crowd that
+    /// comes back costs one write for each, as far as the kernel takes it.
     fn begin(&self) -> Result<(), Reason> {
         let Some(subscriber) = &self.subscriber else { return Ok(()) };
         let state = enter(&self.c.state);
@@ -352,8 +352,8 @@ impl<'a> Served<'a> {
         Ok(())
     }
 
-    /// Gives the socket to the lane, in the hold of the history's lock that has shown that nothing newer is kept: 2 and 3
-    /// of the proof. Not where it is to end: who ends live streams may have passed by just before.
+    /// Gives the socket to the lane, in the hold of the history's lock that has shown that nothing newer is kept: 2 and
+    /// 3 of the proof. Not where it is to end: who ends live streams may have passed by just before.
     fn turn_live(&mut self, history: MutexGuard<'_, History>) -> Step {
         let Some(subscriber) = &mut self.subscriber else { return Step::Live };
         if !subscriber.has_joined {
@@ -364,7 +364,8 @@ impl<'a> Served<'a> {
         if state.ending.is_some() || self.streams.core.is_stopping() {
             return Step::Again;
         }
-        // Whatever is not newer than the highest floor has been replayed, or is not wanted: from here on, no floor matters.
+        // Whatever is not newer than the highest floor has been replayed, or is not wanted: from here on, no floor
+        // matters.
         state.cursor = take(&mut subscriber.floors).into_iter().fold(state.cursor, Id::max);
         state.subscriber = self.subscriber.take();
         state.phase = Phase::Live;
@@ -383,8 +384,8 @@ impl<'a> Served<'a> {
 
     /// Ends the stream; its last frame must be whole. If its topics keep nothing newer, the client is given the newest
     /// id of all topics to resume from: with its own last id, the page of a quiet topic would hear a gap for what other
-    /// topics have forgotten since. Both are looked at in one hold of the history's lock, so nothing lies between the two
-    /// ids: whatever stands in a lane's queue is kept already.
+    /// topics have forgotten since. Both are looked at in one hold of the history's lock, so nothing lies between the
+    /// two ids: whatever stands in a lane's queue is kept already.
     fn end(&self, why: Reason, retry: Duration) -> Step {
         let Some(subscriber) = &self.subscriber else { return Step::Live };
         let cursor = enter(&self.c.state).cursor;

@@ -11,8 +11,8 @@ use std::fs;
 use std::io::{self, ErrorKind};
 use std::path::Path;
 
-/// Where address space is limited (`ulimit -v`), a connection is accepted only while this much is free, in KiB: for what
-/// all others allocate.
+/// Where address space is limited (`ulimit -v`), a connection is accepted only while this much is free, in KiB: for
+/// what all others allocate.
 const LEAST_SPACE_KB: usize = 6 * 1024;
 /// The same for starting a thread.
 const THREADS_SPACE_KB: usize = 12 * 1024;
@@ -37,8 +37,8 @@ const _: () =
 /// any connection has a thread, and after the listener and the log have what they need.
 ///
 /// # Errors
-/// [`ErrorKind::QuotaExceeded`]: there is no room for two connections, one to publish and one to read, or for the fewest
-/// threads.
+/// [`ErrorKind::QuotaExceeded`]: there is no room for two connections, one to publish and one to read, or for the
+/// fewest threads.
 pub fn fit(mut config: Config, lanes: usize, log: &Logger) -> io::Result<Config> {
     let (room, what) = (files_left(), "open files (ulimit -n)");
     if room < 2 {

@@ -34,8 +34,8 @@ impl Query {
         self.0.iter().find(|(n, _)| n == name).map(|(_, value)| value.as_str())
     }
 
-    /// Refuses a parameter that means nothing here, or `?evnet=x` and `?sinse=1h` would do something else than was meant.
-    /// Those that begin with an underscore belong to scripts that must make each URL a new one, and are ignored.
+    /// Refuses a parameter that means nothing here, or `?evnet=x` and `?sinse=1h` would do something else than was
+    /// meant. Those that begin with an underscore belong to scripts that must make each URL a new one, and are ignored.
     pub fn check(&self, known: &[&str]) -> Result<(), Response> {
         let is_strange = |name: &&String| !name.starts_with('_') && !known.contains(&name.as_str());
         match self.0.iter().map(|(name, _)| name).find(is_strange) {

@@ -52,8 +52,8 @@ impl Wanted {
                 return invalid(reason);
             }
         };
-        // `since` or `last` is in the page's URL for good; a browser that reconnects adds its cursor, which is newer and
-        // wins.
+        // `since` or `last` is in the page's URL for good; a browser that reconnects adds its cursor, which is newer
+        // and wins.
         let start = cursor.map_or(since, |text| Start::After(text.parse().ok()));
         Ok(Wanted { names, start, poll, take, form })
     }

@@ -1,9 +1,10 @@
 //! Whether the journal's name is still its file's.
 //!
-//! A lock is on a file and not on its name (`locked.rs`). So while the file is in use, somebody may move, delete, cut or
-//! replace it, and what is published from then on would go where nobody finds it. Once in [`LOOK_TIME`] the name is
+//! A lock is on a file and not on its name (`locked.rs`). So while the file is in use, somebody may move, delete, cut
+//! or replace it, and what is published from then on would go where nobody finds it. Once in [`LOOK_TIME`] the name is
 //! therefore followed again, and the file it leads to is compared with the one in use. What was lost can be written
-//! anew; but where another server's file has the name, nothing may be. What is done about it is decided in `journal.rs`.
+//! anew; but where another server's file has the name, nothing may be. What is done about it is decided in
+//! `journal.rs`.
 
 use crate::clock::now_ms;
 use crate::locked::{beside, is_same, lock_as_before, open, open_locked, resolve};
@@ -82,7 +83,8 @@ impl Watch {
         open_locked(&self.path)
     }
 
-    /// Gives the file that has the name a second one, which it keeps when a new file gets the first. Returns the second.
+    /// Gives the file that has the name a second one, which it keeps when a new file gets the first. Returns the
+    /// second.
     pub fn keep_aside(&self, why: &str) -> io::Result<PathBuf> {
         let copy = beside(&self.path, &format!(".{why}.{}", now_ms()));
         if fs::hard_link(&self.path, &copy).is_err() {
