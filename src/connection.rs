@@ -306,7 +306,7 @@ impl Connection {
     ///
     /// # Errors
     /// As for [`Connection::finish`].
-    pub fn write_stream(&self, bytes: &[u8], deadline: Instant) -> Result<(), Reason> {
+    fn write_stream(&self, bytes: &[u8], deadline: Instant) -> Result<(), Reason> {
         let reached = write_now(&self.socket, bytes)?;
         if reached < bytes.len() {
             self.set_nonblocking(false)?;

@@ -171,12 +171,12 @@ impl Encoded {
 
     /// An event of which only the wire's bytes are there.
     fn of_wire(id: Id, wire: &[u8], framing: Framing) -> Encoded {
-        let frame_at = match framing {
-            Framing::Chunked => wire.iter().position(|b| *b == b'\n').map_or(0, |lf| lf + 1),
-            Framing::Plain => 0,
+        let size_len = wire.iter().position(|b| *b == b'\n').map_or(0, |lf| lf + 1);
+        let frame = match framing {
+            Framing::Chunked => &wire[size_len..wire.len() - CHUNK_END.len()],
+            Framing::Plain => wire,
         };
-        let end = if framing == Framing::Chunked { CHUNK_END.len() } else { 0 };
-        Encoded::new(id, b"", &wire[frame_at..wire.len() - end])
+        Encoded::new(id, b"", frame)
     }
 
     /// What goes out on the wire.

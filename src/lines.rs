@@ -82,11 +82,8 @@ impl<'a, 'b> Lines<'a, 'b> {
             }
             self.drop_taken();
             searched = self.text.len();
-            if !self
-                .body
-                .read(self.reader, &mut self.text)
-                .map_err(|refusal| silence_is_over(refusal, !self.has_begun, self.idle_time))?
-            {
+            let (read, is_silent) = (self.body.read(self.reader, &mut self.text), !self.has_begun);
+            if !read.map_err(|refusal| silence_is_over(refusal, is_silent, self.idle_time))? {
                 let end = self.text.len();
                 return Ok(if end > 0 { Some(self.take_line(end, end)) } else { None });
             }

@@ -330,7 +330,7 @@ impl Command {
             for count in 0.. {
                 let due = opened + Duration::from_secs(count + 1); // a sleep ends some ms late: they must not add up
                 stream.sleep(due.saturating_duration_since(Instant::now()))?;
-                let name = if count == 5 { "pause" } else { "test" }; // pausing is the page's decision: the counter goes on
+                let name = if count == 5 { "pause" } else { "test" }; // the page decides to pause: the counter goes on
                 let id = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_millis());
                 let event = Event::new(count.to_string()).name(name).id(id.to_string());
                 stream.send(&event.retry(Duration::from_secs(10)))?;

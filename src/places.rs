@@ -8,7 +8,7 @@
 
 use crate::config::Config;
 use crate::connection::{Connection, Reason};
-use crate::sync::{Condvar, Mutex, enter, wait};
+use crate::sync::{Condvar, Mutex, MutexGuard, enter, wait};
 use std::collections::{BTreeMap, HashMap};
 use std::net::{SocketAddr, TcpStream};
 use std::sync::Arc;
@@ -166,10 +166,8 @@ impl Places {
     /// Those that wait for something else than their next request: stopping ends that.
     pub fn at_work(&self) -> Vec<Arc<Connection>> {
         let table = enter(&self.table);
-        [Place::Busy, Place::Trusted, Place::Handler]
-            .iter()
-            .flat_map(|place| table.queues[*place as usize].values().cloned())
-            .collect()
+        let queues = [Place::Busy, Place::Trusted, Place::Handler].map(|place| &table.queues[place as usize]);
+        queues.into_iter().flat_map(BTreeMap::values).cloned().collect()
     }
 
     /// Everyone who has a place.
@@ -179,16 +177,16 @@ impl Places {
 
     /// Waits until nobody is at work and no stream is open, or until the deadline.
     pub fn wait_for_work(&self, deadline: Instant) {
-        self.wait_while(deadline, |table| table.queues[Place::Busy as usize..].iter().any(|queue| !queue.is_empty()));
+        let is_at_work = |table: &Table| table.queues[Place::Busy as usize..].iter().any(|queue| !queue.is_empty());
+        drop(self.wait_while(deadline, is_at_work));
     }
 
     /// Waits until nobody has a place, or until the deadline. Returns how many still have one.
     pub fn wait_for_all(&self, deadline: Instant) -> usize {
-        self.wait_while(deadline, |table| !table.positions.is_empty());
-        enter(&self.table).positions.len()
+        self.wait_while(deadline, |table| !table.positions.is_empty()).positions.len()
     }
 
-    fn wait_while(&self, deadline: Instant, condition: impl Fn(&Table) -> bool) {
+    fn wait_while(&self, deadline: Instant, condition: impl Fn(&Table) -> bool) -> MutexGuard<'_, Table> {
         let mut table = enter(&self.table);
         while condition(&table) {
             let left = deadline.saturating_duration_since(Instant::now());
@@ -197,6 +195,7 @@ impl Places {
             }
             table = wait(&self.somebody_left, table, left);
         }
+        table
     }
 }
 

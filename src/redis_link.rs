@@ -22,7 +22,7 @@ pub const START_TIME: Duration = Duration::from_secs(5);
 /// How long a connection is waited for, which with TLS takes several ways there and back.
 const CONNECT_TIME: Duration = Duration::from_secs(1);
 /// Keys are kept this long at most, in milliseconds: Redis takes no time that overflows its clock.
-pub const LONGEST_MS: u128 = 10 * 365 * 24 * 3600 * 1000;
+const LONGEST_MS: u128 = 10 * 365 * 24 * 3600 * 1000;
 
 /// KEYS: the stream, what stands beside it. ARGV: `run_id`, a new epoch, the epoch that was found to be broken (or
 /// none), the id above all that this server has seen, the length. Returns epoch and mark. The first `XADD` gives a mark

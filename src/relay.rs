@@ -69,8 +69,7 @@ impl<'a, 'b> Relay<'a, 'b> {
                 return Ok(true);
             }
             self.set_time();
-            let read = self.body.read(self.reader, &mut self.bytes);
-            let is_silent = !self.has_begun;
+            let (read, is_silent) = (self.body.read(self.reader, &mut self.bytes), !self.has_begun);
             if !read.map_err(|refusal| silence_is_over(refusal, is_silent, self.idle_time))? {
                 return Ok(false); // an event that has begun is dropped, as the standard has it
             }

@@ -54,7 +54,7 @@ pub fn fit(mut config: Config, lanes: usize, log: &Logger) -> io::Result<Config>
         log.line(Log::Info, line);
     }
     if let Some(limit_kb) = space_limit_kb() {
-        let most = limit_kb.saturating_sub(space_taken_kb()) / 2 * 1024; // the other half is for threads, and what they use
+        let most = limit_kb.saturating_sub(space_taken_kb()) / 2 * 1024; // the other half is for threads
         if config.keep_bytes > most {
             config.keep_bytes = most;
             let line = format_args!("room for keeping {most} bytes only: the limit is on address space (ulimit -v)");

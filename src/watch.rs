@@ -58,7 +58,8 @@ impl Watch {
     /// Another server's file has the name, or nobody can say whose it is.
     pub fn look(&mut self, file: &File, was_taken: bool, length: Option<u64>) -> io::Result<Option<&'static str>> {
         self.looked_at = Instant::now();
-        self.path = resolve(&self.given).unwrap_or_else(|| self.path.clone()); // it may be a link by now, or none any more
+        // It may be a link by now, or none any more.
+        self.path = resolve(&self.given).unwrap_or_else(|| self.path.clone());
         let own = file.metadata();
         let size = own.as_ref().map_or(0, Metadata::len);
         match fs::metadata(&self.path) {
