@@ -24,6 +24,8 @@ pub struct Subscriber {
     pub due: Instant,
     /// When its lifetime is over: no write waits longer.
     pub deadline: Instant,
+    /// The newest id when a poll's first event had gone out: what is newer is for the next poll.
+    pub poll_until: Option<Id>,
     pub opened: Opened,
 }
 

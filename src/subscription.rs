@@ -157,7 +157,8 @@ impl Streams {
         let deadline = now + spread(config.lifetime, 80, 100);
         let due = wanted.poll.map_or(deadline, |time| deadline.min(now + time));
         self.desk.note_due(due, c.clone());
-        Ok(Box::new(Subscriber { names, told, floors, lane, has_joined: false, due, deadline, opened }))
+        let (has_joined, poll_until) = (false, None);
+        Ok(Box::new(Subscriber { names, told, floors, lane, has_joined, due, deadline, poll_until, opened }))
     }
 
     /// Serves a subscriber that was just opened, on the thread of its request.
@@ -299,8 +300,10 @@ impl<'a> Served<'a> {
             return Step::Queue;
         }
         let history = core.history();
+        // Without its bound a poll would go on for as long as events come faster than its reader takes them.
+        let until = is_polled.then(|| *subscriber.poll_until.get_or_insert(history.newest()));
         match history.next(&subscriber.names, cursor, &subscriber.told, &subscriber.floors, shape.framing) {
-            Next::Nothing if is_polled => {
+            next if until.is_some_and(|until| cursor >= until || matches!(next, Next::Nothing)) => {
                 drop(history);
                 self.end(POLL_IS_OVER, POLL_RETRY)
             }

@@ -360,6 +360,22 @@ fn a_poll_waits_for_the_first_event_sends_what_there_is_and_ends() {
     assert_eq!(empty.event(), None);
 }
 
+/// Else a poll would go on for as long as events come faster than its reader takes them.
+#[test]
+fn a_poll_holds_what_there_is_at_its_first_event_and_not_what_comes_while_it_is_read() {
+    let server = serve_default();
+    let addr = server.addr().unwrap();
+    let publish = |n| server.hub().publish("a", numbered(n, 60_000)).map(drop).unwrap();
+    (0..200).for_each(publish); // more than the kernel buffers for one reader
+    let mut poll = narrow(addr, 4_096, None);
+    open(&mut poll, "/events/a?poll&since=earliest");
+    wait_for("its second event", || (metric(addr, "delivered_total") >= 2).then_some(()));
+    (200..400).for_each(publish);
+    let seen = std::iter::from_fn(|| poll.event()).count();
+    assert_eq!((seen, metric(addr, "delivered_total")), (200, 200));
+    assert!(String::from_utf8(poll.rest()).unwrap().is_empty());
+}
+
 #[test]
 fn polling_over_and_over_loses_nothing() {
     // All is kept, however far behind the poll is.
