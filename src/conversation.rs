@@ -137,8 +137,8 @@ impl Conversation {
                 }
             }
             reader.wait_at_most(config.idle_time + IDLE_GRACE);
-            // Only a client that has just shown that it asks at once is waited for awake; for all others that would
-            // burn the processor for nothing. What has come already is not waited for.
+            // The thread stays awake only for a client that has just asked again at once: for others that would burn
+            // the processor for nothing. What has come already needs no waiting.
             let stays_awake = is_keen && reader.unread().is_empty();
             if !places.move_to(Place::Idle, c) || stays_awake && reader.stay_awake().is_err() {
                 return AfterRequest::End;

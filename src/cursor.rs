@@ -7,7 +7,7 @@
 //!
 //! One cursor is not enough where each topic starts at its own newest events: the cursor begins before the first of all
 //! of them, and each topic has a floor besides, up to which its events are passed over. Floors are ids of events that
-//! were published before the stream began, so they only matter until everything of then has been replayed.
+//! were published before the stream began, so they only matter until all from before that has been replayed.
 
 use crate::cells::Chain;
 use crate::clock::{millis, now_ms};

@@ -26,7 +26,7 @@ const KEY_BYTES: usize = 1024;
 /// use brooklet::Event;
 /// let event = Event::new("line one\nline two").name("note").key("order-7");
 /// ```
-/// It is checked where it is used: what may not be is [`InvalidInput`](io::ErrorKind::InvalidInput) there.
+/// It is checked where it is used: what is not allowed is [`InvalidInput`](io::ErrorKind::InvalidInput) there.
 #[derive(Clone, Debug, Default)]
 pub struct Event {
     pub(crate) name: Option<String>,

@@ -143,7 +143,7 @@ fn advance(core: &Core, order: &mut Order, id: Id) -> io::Result<()> {
     Ok(())
 }
 
-/// Waits until the engine has shown all that a client may have seen which resumes from `start`: it may come from a
+/// Waits until the engine has shown all that a client which resumes from `start` may have seen: it may come from a
 /// server that is ahead of this one. False where that takes too long, or the engine cannot be asked.
 pub fn reach(core: &Core, start: &Start) -> bool {
     let (Some(engine), Start::After(Some(asked))) = (&core.engine, start) else { return true };

@@ -135,10 +135,10 @@ impl Hub {
     /// be.
     ///
     /// # Errors
-    /// [`InvalidInput`](io::ErrorKind::InvalidInput) for what is no topic name, for no topic, and for more than 64;
+    /// [`InvalidInput`](io::ErrorKind::InvalidInput) for what is no topic name, for none, and for more than 64;
     /// [`QuotaExceeded`](io::ErrorKind::QuotaExceeded) when all topic names are in use;
     /// [`NotConnected`](io::ErrorKind::NotConnected) once the server is stopping; and with an [`Engine`](crate::Engine)
-    /// [`TimedOut`](io::ErrorKind::TimedOut) where it has not shown as much yet as the id is ahead: try again later.
+    /// [`TimedOut`](io::ErrorKind::TimedOut) where it has not shown everything up to this id yet: try again later.
     ///
     /// ```
     /// # fn main() -> std::io::Result<()> {

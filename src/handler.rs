@@ -72,7 +72,7 @@ enum Kind {
 
 impl Answer {
     /// An answer with a body of this type, such as `text/html; charset=utf-8`. `status` is 200 to 599. 204, 205 and 304
-    /// have no body: [`Answer::empty`]. What may not be becomes a 500 when the handler returns it, and the log says
+    /// have no body: [`Answer::empty`]. A wrong answer becomes a 500 when the handler returns it, and the log says
     /// why.
     ///
     /// ```
@@ -115,7 +115,7 @@ impl Answer {
     }
 
     /// Adds a field to the head, also to that of a stream of topics ([`Request::follow`]). It is checked when the
-    /// handler returns: a name or a value that may not be (an empty name, a space in it; a control character in the
+    /// handler returns: a name or a value that is not allowed (an empty name, a space in it; a control character in the
     /// value), and a field that the server writes itself (`Date`, `Content-Length`, `Connection`, `Access-Control-…`
     /// and the like; of a stream also `Content-Type`, `Cache-Control` and `X-Accel-Buffering`), make it a 500, and the
     /// log says why. The head of a stream that has ended was sent when it was opened: see [`Request::stream_with`].
@@ -161,8 +161,8 @@ impl Request<'_> {
     /// The same, with fields of the program's own in the head, which are checked as [`Answer::field`] says.
     ///
     /// # Errors
-    /// As for [`Request::stream`]; also [`Other`](io::ErrorKind::Other) for a field that may not be: nothing was sent
-    /// then, so the handler may still answer, and to return the error is a 500.
+    /// As for [`Request::stream`]; also [`Other`](io::ErrorKind::Other) for a field that is not allowed: nothing was
+    /// sent then, so the handler may still answer, and to return the error is a 500.
     ///
     /// ```
     /// # fn main() -> std::io::Result<()> {
@@ -206,7 +206,7 @@ impl Request<'_> {
     /// events look like. So whoever may follow a topic may also read what it keeps. Other parameters are the program's.
     ///
     /// # Errors
-    /// [`InvalidInput`](io::ErrorKind::InvalidInput) for what is no topic name, for no topic, for more than 64, and for
+    /// [`InvalidInput`](io::ErrorKind::InvalidInput) for what is no topic name, for none, for more than 64, and for
     /// a parameter whose value cannot be read; [`Other`](io::ErrorKind::Other) after a stream was opened.
     ///
     /// ```
@@ -334,8 +334,8 @@ fn end_stream(
     drop(state);
     core.lanes[lane].leave(c.serial, &Arc::default());
     let finished = c.finish(Instant::now() + LINGER, &|| PATIENCE);
-    // An end is written only after a whole frame; a stream that is closed may be in the middle of one. What a panic has
-    // left unsaid nobody knows: such a stream looks cut.
+    // An end is written only after a whole frame; a stream that is closed may be in the middle of one. Nobody
+    // knows what a panic has left unsaid, so its stream looks cut.
     if let (Phase::Closed(reason), _) | (_, Err(reason)) = (enter(&c.state).phase, finished) {
         return reason.into();
     } else if core.is_stopping() {
@@ -377,7 +377,7 @@ fn response(status: u16, fields: Vec<(String, String)>, body: Arc<[u8]>) -> io::
 /// A program's fields for the head of a stream, each a line with its CRLF.
 ///
 /// # Errors
-/// A field that may not be.
+/// A field that is not allowed.
 fn stream_lines(fields: impl IntoIterator<Item = (impl AsRef<str>, impl Display)>) -> io::Result<String> {
     let mut lines = String::new();
     for (name, value) in fields {

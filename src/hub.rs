@@ -53,8 +53,8 @@ impl Hub {
     /// every subscriber.
     ///
     /// # Errors
-    /// [`ErrorKind::InvalidInput`] for a topic or an event that may not be, [`ErrorKind::QuotaExceeded`] when all topic
-    /// names are in use, [`ErrorKind::ResourceBusy`] when too much waits for the journal's disk,
+    /// [`ErrorKind::InvalidInput`] for a topic or an event that is not allowed, [`ErrorKind::QuotaExceeded`] when all
+    /// topic names are in use, [`ErrorKind::ResourceBusy`] when too much waits for the journal's disk,
     /// [`ErrorKind::StorageFull`] when the journal cannot be written (the message has the system's reason),
     /// [`ErrorKind::NotConnected`] once the server is stopping. Nothing is published then, with one exception: if the
     /// disk had not answered when the server stopped, the event may be published, and the message says so. With the

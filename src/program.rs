@@ -65,8 +65,8 @@ impl Server {
     /// in a frame.
     ///
     /// # Errors
-    /// [`InvalidInput`](io::ErrorKind::InvalidInput) for a path that may not be, as for [`Server::route`]; and for what
-    /// is no content type.
+    /// [`InvalidInput`](io::ErrorKind::InvalidInput) for a path that is not allowed, as for [`Server::route`]; and for
+    /// what is no content type.
     ///
     /// ```
     /// # fn main() -> std::io::Result<()> {
@@ -90,7 +90,7 @@ impl Server {
     /// else it is a [route](Server::route) whose handler [opens a stream](Request::stream) at once.
     ///
     /// # Errors
-    /// [`InvalidInput`](io::ErrorKind::InvalidInput) for a path that may not be, as for [`Server::route`].
+    /// [`InvalidInput`](io::ErrorKind::InvalidInput) for a path that is not allowed, as for [`Server::route`].
     ///
     /// ```
     /// # fn main() -> std::io::Result<()> {

@@ -99,7 +99,7 @@ impl Routes {
     /// Adds what is at a path for a method, or replaces it.
     ///
     /// # Errors
-    /// [`ErrorKind::InvalidInput`] for a path that may not be.
+    /// [`ErrorKind::InvalidInput`] for a path that is not allowed.
     pub fn add(&self, path: &str, route: Route) -> io::Result<()> {
         if !path.starts_with('/') {
             let methods = ROUTE_METHODS.join(", ");

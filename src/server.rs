@@ -55,7 +55,7 @@ pub struct Server {
     pub(crate) handle: Handle,
 }
 
-/// A running server. All of it is done by reference, so an `Arc` or a scope shares it among threads.
+/// A running server. Every method takes it by reference, so an `Arc` or a scope shares it among threads.
 ///
 /// Dropping it stops everything: streams get a reconnection time and their end, and after a second at most every thread
 /// has ended. Only these may take longer: handlers that do not return (they find their socket closed), the hook for

@@ -104,9 +104,9 @@ impl Hub {
         self.core.publish_each(&names, &event)
     }
 
-    /// Publishes events to one topic, one after another with nothing of the topic's between them; with a journal, they
-    /// share what writing costs. Where one cannot be published, those after it are not either. Returns the ids of those
-    /// that were, in any case.
+    /// Publishes events to one topic, one after another with no other event of the topic between them; with a journal,
+    /// they share what writing costs. Where one cannot be published, those after it are not either. Returns the ids of
+    /// those that were, in any case.
     ///
     /// # Errors
     /// As for [`Hub::publish`], for the first that was not published.

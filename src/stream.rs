@@ -83,8 +83,8 @@ impl Stream<'_> {
     /// Writes one event at once.
     ///
     /// # Errors
-    /// [`InvalidInput`](io::ErrorKind::InvalidInput) for an event that may not be; otherwise the stream is closed or
-    /// the server is stopping, and the error says so: return it from the handler.
+    /// [`InvalidInput`](io::ErrorKind::InvalidInput) for an event that is not allowed; otherwise the stream is closed
+    /// or the server is stopping, and the error says so: return it from the handler.
     ///
     /// ```
     /// # fn main() -> std::io::Result<()> {

@@ -14,7 +14,7 @@ pub struct Subscriber {
     pub names: Arc<[Arc<str>]>,
     /// What each topic had forgotten when the subscriber was last told of a gap.
     pub told: Vec<Id>,
-    /// Up to where each topic is passed over, while something of then is still to be replayed; else none.
+    /// Up to where each topic is passed over, until all from before the stream has been replayed; then none.
     pub floors: Box<[Id]>,
     /// Which lane writes to it. It stays the same, or its events could overtake each other.
     pub lane: usize,
