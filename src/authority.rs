@@ -45,7 +45,10 @@ pub fn covers_host(known: &str, host: &str) -> bool {
 pub fn is_loopback(host: &str) -> bool {
     let name = host.strip_suffix('.').unwrap_or(host).to_ascii_lowercase(); // names may end in the root's dot
     let address = host.strip_prefix('[').and_then(|rest| rest.strip_suffix(']')).unwrap_or(host);
-    name == "localhost"
-        || name.ends_with(".localhost")
-        || address.parse::<IpAddr>().is_ok_and(|address| address.to_canonical().is_loopback())
+    name == "localhost" || name.ends_with(".localhost") || address.parse().is_ok_and(is_loopback_address)
+}
+
+/// Whether an address is one of loopback: of IPv6, also one of IPv4 mapped into it, as a listener of both has them.
+pub fn is_loopback_address(address: IpAddr) -> bool {
+    address.to_canonical().is_loopback()
 }

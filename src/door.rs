@@ -6,7 +6,7 @@
 //! origin may publish only where that is allowed, and a server on loopback answers only to names that it knows. What
 //! does not come from a browser has no origin: against that, only tokens help.
 
-use crate::authority::{covers, covers_host, is_authority, is_loopback, split_port};
+use crate::authority::{covers, covers_host, is_authority, is_loopback, is_loopback_address, split_port};
 use crate::config::{Config, Token};
 use crate::connection::{State, WITHDRAWN};
 use crate::request::Request;
@@ -37,7 +37,7 @@ impl Door {
     /// `address` is where it listens; None where the program accepts.
     pub fn new(config: &Config, rights: Option<Rights>, address: Option<SocketAddr>) -> Door {
         Door {
-            loopback_port: address.filter(|address| address.ip().is_loopback()).map(|address| address.port()),
+            loopback_port: address.filter(|address| is_loopback_address(address.ip())).map(|address| address.port()),
             is_handed_in: address.is_none(),
             origins: config.allow_origins.clone(),
             publish_tokens: config.publish_tokens.clone(),
@@ -135,7 +135,7 @@ impl Door {
             origin.split_once("://").is_some_and(|(_, authority)| covers_host(split_port(authority).0, host))
         };
         let is_on_loopback = self.loopback_port.is_some()
-            || self.is_handed_in && socket.local_addr().is_ok_and(|address| address.ip().is_loopback());
+            || self.is_handed_in && socket.local_addr().is_ok_and(|address| is_loopback_address(address.ip()));
         if !is_on_loopback || is_loopback(host) || self.origins.iter().any(names_it) {
             return Ok(());
         }

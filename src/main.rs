@@ -301,7 +301,7 @@ impl Command {
     fn bind(self) -> Result<Server, Failure> {
         let listen = self.listen;
         let needs_token = !self.config.publish_tokens.is_empty() || self.config.tokens.is_some();
-        let is_open = self.config.open || needs_token || listen.ip().is_loopback();
+        let is_open = self.config.open || needs_token || listen.ip().to_canonical().is_loopback();
         #[cfg(feature = "redis")]
         if let Some(url) = self.redis.url {
             if self.config.journal.is_some() {

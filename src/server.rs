@@ -4,6 +4,7 @@
 //! seconds for their next try. So two threads do nothing but accept; they take no lock, and start nobody. Another finds
 //! each newcomer a place and puts it into the line for a thread. How all of it ends is in `stopping.rs`.
 
+use crate::authority::is_loopback_address;
 use crate::clerk;
 use crate::config::Config;
 use crate::conversation::{self, Shared};
@@ -373,7 +374,7 @@ impl Handle {
 /// Whoever can reach the port could publish: beyond loopback that must be wanted. A token or [`Config::open`] says so.
 fn check_reach(config: &Config, address: SocketAddr) -> io::Result<()> {
     let needs_token = !config.publish_tokens.is_empty() || config.tokens.is_some();
-    if config.open || needs_token || address.ip().is_loopback() {
+    if config.open || needs_token || is_loopback_address(address.ip()) {
         return Ok(());
     }
     let what = format!("open: {address} is beyond loopback, so whoever reaches it could publish");

@@ -3,7 +3,7 @@
 use crate::{both, common::*};
 use brooklet::{Config, Event, Server, crossbeam_channel};
 use std::io::{ErrorKind, Write};
-use std::net::{TcpListener, TcpStream};
+use std::net::{Ipv4Addr, TcpListener, TcpStream};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::SeqCst};
 use std::thread;
@@ -152,6 +152,21 @@ fn a_server_without_an_address_serves_the_sockets_of_another_accept_loop() {
     let mut late = TcpStream::connect(addr).unwrap();
     assert_eq!(accepting.join().unwrap(), ErrorKind::NotConnected);
     assert_eq!(std::io::Read::read(&mut late, &mut [0]).unwrap(), 0, "the socket is closed");
+}
+
+/// A listener of IPv6 mostly takes IPv4 as well, and then calls 127.0.0.1 `::ffff:127.0.0.1`.
+#[test]
+fn what_comes_over_loopback_is_known_by_a_mapped_address_too() {
+    let Ok(listener) = TcpListener::bind("[::]:0") else { return eprintln!("left out: there is no IPv6 here") };
+    let server = Server::new(Config::default()).unwrap().spawn().unwrap();
+    let addr = (Ipv4Addr::LOCALHOST, listener.local_addr().unwrap().port()).into();
+    thread::scope(|scope| {
+        scope.spawn(|| (0..2).for_each(|_| server.serve(listener.accept().unwrap().0).unwrap()));
+        assert_eq!(get(addr, "/health").status, 200);
+        assert_eq!(Wire::ask(addr, "GET /health HTTP/1.1\r\nHost: evil.example\r\n\r\n").status, 403);
+    });
+    // Where only loopback can come, no token is needed.
+    drop(Server::bind("[::ffff:127.0.0.1]:0", Config::default()).unwrap());
 }
 
 #[test]
