@@ -120,7 +120,7 @@ pub fn target(text: &str) {
 pub fn cursor(text: &str) {
     if let Ok(id) = text.parse::<Id>() {
         assert_eq!(id.to_string().parse::<Id>().unwrap(), id);
-        assert!(id.next(0) > id || id.ms == u64::MAX);
+        assert!(id.next_at(0) > id || id.ms == u64::MAX);
         assert!(id.before() < id || id == Id::default());
     }
     if let Ok(time) = parse_duration(text) {
