@@ -75,7 +75,7 @@ impl Event {
         self
     }
 
-    /// The reconnection time, in whole milliseconds.
+    /// The reconnection time, in whole milliseconds: up to 4,294,967,295, which are 49 days.
     ///
     /// ```
     /// use std::time::Duration;
@@ -113,6 +113,9 @@ impl Event {
         let length = self.name.as_ref().map_or(0, String::len);
         if length > EVENT_NAME_BYTES {
             return invalid(format!("an event name of {length} bytes, where at most {EVENT_NAME_BYTES} are taken"));
+        }
+        if self.retry.is_some_and(|time| time.as_millis() > u32::MAX.into()) {
+            return invalid(format!("a retry of more than {} milliseconds: give at most 49 days", u32::MAX));
         }
         if self.name.as_deref() == Some("gap") {
             return invalid("the event name gap is the server's own: choose another");
