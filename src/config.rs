@@ -6,10 +6,10 @@
 //! sensible.
 
 use crate::authority::{is_authority, split_port};
+use crate::sync::call;
 use crate::text::{LONGEST, invalid, quoted};
 use std::fmt;
 use std::io::{self, Write};
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::PathBuf;
 use std::str::FromStr;
 use std::sync::Arc;
@@ -369,7 +369,7 @@ impl LogTo {
     /// Writes one line. An error of stderr is ignored: there is nowhere left to report it.
     pub(crate) fn write(&self, mut line: String) {
         if let Some(take) = &self.0 {
-            let _ = catch_unwind(AssertUnwindSafe(|| take(&line)));
+            call(|| take(&line));
             return;
         }
         line.push('\n');

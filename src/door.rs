@@ -148,10 +148,13 @@ impl Door {
     pub fn check_origin(&self, request: &Request) -> Result<(), Response> {
         let Some(origin) = request.origin.as_deref() else { return Ok(()) };
         let host = request.host.as_deref().unwrap_or_default();
-        let is_of_host = |origin: &str| origin.split_once("://").is_some_and(|(_, own)| covers(own, host));
+        let is_of_host = |known: &str| known.split_once("://").is_some_and(|(_, own)| covers(own, host));
+        // A star stands for other names only where the settings have it. In what a page says of itself it is a name:
+        // of somebody who has one such as `*.example.com`.
+        let names_host = origin.split_once("://").is_some_and(|(_, own)| own.eq_ignore_ascii_case(host));
         // Where the public origin is named with its scheme, only that one counts: a page that came over plain HTTP
         // could have been changed on its way by anybody.
-        let is_own = is_of_host(origin) && !self.origins.iter().any(|known| is_of_host(known));
+        let is_own = names_host && !self.origins.iter().any(|known| is_of_host(known));
         if is_own || self.is_allowed(origin) {
             return Ok(());
         }

@@ -14,13 +14,12 @@ use crate::hub::Core;
 use crate::names::distinct;
 use crate::response::Response;
 use crate::stream::Stream;
-use crate::sync::enter;
+use crate::sync::{call, enter};
 use crate::text::{invalid, quoted, skip_space, skip_token};
 use crate::wanted::Wanted;
 use std::borrow::Cow;
 use std::fmt::Display;
 use std::io;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, OnceLock};
 use std::time::Instant;
 
@@ -294,9 +293,9 @@ impl Handled {
         let Handled { handler, parts } = self;
         let request = Request { parts, c, core, open, opened: OnceLock::new(), lines: OnceLock::new() };
         let is_head = request.is_head();
-        let result = catch_unwind(AssertUnwindSafe(|| handler(&request)));
-        let has_panicked = result.is_err();
-        let result = result.unwrap_or_else(|_| Err(io::Error::other(PANICKED)));
+        let result = call(|| handler(&request));
+        let has_panicked = result.is_none();
+        let result = result.unwrap_or_else(|| Err(io::Error::other(PANICKED)));
         match (request.opened.get(), result) {
             (None, Ok(Answer { kind: Kind::Response { status, body }, fields })) => {
                 response(status, fields, body).map_or_else(Outcome::Failed, Outcome::Respond)

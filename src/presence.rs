@@ -7,12 +7,11 @@
 //! not wait. So the queue has about `WAITING` beginnings at most, and one end for each subscriber that is open.
 
 use crate::connection::Reason;
-use crate::sync::{Condvar, Mutex, MutexGuard, enter, start_thread, wait};
+use crate::sync::{Condvar, Mutex, MutexGuard, call, enter, start_thread, wait};
 use std::collections::VecDeque;
 use std::io;
 use std::mem::replace;
 use std::net::SocketAddr;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -137,7 +136,7 @@ impl PresenceHook {
             if let Some(presence) = queue.waiting.pop_front() {
                 self.changed.notify_all();
                 drop(queue);
-                let _ = catch_unwind(AssertUnwindSafe(|| hook(&presence)));
+                call(|| hook(&presence));
                 queue = enter(&self.queue);
             } else if queue.is_closed {
                 return;

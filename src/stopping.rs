@@ -29,7 +29,7 @@ const NAMED_PEERS: usize = 10;
 impl Handle {
     /// Stops everything, as dropping does, and returns how many connections' threads have not ended within the second:
     /// they are in handlers that do not return. Whoever calls it again, or meanwhile, waits for the first and gets the
-    /// same. Not to be called from a handler, which would wait for itself for a second.
+    /// same. Not to be called from a handler or the hook for subscriptions: each would wait for itself for a second.
     pub fn stop(&self) -> usize {
         *self.stopped.get_or_init(|| self.stop_once())
     }

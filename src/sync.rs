@@ -1,9 +1,11 @@
-//! Locks and threads.
+//! Locks, threads, and what a panic may not take along.
 //!
 //! A panic under a lock does not take the other threads along: they enter the poisoned lock. That is safe only because
 //! every update in this house leaves its data whole at each step that may panic; whoever adds one must keep it so.
 
 use std::io;
+use std::mem::forget;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::PoisonError;
 pub use std::sync::{Condvar, Mutex, MutexGuard};
 use std::thread::{self, JoinHandle};
@@ -30,4 +32,17 @@ pub fn enter<T>(lock: &Mutex<T>) -> MutexGuard<'_, T> {
 /// Waits on a condition for some time, with the lock given up meanwhile. May return early: look at the condition again.
 pub fn wait<'a, T>(condition: &Condvar, guard: MutexGuard<'a, T>, time: Duration) -> MutexGuard<'a, T> {
     condition.wait_timeout(guard, time).unwrap_or_else(PoisonError::into_inner).0
+}
+
+/// Calls what a program has given us; None where it panics. What it panics with is a value of the program's, which may
+/// panic in its turn where it is dropped: outside of this, that would end the thread.
+pub fn call<T>(program: impl FnOnce() -> T) -> Option<T> {
+    match catch_unwind(AssertUnwindSafe(program)) {
+        Ok(done) => Some(done),
+        Err(payload) => {
+            let dropped = catch_unwind(AssertUnwindSafe(|| drop(payload)));
+            let _ = dropped.map_err(forget); // or there would be no end of it
+            None
+        }
+    }
 }

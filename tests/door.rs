@@ -233,6 +233,13 @@ fn a_page_of_another_origin_cannot_publish_unless_it_is_allowed() {
     }
     let own = format!("Host: localhost:{port}\r\nOrigin: http://localhost:{port}\r\n");
     assert_eq!(ask(addr, "POST", "/events/a", &own).status, 200, "its own page");
+    // A star in what a page says of itself stands for nobody else.
+    for (origin, host) in
+        [("http://*", "localhost"), ("http://*.0.0.1", "127.0.0.1"), ("http://*.localhost", "a.localhost")]
+    {
+        let fields = format!("Host: {host}:{port}\r\nOrigin: {origin}:{port}\r\n");
+        assert_eq!(ask(addr, "POST", "/events/a", &fields).status, 403, "{origin} to {host}");
+    }
     // A proxy passes the public host on; what came over plain HTTP, somebody on the way may have written.
     for (origin, status) in [("https://app.example", 200), ("http://app.example", 403), ("ftp://app.example", 403)] {
         let fields = format!("Host: app.example\r\nOrigin: {origin}\r\n");

@@ -9,7 +9,7 @@ use std::io::{self, ErrorKind};
 use std::net::TcpListener;
 use std::sync::{Arc, LazyLock, Mutex};
 use std::thread;
-use std::time::UNIX_EPOCH;
+use std::time::{Duration, UNIX_EPOCH};
 
 #[path = "memory_engine.rs"]
 mod memory;
@@ -313,6 +313,24 @@ fn what_an_engine_shows_is_checked() {
     for fields in [&[("data", "x")][..], &[("topic", "a")], &[("topic", "a"), ("data", "x"), ("retry", "soon")]] {
         assert_eq!(Entry::from_fields(fields.iter().copied()).unwrap_err().kind(), ErrorKind::InvalidInput);
     }
+}
+
+#[test]
+fn every_reconnection_time_that_is_published_can_be_read_back_from_an_entry() {
+    let retry = |ms| Event::new("x").retry(Duration::from_millis(ms));
+    let entry = Entry::new("a", retry(u32::MAX.into()));
+    assert_eq!(Entry::from_fields(entry.fields()).unwrap().fields(), entry.fields());
+    let (engine, alone) = (Arc::new(Puppet::default()), serve_default());
+    let (server, feed) = bind_with(Config::default(), engine);
+    let too_long = retry(u64::from(u32::MAX) + 1);
+    for error in [
+        alone.hub().publish("a", too_long.clone()).unwrap_err(),
+        server.hub().publish("a", too_long.clone()).unwrap_err(),
+        feed.show(id(1), Entry::new("a", too_long)).unwrap_err(),
+    ] {
+        assert_eq!(error.kind(), ErrorKind::InvalidInput, "{error}");
+    }
+    alone.hub().publish("a", retry(u32::MAX.into())).unwrap();
 }
 
 #[test]

@@ -1,9 +1,10 @@
 //! What a program adds to its server: routes that see the request first, and the hook for subscribers.
 
 use crate::common::*;
-use brooklet::{Answer, Config, Event, Handle, Presence, Request, Server, Since, Token};
+use brooklet::{Answer, Config, Event, Handle, Log, LogTo, Presence, Request, Server, Since, Token};
 use std::io::{self, ErrorKind};
 use std::net::SocketAddr;
+use std::panic::panic_any;
 use std::sync::mpsc;
 use std::sync::{Arc, Mutex};
 use std::thread;
@@ -538,6 +539,45 @@ fn the_hook_hears_of_each_subscription_that_begins_and_ends() {
         Err(mpsc::RecvTimeoutError::Disconnected),
         "the hook goes with its server"
     );
+}
+
+/// What a program panics with, which panics in its turn where it is dropped.
+struct Bomb;
+
+impl Drop for Bomb {
+    fn drop(&mut self) {
+        panic!("once more, on purpose");
+    }
+}
+
+#[test]
+fn whatever_the_program_panics_with_it_is_called_again() {
+    let ((calls, heard), (lines, log)) = (mpsc::channel(), mpsc::channel());
+    let config = Config::default().with(|config| {
+        config.log = Log::Debug;
+        config.log_to = LogTo::lines(move |line| {
+            lines.send(line.to_string()).unwrap();
+            panic_any(Bomb)
+        });
+    });
+    let server = bind(config).unwrap();
+    let hook = move |presence: &Presence| {
+        calls.send(presence.ended.is_some()).unwrap();
+        panic_any(Bomb)
+    };
+    server.on_subscription(hook).unwrap();
+    server.route("/answer", |_| panic_any(Bomb)).unwrap();
+    let server = server.spawn().unwrap();
+    let addr = server.addr().unwrap();
+    for _ in 0..2 {
+        assert_eq!(get(addr, "/answer").status, 500);
+        Wire::subscribe(addr, "/events/a", "").0.reset();
+        assert_eq!([(); 2].map(|()| heard.recv_timeout(PATIENCE)), [Ok(false), Ok(true)]);
+    }
+    let failed = |line: &String| line.ends_with("the handler of \"/answer\" failed: the handler panicked");
+    let answered = |line: &String| line.ends_with(" GET \"/answer\" 500");
+    wait_for("the log", || log.try_iter().find(failed));
+    wait_for("a line of the log after that", || log.try_iter().find(answered));
 }
 
 #[test]
