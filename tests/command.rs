@@ -33,7 +33,7 @@ fn each_stream_has_its_own_timer() {
 fn ctrl_c_ends_a_thousand_streams_with_a_retry_and_the_process_with_success() {
     let all_are_told = |signal, count: usize| {
         let mut process = Process::start(&["--log", "off"]);
-        let target = |n| ["/events/a", "/events/a,b", "/test", "/events/c?poll"][n % 4];
+        let target = |n| ["/events/a", "/events/a,b", "/test", "/events/c?poll=1h"][n % 4];
         let streams: Vec<Wire> = (0..count).map(|n| Wire::stream(process.addr, target(n), "")).collect();
         let mut publisher = Wire::connect(process.addr);
         publisher.send(b"PUT /events/a HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n2\r\na\n\r\n");
