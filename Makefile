@@ -13,19 +13,21 @@ minimal: need-cargo
 setup:
 	sh tests/setup.sh
 
-# Formatting, lints, all tests. Then, two at a time, since most of it waits: some orders of threads, the consoles of the README, a
-# short siege, the doctor, Redis, other people's clients, proxies, a browser. What a part needs and is not there leaves that part
-# out, and says so.
+# Formatting, lints, all tests. Then, two at a time, since much of it waits: some orders of threads, the consoles of the README, a
+# short siege, the doctor; and what takes all the processor that it can get: Redis, other people's clients, proxies, a browser.
+# What a part needs and is not there leaves that part out, and says so.
 test: need-cargo
 	cargo fmt --check
 	cargo clippy --all-targets -- --deny warnings
 	cargo clippy --lib --no-default-features -- --deny warnings
 	$(TEST_MANY) cargo test
 	sh tests/model/broken.sh --check
-	$(MAKE) --no-print-directory --jobs=2 --output-sync MODEL_SECONDS=3 SIEGE=short model smoke siege doctor-test redis-test clients
+	$(MAKE) $(TWO) MODEL_SECONDS=3 SIEGE=short model smoke siege doctor-test
+	$(MAKE) $(TWO) redis-test clients
 
 # Some tests open a thousand connections at once; most wait more than they work, so four run for each core.
 TEST_MANY = ulimit -n $$(ulimit -Hn); RUST_TEST_THREADS=$$((4 * $$(getconf _NPROCESSORS_ONLN)))
+TWO = --no-print-directory --jobs=2 --output-sync
 
 # Every console block of the README, word for word, against a server on a free port.
 smoke: build
