@@ -329,7 +329,7 @@ fn a_full_standard_output_holds_up_neither_serving_nor_stopping() {
 
 /// A server that needs its whole grace to stop, since one of its streams takes nothing; and that stream.
 fn slow_to_stop() -> (Process, Wire) {
-    let process = Process::start(&["--keep-events", "100000", "--log=off"]);
+    let process = Process::start(&["--keep-events", "100000", "--stall-time", "1h", "--log=off"]);
     let stalled = Wire::stream(process.addr, "/events/stalled", "");
     let body = "x".repeat(60_000);
     wait_for("the reader to fall behind", || {

@@ -75,6 +75,11 @@ pub fn serve_default() -> Handle {
     serve(Config::default())
 }
 
+/// Closes nobody for taking nothing: where a reader is to wait, a busy machine may take its time.
+pub fn patient() -> Config {
+    Config::default().with(|config| config.stall_time = Duration::from_secs(3_600))
+}
+
 /// Times that soon are over, and long enough for a busy machine to send a whole head.
 pub fn short_times() -> Config {
     let short = Duration::from_secs(1);

@@ -22,7 +22,7 @@ fn a_live_subscriber_has_no_thread() {
 /// Slow readers of one topic, far behind; and healthy ones of another.
 #[test]
 fn a_crowd_that_is_behind_keeps_nobody_out_and_each_of_it_catches_up() {
-    let process = Process::start(&["--threads", "8", "--log", "off", "--stall-time", "60s"]);
+    let process = Process::start(&["--threads", "8", "--log", "off", "--stall-time", "1h"]);
     let addr = process.addr;
     let body = "x".repeat(2_000);
     let mut slow: Vec<Wire> = (0..40).map(|_| narrow(addr, 4_096, Some(1_448))).collect();

@@ -269,7 +269,7 @@ fn a_reader_that_takes_nothing_is_cut_when_its_right_is_gone() {
     let dir = Scratch::new();
     let path = dir.path("tokens");
     write(&path, "slow subscribe a\nroot both *\n");
-    let server = serve(with_tokens(&path).with(|config| config.stall_time = Duration::from_secs(600)));
+    let server = serve(patient().with(|config| config.tokens = Some(path.clone().into())));
     let addr = server.addr().unwrap();
     let mut slow = narrow(addr, 4_096, Some(536));
     slow.send(format!("GET /events/a HTTP/1.1\r\nHost: localhost\r\n{}\r\n", bearer("slow")).as_bytes());
