@@ -13,21 +13,21 @@ minimal: need-cargo
 setup:
 	sh tests/setup.sh
 
-# Formatting, lints, all tests, some orders of threads, the consoles of the README, a short siege, the doctor, other people's
-# clients, proxies, a browser, Redis. Some tests open a thousand connections at once; most wait more than they work, so two run for
-# each core. What a part needs and is not there leaves that part out, and says so.
+# Formatting, lints, all tests. Then, two at a time, since much of it waits: some orders of threads, the consoles of the README, a
+# short siege, the doctor; and what takes all the processor that it can get: Redis, other people's clients, proxies, a browser.
+# What a part needs and is not there leaves that part out, and says so.
 test: need-cargo
 	cargo fmt --check
 	cargo clippy --all-targets -- --deny warnings
 	cargo clippy --lib --no-default-features -- --deny warnings
-	ulimit -n $$(ulimit -Hn); RUST_TEST_THREADS=$$((2 * $$(getconf _NPROCESSORS_ONLN))) cargo test
+	$(TEST_MANY) cargo test
 	sh tests/model/broken.sh --check
-	MODEL_SECONDS=3 sh tests/model/run.sh
-	$(MAKE) --no-print-directory smoke
-	ulimit -n $$(ulimit -Hn); SIEGE=short sh tests/siege.sh
-	$(MAKE) --no-print-directory doctor-test
-	$(MAKE) --no-print-directory clients
-	$(MAKE) --no-print-directory redis-test
+	$(MAKE) $(TWO) MODEL_SECONDS=3 SIEGE=short model smoke siege doctor-test
+	$(MAKE) $(TWO) redis-test clients
+
+# Some tests open a thousand connections at once; most wait more than they work, so four run for each core.
+TEST_MANY = ulimit -n $$(ulimit -Hn); RUST_TEST_THREADS=$$((4 * $$(getconf _NPROCESSORS_ONLN)))
+TWO = --no-print-directory --jobs=2 --output-sync
 
 # Every console block of the README, word for word, against a server on a free port.
 smoke: build
@@ -53,7 +53,7 @@ clients: build
 # or Redis are killed: two minutes and the build, which is optimized. With valkey-server: make redis-test REDIS_SERVER=valkey-server
 redis-test: need-cargo
 	cargo clippy --all-targets --features redis -- --deny warnings
-	ulimit -n $$(ulimit -Hn); RUST_TEST_THREADS=$$((2 * $$(getconf _NPROCESSORS_ONLN))) cargo test --release --features redis --test redis
+	$(TEST_MANY) cargo test --release --features redis --test redis
 	ulimit -n $$(ulimit -Hn); cargo test --release --features redis --test redis -- --ignored --nocapture --test-threads 1 sixty_million
 
 # What it costs to go through Redis, as tables: a minute, with redis-server.

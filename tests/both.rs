@@ -159,19 +159,28 @@ pub fn closed_streams_leave_no_timer_no_thread_and_no_descriptor(process: &Proce
     process.wait_until_at_most(before);
 }
 
-/// The last block that each of these streams gets when the program is told to stop. It ends with success.
-pub fn stopping_ends_each_stream_with_a_retry(process: &mut Process, signal: &str, streams: Vec<Wire>) -> Vec<Seen> {
+/// The reconnection time that each of these streams gets as its last when the program is told to stop, which ends with
+/// success. For all that streams take to end it has 700 ms, in which a busy machine may not come to each of many; those that
+/// are left are cut, and then this is `None`. Another try with fewer is to be made.
+pub fn stopping_ends_each_stream_with_a_retry(
+    process: &mut Process,
+    signal: &str,
+    streams: Vec<Wire>,
+) -> Option<Vec<u64>> {
     let started = Instant::now();
     process.signal(signal);
-    let status = process.child.wait().unwrap();
+    let status = wait_for("it to end", || process.child.try_wait().unwrap());
+    let was_in_time = started.elapsed() < Duration::from_millis(700);
     assert!(status.success(), "{status}");
-    assert!(started.elapsed() < Duration::from_secs(10), "{:?}", started.elapsed());
-    let last_block = |mut wire: Wire| {
-        let last = std::iter::from_fn(|| wire.block()).last().expect("a last block");
-        assert!(last.data.is_none() && last.retry.is_some(), "{last:?}");
-        last
+    let last_retry = |mut wire: Wire| {
+        let last = std::iter::from_fn(|| wire.block()).last()?;
+        let is_farewell = last.data.is_none() && last.comments == ["the server is stopping"];
+        assert!(is_farewell || !was_in_time, "{last:?}");
+        last.retry.filter(|_| is_farewell)
     };
-    streams.into_iter().map(last_block).collect()
+    let retries: Option<Vec<u64>> = streams.into_iter().map(last_retry).collect();
+    assert!(retries.is_some() || !was_in_time, "a stream got no reconnection time");
+    retries
 }
 
 /// Each request, with the status of its answer and a part of the one line that says why. After each of them, which it

@@ -2,8 +2,9 @@
 
 use crate::common::*;
 use brooklet::Config;
+use std::io::Write;
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 #[test]
 fn pipelined_requests_are_answered_in_their_order() {
@@ -62,14 +63,16 @@ fn silent_and_idle_connections_are_closed_without_a_word() {
 fn who_asks_just_when_the_idle_time_ends_is_answered() {
     let server = serve(Config::default().with(|config| config.idle_time = Duration::from_secs(1)));
     let addr = server.addr().unwrap();
-    let ask = |n: u64| {
-        let mut wire = Wire::connect(addr);
-        wire.send(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n");
+    let ask_once = |n: u64| {
+        let (asked, mut wire) = (Instant::now(), Wire::connect(addr));
+        wire.send(HEALTH.as_bytes());
         let first = wire.answer();
         assert_eq!(first.header("Keep-Alive"), Some("timeout=1"));
         thread::sleep(Duration::from_millis(980 + n)); // from just before its end to just after
-        wire.send(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n");
-        assert_eq!(wire.answer().status, 200);
+        wire.socket.write_all(HEALTH.as_bytes()).ok().filter(|()| asked.elapsed() < Duration::from_secs(2))?;
+        Some(wire.answer().status)
     };
+    // The server waits a second longer than it says; a busy machine may miss even that, and tries again.
+    let ask = |n| assert_eq!(wait_for("a request in time", || ask_once(n)), 200);
     thread::scope(|all| (0..40).for_each(|n| drop(all.spawn(move || ask(n)))));
 }

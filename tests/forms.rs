@@ -719,7 +719,7 @@ fn take_is_exact_in_bursts_however_many_follow() {
 #[test]
 fn who_is_pushed_behind_in_the_middle_gets_the_rest_in_its_form_and_no_more_than_it_takes() {
     for (form, version) in FORMS.into_iter().flat_map(|form| VERSIONS.map(|version| (form, version))) {
-        let server = serve(Config::default().with(|config| {
+        let server = serve(patient().with(|config| {
             config.keep_events = 1_000_000;
             config.keep_bytes = 1 << 30;
             config.lanes = 1;
@@ -749,7 +749,7 @@ fn who_is_pushed_behind_in_the_middle_gets_the_rest_in_its_form_and_no_more_than
 #[test]
 fn what_is_older_than_the_newest_n_does_not_come_and_is_no_gap_when_it_is_forgotten() {
     for form in FORMS {
-        let server = serve(Config::default().with(|config| {
+        let server = serve(patient().with(|config| {
             config.keep_events = 150;
             config.keep_bytes = 1 << 30;
         }));
@@ -773,7 +773,7 @@ fn what_is_older_than_the_newest_n_does_not_come_and_is_no_gap_when_it_is_forgot
 
 #[test]
 fn what_is_forgotten_of_the_newest_n_before_it_came_is_a_gap_that_take_does_not_count() {
-    let server = serve(Config::default().with(|config| {
+    let server = serve(patient().with(|config| {
         config.keep_events = 150;
         config.keep_bytes = 1 << 30;
     }));

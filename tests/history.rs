@@ -83,7 +83,7 @@ fn floods_of_topics_keys_and_subscriptions_stay_inside_the_limits_and_pass() {
 
 #[test]
 fn what_one_topic_lets_go_is_not_hidden_by_what_another_had_let_go() {
-    let server = serve(Config::default().with(|config| config.keep_events = 100));
+    let server = serve(patient().with(|config| config.keep_events = 100));
     let addr = server.addr().unwrap();
     let hub = server.hub();
     let publish = |topic: &str, n: usize| hub.publish(topic, Event::new(format!("{topic}{n} {}", "x".repeat(60_000))));
@@ -331,10 +331,7 @@ fn the_page_of_a_quiet_topic_hears_no_gap_after_a_restart_from_the_journal() {
 #[test]
 fn an_end_names_no_id_beyond_what_its_reader_still_has_to_get() {
     let lifetime = Duration::from_secs(1);
-    let server = serve(Config::default().with(|config| {
-        config.lifetime = lifetime;
-        config.stall_time = Duration::from_secs(3600);
-    }));
+    let server = serve(patient().with(|config| config.lifetime = lifetime));
     let ids: Vec<Id> = (0..200).map(|_| server.hub().publish("a", Event::new("x".repeat(60_000))).unwrap()).collect();
     let mut wire = narrow(server.addr().unwrap(), 4_096, Some(1_448));
     open(&mut wire, "/events/a?since=earliest");

@@ -22,23 +22,23 @@ fn a_live_subscriber_has_no_thread() {
 /// Slow readers of one topic, far behind; and healthy ones of another.
 #[test]
 fn a_crowd_that_is_behind_keeps_nobody_out_and_each_of_it_catches_up() {
-    let process = Process::start(&["--threads", "8", "--log", "off", "--stall-time", "60s"]);
+    let process = Process::start(&["--threads", "8", "--log", "off", "--stall-time", "1h"]);
     let addr = process.addr;
     let body = "x".repeat(2_000);
     let mut slow: Vec<Wire> = (0..40).map(|_| narrow(addr, 4_096, Some(1_448))).collect();
     slow.iter_mut().for_each(|wire| open(wire, "/events/slow"));
     wait_for_metric(addr, "subscribers", 40);
+    let mut bystander = Bystander::new(addr);
     let mut healthy = Crowd::subscribe(addr, "/events/healthy", 20);
     (0..100).for_each(|_| drop(publish(addr, "/events/slow", &body)));
     wait_for("more to be behind than there are threads", || (metric(addr, "queued") >= 20).then_some(()));
     assert!(process.status("Threads") < 8 + 10, "{} threads", process.status("Threads"));
     for n in 0..10 {
-        let asked = Instant::now();
-        assert_eq!(get(addr, "/health").status, 200);
-        assert!(asked.elapsed() < PROBE_TIME, "{:?}", asked.elapsed());
+        bystander.probe();
         publish(addr, "/events/healthy", &format!("{n} on time"));
         healthy.read_until(n + 1);
     }
+    bystander.finish("behind");
     // A newcomer that takes what it gets need not stand in their line.
     let (mut newcomer, _) = Wire::subscribe(addr, "/events/new", "");
     publish(addr, "/events/new", "at once");
@@ -70,7 +70,8 @@ fn handlers_have_a_share_of_the_threads_and_whoever_finds_none_is_told_when_to_c
 
 #[test]
 fn a_crowd_of_slow_heads_makes_room_for_those_that_wait_for_a_thread() {
-    let process = Process::start(&["--threads", "8", "--log", "off"]);
+    // Were there no room made for it, the first would be answered after the longest that anything is waited for here.
+    let process = Process::start(&["--threads", "8", "--log", "off", "--head-time", "1h"]);
     let crowd: Vec<Wire> = (0..60)
         .map(|_| {
             let mut wire = Wire::connect(process.addr);
@@ -78,11 +79,7 @@ fn a_crowd_of_slow_heads_makes_room_for_those_that_wait_for_a_thread() {
             wire
         })
         .collect();
-    for _ in 0..5 {
-        let asked = Instant::now();
-        assert_eq!(get(process.addr, "/health").status, 200);
-        assert!(asked.elapsed() < 5 * PROBE_TIME, "{:?}", asked.elapsed());
-    }
+    (0..5).for_each(|_| assert_eq!(get(process.addr, "/health").status, 200));
     drop(crowd);
 }
 
@@ -108,17 +105,14 @@ fn who_ends_only_its_sending_side_keeps_its_stream() {
 
 #[test]
 fn a_lifetime_ends_in_time_also_where_the_reader_takes_nothing() {
-    let process = Process::start(&["--lifetime", "4s", "--stall-time", "30s"]);
+    // Without the bound it would be the stall time.
+    let process = Process::start(&["--lifetime", "4s", "--stall-time", "1h"]);
     let mut stuck = narrow(process.addr, 4_096, Some(1_448));
-    let opened = Instant::now();
     open(&mut stuck, "/events/a");
     wait_for_metric(process.addr, "subscribers", 1);
     let body = "x".repeat(60_000);
     (0..60).for_each(|_| drop(publish(process.addr, "/events/a", &body)));
     wait_for_metric(process.addr, "subscribers", 0);
-    let took = opened.elapsed();
-    // Without the bound it is the stall time.
-    assert!(took < Duration::from_secs(20), "{took:?}");
     let line = process.wait_for_log("closed peer=");
     assert!(line.contains("reason=\"the time is over, in the middle of a write\""), "{line}");
 }

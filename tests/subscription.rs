@@ -82,7 +82,7 @@ fn follow_sixteen(addr: SocketAddr, first: Id, cuts: bool, pace: &Pace) -> Vec<O
 
 #[test]
 fn a_stream_of_sixteen_topics_loses_nothing_while_it_is_pushed_behind_again_and_again() {
-    let server = serve(Config::default().with(|config| {
+    let server = serve(patient().with(|config| {
         config.keep_events = 1_000_000;
         config.keep_bytes = 1 << 30;
     }));
@@ -120,7 +120,7 @@ fn a_stream_of_sixteen_topics_loses_nothing_while_it_is_pushed_behind_again_and_
 #[test]
 fn events_that_are_let_go_under_a_stream_of_sixteen_topics_are_never_a_silent_hole() {
     for cuts in [false, true] {
-        let server = serve(Config::default().with(|config| config.keep_events = 20));
+        let server = serve(patient().with(|config| config.keep_events = 20));
         let addr = server.addr().unwrap();
         let (_, first) = Wire::subscribe(addr, "/events/a", "");
         let pace = Pace::default();
@@ -413,7 +413,7 @@ fn a_lifetime_ends_with_the_reason_and_a_reconnection_time() {
 /// Without chunks as with them: what did not fit into the socket goes on at its very byte.
 #[test]
 fn a_reader_of_http_1_0_that_is_pushed_behind_gets_every_event_whole() {
-    let server = serve_default();
+    let server = serve(patient());
     let addr = server.addr().unwrap();
     for version in ["1.0", "1.1"] {
         let mut wire = narrow(addr, 4_096, None);

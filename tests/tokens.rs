@@ -134,10 +134,10 @@ fn a_stream_whose_right_is_withdrawn_or_over_ends_within_seconds_and_no_other_do
     let dir = Scratch::new();
     let path = dir.path("tokens");
     let steady = "steady both *\n";
-    let soon = unix_time() + 6;
+    let later = unix_time() + 3_600;
     write(
         &path,
-        &format!("{steady}gone subscribe a,b\ncut subscribe a,b\nsoon subscribe a until={soon}\nput publish a\n"),
+        &format!("{steady}gone subscribe a,b\ncut subscribe a,b\nsoon subscribe a until={later}\nput publish a\n"),
     );
     let server = bind(with_tokens(&path)).unwrap();
     server
@@ -160,6 +160,7 @@ fn a_stream_whose_right_is_withdrawn_or_over_ends_within_seconds_and_no_other_do
             .as_bytes(),
     );
     assert_eq!(kept.event().unwrap().data(), "one");
+    let soon = unix_time() + 3;
     write(&path, &format!("{steady}cut subscribe a,c\nsoon subscribe a until={soon}\n"));
     for (what, stream) in [("its token is gone", &mut gone), ("a poll", &mut poll), ("one of its topics is", &mut cut)]
     {
@@ -268,7 +269,7 @@ fn a_reader_that_takes_nothing_is_cut_when_its_right_is_gone() {
     let dir = Scratch::new();
     let path = dir.path("tokens");
     write(&path, "slow subscribe a\nroot both *\n");
-    let server = serve(with_tokens(&path).with(|config| config.stall_time = Duration::from_secs(600)));
+    let server = serve(patient().with(|config| config.tokens = Some(path.clone().into())));
     let addr = server.addr().unwrap();
     let mut slow = narrow(addr, 4_096, Some(536));
     slow.send(format!("GET /events/a HTTP/1.1\r\nHost: localhost\r\n{}\r\n", bearer("slow")).as_bytes());

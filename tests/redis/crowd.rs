@@ -150,11 +150,11 @@ impl Crowd {
 
     /// Reads until everybody has had so many bytes of events, once it is known how many there are.
     pub fn read(&mut self, all: impl Fn() -> Option<usize>) {
-        let (mut had, mut deadline) = (0, Instant::now() + 3 * PATIENCE);
+        let (mut had, mut deadline) = (0, Instant::now() + PATIENCE);
         while all().is_none_or(|all| self.members.iter().any(|member| member.at < all)) {
             self.turn();
             let now = self.members.iter().map(|member| member.at).sum();
-            deadline = if now > had { Instant::now() + 3 * PATIENCE } else { deadline };
+            deadline = if now > had { Instant::now() + PATIENCE } else { deadline };
             had = now;
             assert!(Instant::now() < deadline, "{had} bytes have come, and no more come");
         }
