@@ -156,6 +156,14 @@ impl Rewrite {
         if is_synced { self.file.sync_all() } else { Ok(()) }
     }
 
+    /// Appends whole blocks.
+    pub fn write(&mut self, bytes: &[u8]) -> io::Result<()> {
+        (&*self.file).write_all(bytes)?;
+        self.length += bytes.len() as u64;
+        self.unsynced += bytes.len() as u64;
+        Ok(())
+    }
+
     /// Gives the new file the journal's name: in place of the file that has it, or else only where none has it.
     ///
     /// # Errors
@@ -203,13 +211,6 @@ impl Rewrite {
         old.read_exact_at(&mut bytes, self.copied_to)?;
         self.copied_to += length;
         self.write(&bytes)
-    }
-
-    fn write(&mut self, bytes: &[u8]) -> io::Result<()> {
-        (&*self.file).write_all(bytes)?;
-        self.length += bytes.len() as u64;
-        self.unsynced += bytes.len() as u64;
-        Ok(())
     }
 }
 
