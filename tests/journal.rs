@@ -979,6 +979,30 @@ fn events_go_out_while_the_journal_is_written_anew() {
     assert_eq!(kept(serve(with_journal(&path)).addr().unwrap(), "b").len(), 20);
 }
 
+#[test]
+fn a_journal_that_has_grown_and_keeps_little_is_synced_before_the_new_file_has_the_name() {
+    if !has("strace") {
+        return;
+    }
+    let dir = Scratch::new();
+    let (path, new_path) = (dir.path("events"), dir.path("events.new"));
+    drop(serve(with_journal(&path)));
+    let traced = Traced::start_on(&[&new_path], &[], &path, &["--keep-events", "10"]);
+    let mut wire = Wire::connect(traced.process.addr);
+    for _ in 0..10 {
+        assert_eq!(wire.post("/events/old", "what the disk has had for long").status, 200);
+    }
+    wait_for("the journal to be written anew", || {
+        assert_eq!(wire.post("/events/a?key=k", &"x".repeat(50_000)).status, 200);
+        wire.send(b"DELETE /events/a HTTP/1.1\r\nHost: localhost\r\n\r\n");
+        assert_eq!(wire.answer().status, 200);
+        (traced.count("rename") > 0).then_some(())
+    });
+    let calls = fs::read_to_string(&traced.calls).unwrap();
+    let of_new: Vec<_> = calls.lines().filter(|line| line.contains("sync(") || line.contains("rename(")).collect();
+    assert!(of_new[0].contains("fdatasync("), "{of_new:?}");
+}
+
 /// A gap too many is allowed, a silent hole never.
 #[test]
 fn what_is_published_and_forgotten_while_the_journal_is_written_anew_is_kept_or_a_gap() {
