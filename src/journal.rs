@@ -9,9 +9,10 @@
 //!   process may have died during a failing sync, or of one: so a start trusts only what a mark in the file says is
 //!   sure. With `--fsync` that is the end of a file that was ended in order.
 //! - *Unsynced, the end may be missing* after the machine has died, and nothing in the file shows it. So its first
-//!   block names the boot, and after another boot all topics count as forgotten up to now. The power may also bring an
-//!   older file back: one that was synced shows no loss, and from any but this boot's the same ids would be given again.
-//!   So before anything is published, the directory is synced with the new name in it, and only then the mark follows.
+//!   block names the boot, and after another boot all topics count as forgotten up to now. The power may also bring the
+//!   file back that had the name before: a synced one shows no loss, and after one of another boot the same ids would
+//!   be given again. So the directory is synced with the new name in it before anything is published, and then a mark
+//!   is appended; where a start in the same boot does not find it, it writes the file anew.
 //! - *The lock is on the file itself*, and once a second its name is checked (`watch.rs`): a file that was moved, cut or
 //!   deleted is written anew; where another server's file has the name, nothing is published any more.
 //!

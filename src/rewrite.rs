@@ -140,7 +140,7 @@ impl Rewrite {
     pub fn due_sync(&mut self, is_last: bool) -> Option<Arc<File>> {
         self.last_syncs += u32::from(is_last); // what comes while it is synced is less each time, but for a flood
         let most = match is_last {
-            true if self.last_syncs == 1 => 1, // all that was kept, which the power must not take without `--fsync`, either
+            true if self.last_syncs == 1 => 1, // all that is kept: without `--fsync`, the power takes only what is new
             true if self.last_syncs <= LAST_SYNCS => LAST_BYTES,
             _ => SYNC_BYTES,
         };

@@ -209,8 +209,9 @@ impl Trial {
         vec![(server.mark(), news)]
     }
 
-    /// Two or three things from as many clients, which the journal may get in one write: events, or a topic is deleted and
-    /// the others get some. Where the journal grows, a client sends several, so that some come while it is written anew.
+    /// Two or three things from as many clients, which the journal may get in one write: events, or a topic is deleted
+    /// and the others get some. Where the journal grows, a client sends several, so that some come while it is written
+    /// anew.
     fn do_at_once(&mut self, server: &Server, journal_bytes: u64, news: &mut Vec<(u64, News)>) -> Vec<(u64, News)> {
         let (deletes_one_in, each) = if self.plan.grows { (4, 2) } else { (2, 1) };
         let deleted = (self.random.below(deletes_one_in) == 0).then(|| self.delete(server, news));
