@@ -31,8 +31,9 @@ pub struct Block<'a> {
     pub frame_at: usize,
 }
 
-/// The last block of a journal whose server has ended in order. It forgets nothing: no event has an id this low.
-pub fn end_mark() -> Encoded {
+/// What stands before it is sure to outlive the machine: all of a journal that was synced, since its server has ended
+/// in order; of one that was not, the name (`journal.rs`). It forgets nothing: no event has an id this low.
+pub fn sure_mark() -> Encoded {
     encode_block(Id::default(), &[], "id: 0-0\n\n")
 }
 

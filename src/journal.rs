@@ -6,18 +6,20 @@
 //!   where it cannot be cut, what was refused is overwritten with blank lines, which mean nothing.
 //! - *The kernel forgets what it could not sync*: the next sync succeeds, with the data lost. So after a failed one
 //!   only a new file, written from memory, is trusted. <https://wiki.postgresql.org/wiki/Fsync_Errors> An earlier
-//!   process may have died during a failing sync: so with `--fsync`, a start trusts only a file that was ended in order.
+//!   process may have died during a failing sync, or of one: so a start trusts only what a mark in the file says is
+//!   sure. With `--fsync` that is the end of a file that was ended in order.
 //! - *Unsynced, the end may be missing* after the machine has died, and nothing in the file shows it. So its first
-//!   block names the boot, and after another boot all topics count as forgotten up to now. A synced file is given such a
-//!   block at its end before an unsynced one takes its name, since the power may undo that.
+//!   block names the boot, and after another boot all topics count as forgotten up to now. The power may also bring the
+//!   file back that had the name before: a synced one shows no loss, and after one of another boot the same ids would
+//!   be given again. So the directory is synced with the new name in it before anything is published, and then a mark
+//!   is appended; where a start in the same boot does not find it, it writes the file anew.
 //! - *The lock is on the file itself*, and once a second its name is checked (`watch.rs`): a file that was moved, cut or
 //!   deleted is written anew; where another server's file has the name, nothing is published any more.
 //!
 //! The journal takes and gives encoded blocks, and knows no history. It waits for the disk: call it without a lock.
 
-use crate::block::{Block, end_mark, mark};
+use crate::block::{Block, sure_mark};
 use crate::config::{Config, Log};
-use crate::event::Id;
 use crate::locked::{beside, is_same, sync_directory_of};
 use crate::log::{Logger, OncePerSecond};
 use crate::recovery::{Found, block_limit};
@@ -134,18 +136,15 @@ impl Journal {
 
     /// Makes the file one that can be appended to. What a dying process left half-written at its end is cut off. Where
     /// more is damaged, the file is kept aside, and what could be read of it is written anew. So is a file whose first
-    /// block must name another boot from here on, and with `--fsync` one that may not be on the disk.
+    /// block must name another boot from here on, and one that may not be on the disk as far as it must be.
     pub fn repair(&mut self, found: &Found, kept_bytes: u64, take_snapshot: TakeSnapshot) -> io::Result<()> {
         (self.needed, self.kept_bytes) = (kept_bytes, kept_bytes);
         let copy = if found.is_damaged() { Some(self.keep_aside("damaged")?) } else { None };
-        let is_trusted = !self.syncs || self.is_on_the_disk(found);
-        if found.may_lack_events() || found.boot != self.boot || found.is_boot_added || !is_trusted {
+        if found.may_lack_events() || found.boot != self.boot || !self.is_trusted(found) {
             let found_file = self.file.clone();
-            let rewritten = self.add_boot(found).and_then(|()| self.rewrite_at_once(take_snapshot));
-            let Err(error) = rewritten else { return Ok(()) };
+            let Err(error) = self.rewrite_at_once(take_snapshot) else { return Ok(()) };
             let has_its_name = Arc::ptr_eq(&found_file, &self.file);
-            let names_its_boot = found.boot.is_some() && !found.is_boot_added;
-            if has_its_name && names_its_boot && !found.is_damaged() && is_trusted {
+            if has_its_name && found.has_rebooted && !found.is_damaged() && !self.syncs {
                 // Perhaps the disk is full. The file is whole, and since it names an earlier boot, the next start means
                 // a gap too many, but no hole.
                 self.say(format_args!("cannot be written anew: {error}"));
@@ -156,22 +155,14 @@ impl Journal {
             }
             return Err(io::Error::other(format!("it must be written anew, beside itself, and cannot be: {error}")));
         }
-        sync_directory_of(self.watch.path())?; // who gave the file its name may have died before that
         if found.whole < found.size { self.take_back() } else { Ok(()) }
     }
 
-    /// Where everything was synced so far and will not be any more, the old file is to name the boot, too, before a new one
-    /// gets its name: a power cut may undo that, also after a later sync of the directory, if an earlier one had failed.
-    fn add_boot(&mut self, found: &Found) -> io::Result<()> {
-        let may_pass_for_synced = found.blocks > 0 && (found.boot.is_none() || found.is_boot_added);
-        if self.boot.is_none() || found.is_damaged() || !may_pass_for_synced {
-            return Ok(());
-        }
-        if found.whole < found.size {
-            self.take_back()?;
-        }
-        self.write(&mark("boot", self.boot.as_deref(), Id::default()).block().concat())?;
-        self.file.sync_data()
+    /// Whether as much of the file is sure as must be before anything more is published: with `--fsync` all of it, else
+    /// its name, if the system tells boots apart at all.
+    fn is_trusted(&self, found: &Found) -> bool {
+        let is_sure = if self.syncs { self.is_on_the_disk(found) } else { found.is_name_sure || self.boot.is_none() };
+        is_sure && sync_directory_of(self.watch.path()).is_ok() // somebody may just have moved it here
     }
 
     /// Appends from where on ids are given, as a new file's first block would: or yet another death might repeat them.
@@ -245,7 +236,7 @@ impl Journal {
         }
         self.look();
         if self.syncs && self.health == Health::Whole {
-            let _ = self.write(&end_mark().block().concat());
+            let _ = self.write(&sure_mark().block().concat());
         }
     }
 
@@ -360,7 +351,13 @@ impl Journal {
     }
 
     /// Gives a new file the journal's name, and returns the old one. It is trusted once the name is on the disk, too.
+    /// A file that names the boot then says so. Where another such file has the name, which is sure, so may this one at
+    /// once, for each is as good after a loss of power.
     fn change_to(&mut self, mut rewrite: Rewrite, replaces: bool, syncs: bool) -> io::Result<Arc<File>> {
+        let mark = self.boot.as_ref().map(|_| sure_mark().block().concat());
+        if let Some(mark) = mark.as_ref().filter(|_| !syncs) {
+            rewrite.write(mark)?;
+        }
         rewrite.take_name(self.watch.path(), replaces)?;
         let old = std::mem::replace(&mut self.file, rewrite.file().clone());
         (self.length, self.needed) = (rewrite.length(), rewrite.needed());
@@ -369,6 +366,9 @@ impl Journal {
             sync_directory_of(self.watch.path())?;
         }
         self.health = Health::Whole;
+        if let Some(mark) = mark.filter(|_| syncs) {
+            let _ = self.write(&mark); // without it, the next start writes the file anew
+        }
         Ok(old)
     }
 

@@ -40,12 +40,14 @@ pub struct Found {
     pub damaged: u64,
     /// Where the first damaged blocks begin.
     pub damaged_at: Vec<u64>,
-    /// Its first block is not a mark without a topic, as in every journal: what came before is missing.
+    /// Its first block is not a mark that says what all topics have forgotten, as in every journal: what came before is
+    /// missing.
     pub is_headless: bool,
-    /// The boot that is named in it, the last where there are several; none if everything in it was synced.
+    /// The boot that is named in it; none if everything in it was synced. Older versions also appended it to a synced
+    /// file.
     pub boot: Option<String>,
-    /// That is not its first block, but one that was added to it (`Journal::repair`), and perhaps is not on the disk.
-    pub is_boot_added: bool,
+    /// It names its boot, and has a mark that says that its own name is on the disk (`Journal::change_to`).
+    pub is_name_sure: bool,
     /// It was not synced, and the machine has died or restarted since: its end may be missing, which nothing in it
     /// shows.
     pub has_rebooted: bool,
@@ -106,16 +108,17 @@ impl Found {
         self.has_ended = false;
         let Some((at, block)) = found else { return };
         if is_first {
-            self.is_headless = block.topic.is_some();
+            self.is_headless = block.topic.is_some() || block.id == Id::default();
         }
-        if let Some(boot) = block.boot {
-            (self.boot, self.is_boot_added) = (Some(boot.into()), !is_first);
+        self.has_ended = block.topic.is_none() && !is_first;
+        match block.boot {
+            Some(boot) => self.boot = Some(boot.into()),
+            None => self.is_name_sure |= self.has_ended && self.boot.is_some(),
         }
         if !block.is_mark {
             self.newest = Some(block.newest());
             self.events += 1;
         }
-        self.has_ended = block.topic.is_none() && !is_first;
         self.blocks += 1;
         take(block, &bytes[at..]);
     }

@@ -139,7 +139,11 @@ impl Rewrite {
     /// file.
     pub fn due_sync(&mut self, is_last: bool) -> Option<Arc<File>> {
         self.last_syncs += u32::from(is_last); // what comes while it is synced is less each time, but for a flood
-        let most = if is_last && self.last_syncs <= LAST_SYNCS { LAST_BYTES } else { SYNC_BYTES };
+        let most = match is_last {
+            true if self.last_syncs == 1 => 1, // all that is kept: without `--fsync`, the power takes only what is new
+            true if self.last_syncs <= LAST_SYNCS => LAST_BYTES,
+            _ => SYNC_BYTES,
+        };
         if self.unsynced < most {
             return None;
         }
@@ -154,6 +158,14 @@ impl Rewrite {
         self.write(&marks)?;
         self.needed += marks.len() as u64;
         if is_synced { self.file.sync_all() } else { Ok(()) }
+    }
+
+    /// Appends whole blocks.
+    pub fn write(&mut self, bytes: &[u8]) -> io::Result<()> {
+        (&*self.file).write_all(bytes)?;
+        self.length += bytes.len() as u64;
+        self.unsynced += bytes.len() as u64;
+        Ok(())
     }
 
     /// Gives the new file the journal's name: in place of the file that has it, or else only where none has it.
@@ -203,13 +215,6 @@ impl Rewrite {
         old.read_exact_at(&mut bytes, self.copied_to)?;
         self.copied_to += length;
         self.write(&bytes)
-    }
-
-    fn write(&mut self, bytes: &[u8]) -> io::Result<()> {
-        (&*self.file).write_all(bytes)?;
-        self.length += bytes.len() as u64;
-        self.unsynced += bytes.len() as u64;
-        Ok(())
     }
 }
 

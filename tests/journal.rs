@@ -226,35 +226,87 @@ fn after_another_boot_pages_hear_a_gap_unless_everything_was_synced() {
     assert!(!is_gap);
 }
 
-/// A new name may be undone by the power although the directory was synced since: where an earlier try to sync it had
-/// failed, the kernel may have forgotten that there was anything to write.
+/// The power may undo a new name although the directory was synced since: where an earlier sync of it had failed, the
+/// kernel may have forgotten that there was anything to write. The file that comes back may be one that was synced, so that
+/// it shows no loss, or one after which the same ids would be given again.
 #[test]
-fn a_synced_journal_that_comes_back_in_place_of_one_that_was_not_tells_of_what_it_lacks() {
+fn nothing_is_published_to_a_journal_whose_name_may_be_undone() {
+    if !has("strace") {
+        return;
+    }
+    for (fault, before) in ["error=EIO", "signal=KILL"]
+        .into_iter()
+        .flat_map(|fault| ["synced", "of another boot", "damaged", "new"].map(|before| (fault, before)))
+    {
+        let dir = Scratch::new();
+        let path = dir.path("events");
+        let inode = || fs::metadata(&path).map(|found| std::os::unix::fs::MetadataExt::ino(&found)).ok();
+        let config = with_journal(&path);
+        let begin =
+            |fsync| serve(config.clone().with(|config| config.fsync = fsync)).hub().publish("a", Event::new("x"));
+        match before {
+            "synced" => drop(begin(true).unwrap()),
+            "of another boot" => {
+                begin(false).unwrap();
+                as_in_another_boot(&path);
+            }
+            "damaged" => {
+                begin(false).unwrap();
+                let bytes = fs::read(&path).unwrap();
+                fs::write(&path, [&bytes, &b"data\n\n"[..]].concat()).unwrap();
+            }
+            _ => {}
+        }
+        let old = inode();
+        // Only the calls on the directory are counted.
+        let mut strace = Command::new("timeout");
+        strace.args(["30", "strace", "-f", "-o", "/dev/null", "-e", "trace=fsync", "-P", dir.0.to_str().unwrap()]);
+        strace.args(["-e", &format!("inject=fsync:{fault}"), BROOKLET, "--listen", "127.0.0.1:0", "--journal", &path]);
+        assert!(!output(&mut strace).status.success(), "{before}: it starts, though {fault}");
+        let unsure = inode();
+        assert_ne!(unsure, old, "{before}: it has the name");
+        drop(serve(config.clone()));
+        let sure = inode();
+        assert_ne!(sure, unsure, "{before}, {fault}: it is written anew");
+        drop(serve(config.clone()));
+        assert_eq!(inode(), sure, "{before}, {fault}: and that is enough");
+    }
+}
+
+#[test]
+fn a_journal_that_was_moved_to_where_it_is_is_written_anew_if_its_name_cannot_be_synced() {
+    if !has("strace") {
+        return;
+    }
+    for flags in [&["--fsync"][..], &[]] {
+        let dir = Scratch::new();
+        let path = dir.path("events");
+        let config = with_journal(&path).with(|config| config.fsync = !flags.is_empty());
+        serve(config).hub().publish("a", Event::new("x")).unwrap();
+        let inode = || std::os::unix::fs::MetadataExt::ino(&fs::metadata(&path).unwrap());
+        let moved = inode();
+        drop(Traced::start_on(&[dir.0.to_str().unwrap()], &["fsync:error=EIO:when=1"], &path, flags));
+        assert_ne!(inode(), moved, "{flags:?}");
+    }
+}
+
+/// Earlier versions named the boot in a synced file, too, before an unsynced one took its name.
+#[test]
+fn a_synced_journal_that_names_a_boot_at_its_end_tells_of_what_it_lacks() {
     let dir = Scratch::new();
-    let (path, old) = (dir.path("events"), dir.path("old"));
-    let cursor =
-        serve(with_journal(&path).with(|config| config.fsync = true)).hub().publish("a", Event::new("x")).unwrap();
+    let path = dir.path("events");
+    let start = |fsync: bool| serve(with_journal(&path).with(|config| config.fsync = fsync));
+    let cursor = start(true).hub().publish("a", Event::new("x")).unwrap();
     let synced = fs::read(&path).unwrap();
-    fs::hard_link(&path, &old).unwrap();
-    let hears_gap = |config: Config| {
-        let server = serve(config);
+    let this = format!("boot: {}", fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap());
+    let other = "boot: 00000000-0000-0000-0000-000000000000\n";
+    for (boot, fsync, hears_gap) in [(&this[..], false, false), (other, false, true), (other, true, true)] {
+        fs::write(&path, [&synced, sealed(boot, "id: 0-0\n\n").as_bytes()].concat()).unwrap();
+        let server = start(fsync);
         let target = format!("/events/a?last_event_id={cursor}&poll=1ms");
-        Wire::stream(server.addr().unwrap(), &target, "").event().is_some_and(|first| first.is_gap())
-    };
-    assert!(!hears_gap(with_journal(&path)));
-    let left = fs::read(&old).unwrap();
-    let last = String::from_utf8(left.strip_prefix(&synced[..]).unwrap().to_vec()).unwrap();
-    let boot = fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap();
-    assert_eq!(last, sealed(&format!("boot: {boot}"), "id: 0-0\n\n"));
-    // The process was killed before the new file had the name, and the next one tries it again.
-    fs::rename(&old, &path).unwrap();
-    assert!(!hears_gap(with_journal(&path)));
-    assert!(fs::read(&path).unwrap().starts_with(format!("boot: {boot}").as_bytes()));
-    // The power was lost.
-    let other = sealed("boot: 00000000-0000-0000-0000-000000000000\n", "id: 0-0\n\n");
-    for fsync in [false, true] {
-        fs::write(&path, [&synced, other.as_bytes()].concat()).unwrap();
-        assert!(hears_gap(with_journal(&path).with(|config| config.fsync = fsync)));
+        let first = Wire::stream(server.addr().unwrap(), &target, "").event();
+        assert_eq!(first.is_some_and(|first| first.is_gap()), hears_gap, "{boot} {fsync}");
+        assert_eq!(fs::read(&path).unwrap().starts_with(b"boot: "), !fsync, "it is written anew");
     }
 }
 
@@ -517,7 +569,7 @@ fn a_full_disk_is_answered_with_507_and_works_again_once_there_is_room() {
         answer.body.split("published ").nth(1).unwrap().split([',', '\n']).next().unwrap().parse().unwrap();
     let bytes = fs::read(&journal).unwrap();
     assert_eq!(blocks(&bytes).concat(), bytes, "the half-written event is cut back");
-    assert_eq!(blocks(&bytes).len(), 1 + ids.len() + count, "what was answered is there, and nothing else");
+    assert_eq!(blocks(&bytes).len(), 2 + ids.len() + count, "what was answered is there, and nothing else");
     let health = get(process.addr, "/health");
     assert!(health.status == 503 && health.body.contains("journal"), "{health:?}");
 
@@ -696,7 +748,7 @@ fn a_failed_write_is_not_answered_with_200_and_not_sent() {
         assert_eq!(stream.event().unwrap().data(), data);
     }
     traced.process.wait_for_log("No space left on device");
-    assert_eq!(blocks(&fs::read(&path).unwrap()).len(), 6);
+    assert_eq!(blocks(&fs::read(&path).unwrap()).len(), 2 + 5);
 }
 
 #[test]
@@ -925,6 +977,30 @@ fn events_go_out_while_the_journal_is_written_anew() {
     assert!(fs::metadata(&path).unwrap().len() < 2_000_000);
     drop(traced);
     assert_eq!(kept(serve(with_journal(&path)).addr().unwrap(), "b").len(), 20);
+}
+
+#[test]
+fn a_journal_that_has_grown_and_keeps_little_is_synced_before_the_new_file_has_the_name() {
+    if !has("strace") {
+        return;
+    }
+    let dir = Scratch::new();
+    let (path, new_path) = (dir.path("events"), dir.path("events.new"));
+    drop(serve(with_journal(&path)));
+    let traced = Traced::start_on(&[&new_path], &[], &path, &["--keep-events", "10"]);
+    let mut wire = Wire::connect(traced.process.addr);
+    for _ in 0..10 {
+        assert_eq!(wire.post("/events/old", "what the disk has had for long").status, 200);
+    }
+    wait_for("the journal to be written anew", || {
+        assert_eq!(wire.post("/events/a?key=k", &"x".repeat(50_000)).status, 200);
+        wire.send(b"DELETE /events/a HTTP/1.1\r\nHost: localhost\r\n\r\n");
+        assert_eq!(wire.answer().status, 200);
+        (traced.count("rename") > 0).then_some(())
+    });
+    let calls = fs::read_to_string(&traced.calls).unwrap();
+    let of_new: Vec<_> = calls.lines().filter(|line| line.contains("sync(") || line.contains("rename(")).collect();
+    assert!(of_new[0].contains("fdatasync("), "{of_new:?}");
 }
 
 /// A gap too many is allowed, a silent hole never.

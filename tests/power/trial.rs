@@ -44,6 +44,23 @@ pub struct Counts {
     /// States of the disk that a server was started on.
     pub states: usize,
     pub events: usize,
+    /// How often a journal got a new file while it was in use.
+    pub rewrites: usize,
+}
+
+impl std::ops::AddAssign for Counts {
+    fn add_assign(&mut self, other: Counts) {
+        self.states += other.states;
+        self.events += other.events;
+        self.rewrites += other.rewrites;
+    }
+}
+
+impl std::fmt::Display for Counts {
+    fn fmt(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
+        let Counts { states, events, rewrites } = self;
+        write!(f, "{states} crash states, {events} events, {rewrites} times written anew while in use")
+    }
 }
 
 /// A promise that was not kept, and how it came to that.
@@ -56,7 +73,7 @@ pub struct Fault {
 pub fn run(plan: Plan) -> Result<Counts, Fault> {
     let mut trial = Trial::new(plan);
     let Err(what) = trial.run() else {
-        return Ok(Counts { states: trial.states, events: trial.promises.events.len() });
+        return Ok(Counts { events: trial.promises.events.len(), ..trial.counts });
     };
     let mut story = std::mem::take(&mut trial.story);
     if plan.broken.is_none() {
@@ -84,7 +101,7 @@ pub struct Trial {
     pub fsync: bool,
     /// What a block of the journal takes beside its data.
     pub overhead: Option<usize>,
-    states: usize,
+    counts: Counts,
     story: String,
 }
 
@@ -126,13 +143,13 @@ impl Trial {
             scratch: Scratch::new(),
             disk,
             dir: None,
-            promises: Promises::none(if plan.grows { 4 } else { 1000 }),
+            promises: Promises::none(if plan.grows { 2 } else { 1000 }),
             step: 0,
             runs: 2 + random.below(4),
             boot: 1,
             fsync: random.below(4) > 0,
             overhead: None,
-            states: 0,
+            counts: Counts::default(),
             story,
             random,
         }
@@ -156,8 +173,14 @@ impl Trial {
                 at if at < points.len() => points[at],
                 _ => run.calls.len(),
             };
+            let renamed = points.iter().rposition(|at| run.said[*at].as_deref().is_some_and(is_rename));
             for look in 0..LOOKS {
-                let at = point(&mut self.random);
+                let soon = 1 + self.random.below(8);
+                let at = match renamed.filter(|_| look == 0) {
+                    // What a new file lacks is hidden again by what is written to it.
+                    Some(renamed) => points.get(renamed + soon).copied().unwrap_or(run.calls.len()),
+                    None => point(&mut self.random),
+                };
                 self.look_at(&run, at, &format!("run{number}-crash{look}"))?;
             }
             let goes_on_in_place = self.random.below(4) == 0 && self.disk.left_out.is_none();
@@ -191,7 +214,7 @@ impl Trial {
             keep_events: self.promises.keep_events,
             recorded: Some(&faults),
         });
-        self.states += 1;
+        self.counts.states += 1;
         let (mut news, before) = (Vec::new(), self.promises.clone());
         let mut ready = None;
         if server.addr.is_some() {
@@ -216,7 +239,10 @@ impl Trial {
         let (mut disk, mut said) = (self.disk.clone(), Vec::new());
         for call in &mut calls {
             call.outcome = disk.settle(call, path, &left);
-            said.push(disk.apply(call, path));
+            let what = disk.apply(call, path);
+            let is_in_use = ready.is_some_and(|mark| call.end > mark);
+            self.counts.rewrites += usize::from(is_in_use && what.as_deref().is_some_and(is_rename));
+            said.push(what);
         }
         if self.disk.left_out.is_none() && disk.seen() != left {
             let names = |files: &BTreeMap<String, Vec<u8>>| {
@@ -281,7 +307,7 @@ impl Trial {
             keep_events: self.promises.keep_events,
             recorded: None,
         });
-        self.states += 1;
+        self.counts.states += 1;
         let found = self.hold_against(&server, promises);
         found.inspect_err(|_| {
             self.tell_run(run, point);
@@ -317,8 +343,8 @@ impl Trial {
     /// What is there after a start, and whether those hear a gap who must.
     fn check_start(&mut self, server: &Server, news: &mut Vec<(u64, News)>) -> Result<(), String> {
         let seen = server.look(&TOPICS, None)?.events;
-        self.take(server, News::SawAtStart(seen), news)?;
-        self.check_resumed(server)?;
+        self.take(server, News::SawAtStart(seen.clone()), news)?;
+        self.check_resumed(server, &seen)?;
         let Some(may_miss_up_to) = self.promises.may_miss_up_to else { return Ok(()) };
         let cursors: Vec<_> = self.promises.events.iter().filter_map(|event| event.id).collect();
         let cursor = cursors.get(self.random.below(cursors.len().max(1))).filter(|id| **id <= may_miss_up_to);
@@ -375,6 +401,10 @@ impl Trial {
             }
         }
     }
+}
+
+fn is_rename(said: &str) -> bool {
+    said.contains(" renamed ")
 }
 
 fn files_in(dir: &Path) -> BTreeMap<String, Vec<u8>> {

@@ -1,6 +1,7 @@
 //! What clients do while a server runs, and what fails meanwhile.
 
 use super::disk::JOURNAL;
+use super::look::Seen;
 use super::promises::News;
 use super::server::{Publisher, Server};
 use super::trial::{Broken, TOPICS, Trial};
@@ -53,7 +54,7 @@ impl Trial {
     /// Publishes, deletes, looks, publishes again.
     pub fn work(&mut self, server: &Server, dir: &Path, news: &mut Vec<(u64, News)>) -> Result<(), String> {
         let mut publisher = Publisher::to(server);
-        let steps = if self.plan.grows { 24 } else { 3 + self.random.below(10) };
+        let steps = if self.plan.grows { 8 } else { 3 + self.random.below(10) };
         for _ in 0..steps {
             self.step += 1;
             let is_limited = self.plan.disk_fails && self.random.below(6) == 0;
@@ -63,7 +64,7 @@ impl Trial {
             }
             let mut found = Vec::new();
             let next = self.random.below(13);
-            match if self.plan.grows && next != 6 { 0 } else { next } {
+            match if self.plan.grows && next != 6 { 7 } else { next } {
                 0..6 => {
                     let (together, is_plain) = self.next(&TOPICS, journal_bytes);
                     self.send(server, &together, news);
@@ -100,8 +101,9 @@ impl Trial {
                     }
                 }
                 _ => {
-                    self.take(server, News::Saw(server.look(&TOPICS, None)?.events), news)?;
-                    self.check_resumed(server)?;
+                    let seen = server.look(&TOPICS, None)?.events;
+                    self.take(server, News::Saw(seen.clone()), news)?;
+                    self.check_resumed(server, &seen)?;
                 }
             }
             if is_limited {
@@ -116,14 +118,21 @@ impl Trial {
         Ok(())
     }
 
-    /// Whether somebody who comes back to a topic, after one of its events or before all, hears of what is missing.
-    pub fn check_resumed(&mut self, server: &Server) -> Result<(), String> {
+    /// Whether somebody who comes back to a topic, after one of its events or before all, hears of what is missing. Who
+    /// has everything else that is missing is the likeliest not to.
+    pub fn check_resumed(&mut self, server: &Server, seen: &[Seen]) -> Result<(), String> {
         for topic in TOPICS {
             let shown = self.promises.shown.iter().filter(|(of, _)| of == topic).map(|(_, id)| *id);
-            let shown: Vec<_> = shown.collect();
-            let Some(first) = shown.first() else { continue };
-            let before = Id { ms: first.ms - 1, seq: 0 };
-            let cursor = *shown.get(self.random.below(2 * shown.len())).unwrap_or(&before);
+            let mut shown: Vec<_> = shown.collect();
+            let Some(first) = shown.iter().min() else { continue };
+            shown.push(Id { ms: first.ms - 1, seq: 0 });
+            shown.sort();
+            let missing = shown.iter().rposition(|id| !seen.iter().any(|seen| seen.id == *id));
+            let at = match self.random.below(4) {
+                0 => self.random.below(shown.len()),
+                _ => missing.unwrap_or_default().saturating_sub(1),
+            };
+            let cursor = shown[at];
             self.promises.check_resumed(topic, cursor, &server.look(&[topic], Some(cursor))?)?;
         }
         Ok(())
@@ -200,18 +209,25 @@ impl Trial {
         vec![(server.mark(), news)]
     }
 
-    /// Two or three things from as many clients, which the journal may get in one write: events, or a topic is deleted and
-    /// the others get some.
+    /// Two or three things from as many clients, which the journal may get in one write: events, or a topic is deleted
+    /// and the others get some. Where the journal grows, a client sends several, so that some come while it is written
+    /// anew.
     fn do_at_once(&mut self, server: &Server, journal_bytes: u64, news: &mut Vec<(u64, News)>) -> Vec<(u64, News)> {
-        let deleted = (self.random.below(2) == 0).then(|| self.delete(server, news));
+        let (deletes_one_in, each) = if self.plan.grows { (4, 2) } else { (2, 1) };
+        let deleted = (self.random.below(deletes_one_in) == 0).then(|| self.delete(server, news));
         let topics: Vec<_> = TOPICS.into_iter().filter(|topic| Some(*topic) != deleted).collect();
         let count = 2 + self.random.below(2) - usize::from(deleted.is_some());
-        let events: Vec<_> = (0..count).map(|_| self.next(&topics, journal_bytes).0).collect();
+        let events: Vec<_> = (0..count * each).map(|_| self.next(&topics, journal_bytes).0).collect();
         events.iter().for_each(|together| self.send(server, together, news));
         let this = &*self;
         let mut all = thread::scope(|scope| {
-            let publish = |together| scope.spawn(move || this.publish(server, &mut Publisher::to(server), together));
-            let mut each: Vec<_> = events.iter().map(publish).collect();
+            let publish = |events: &[Range<usize>]| {
+                let (events, mut publisher) = (events.to_vec(), Publisher::to(server));
+                scope.spawn(move || {
+                    events.iter().flat_map(|event| this.publish(server, &mut publisher, event)).collect()
+                })
+            };
+            let mut each: Vec<_> = events.chunks(each).map(publish).collect();
             let delete = |topic| scope.spawn(move || this.deleted(server, &mut Publisher::to(server), topic));
             each.extend(deleted.map(delete));
             each.into_iter().flat_map(|one| one.join().unwrap()).collect::<Vec<_>>()
