@@ -23,7 +23,7 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
 
-/// What subscribers ask of it is in `cursor.rs`.
+/// What subscribers ask of it is in `cursor.rs`, and what the journal does in `kept.rs`.
 pub struct History {
     topics: HashMap<Arc<str>, Topic>,
     /// All kept events (`entry.rs`).
@@ -64,14 +64,6 @@ pub struct Topic {
     /// The newest that it has forgotten.
     pub newest_forgotten: Point,
     subscribers: usize,
-}
-
-/// A walk over the kept events, some at a time, so that nobody waits long for the lock meanwhile. What is forgotten
-/// before the walk reaches it is left out, and so is what is published after it began.
-pub struct Walk {
-    /// The next event of each topic.
-    heads: BTreeMap<Id, Arc<str>>,
-    until: Id,
 }
 
 /// What there is of one topic: see [`Hub::topics`](crate::Hub::topics), which has an example.
@@ -324,33 +316,9 @@ impl History {
         self.topics.values_mut().for_each(|topic| topic.newest_forgotten = self.newest_forgotten);
     }
 
-    /// Begins a walk over all that is kept now.
-    pub fn walk(&self) -> Walk {
-        let heads = self.oldest.iter().map(|(point, name)| (point.id, name.clone())).collect();
-        Walk { heads, until: self.newest }
-    }
-
-    /// The blocks of a walk's next events, in the order of their ids, about `most` bytes. None at its end.
-    pub fn walk_on(&self, walk: &mut Walk, most: usize) -> Vec<u8> {
-        let mut blocks = Vec::new();
-        while blocks.len() < most
-            && let Some((id, name)) = walk.heads.pop_first()
-        {
-            let rest = self.topics.get(&name).map(|topic| self.from(topic, move |point| point.id >= id));
-            for (entry, chain) in rest.into_iter().flatten() {
-                let is_next = walk.heads.first_key_value().is_none_or(|(other, _)| entry.point.id < *other);
-                if entry.point.id > walk.until {
-                    break; // this topic's walk is over
-                } else if !is_next || blocks.len() >= most {
-                    walk.heads.insert(entry.point.id, name);
-                    break;
-                }
-                for part in entry.layout.block() {
-                    self.copy(chain, part, &mut blocks);
-                }
-            }
-        }
-        blocks
+    /// The oldest event of each topic that keeps any.
+    pub fn oldest_of_each(&self) -> impl Iterator<Item = (Id, Arc<str>)> {
+        self.oldest.iter().map(|(point, name)| (point.id, name.clone()))
     }
 
     /// The newest id that this topic has forgotten, or any other where it is not in the table.
