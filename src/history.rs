@@ -23,6 +23,10 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
 
+/// A topic may keep a million events, and to forget one takes some 100 ns to 2 µs with the lock held. So they are forgotten
+/// by so many, and others may have the lock in between.
+pub const FORGOTTEN_AT_ONCE: usize = 1_000;
+
 /// What subscribers ask of it is in `cursor.rs`, and what the journal does in `kept.rs`.
 pub struct History {
     topics: HashMap<Arc<str>, Topic>,
@@ -48,6 +52,8 @@ pub struct History {
     is_fed: bool,
     /// The newest moment of all events.
     moment_ms: u64,
+    /// What was published before this moment is too old. It counts as forgotten, also before it is.
+    limit_ms: u64,
     keep_events: usize,
     keep_bytes: usize,
     keep_age: Duration,
@@ -61,8 +67,7 @@ pub struct Topic {
     events: VecDeque<Chain>,
     /// What they cost.
     bytes: usize,
-    /// The newest that it has forgotten.
-    pub newest_forgotten: Point,
+    newest_forgotten: Point,
     subscribers: usize,
 }
 
@@ -108,6 +113,7 @@ impl History {
             clock,
             is_fed,
             moment_ms: 0,
+            limit_ms: 0,
             keep_events: config.keep_events,
             keep_bytes: config.keep_bytes.min(MOST_BYTES),
             keep_age: config.keep_age,
@@ -146,7 +152,8 @@ impl History {
 
     /// The newest event that a topic keeps.
     pub fn newest_of(&self, name: &str) -> Option<Id> {
-        self.topics.get(name)?.events.back().map(|chain| Entry::of(&self.cells, chain).point.id)
+        let newest = Entry::of(&self.cells, self.topics.get(name)?.events.back()?).point;
+        Some(newest.id).filter(|_| newest.moment_ms >= self.limit_ms)
     }
 
     /// The id of the kept event that was published to this topic with this key.
@@ -171,10 +178,11 @@ impl History {
     }
 
     /// Keeps an event that is published now; ids must rise from call to call. Returns its topic's name if anyone
-    /// follows it: only then must the lanes know of the event, since whoever follows the topic later finds it kept.
-    pub fn insert(&mut self, name: &str, event: &Parts, key: Option<&str>) -> Option<Arc<str>> {
+    /// follows it: only then must the lanes know of the event, since whoever follows the topic later finds it kept. And
+    /// whether the budget is exceeded by then, so that the caller must [`History::fit`].
+    pub fn insert(&mut self, name: &str, event: &Parts, key: Option<&str>) -> (Option<Arc<str>>, bool) {
         let moment_ms = if self.is_fed { self.moment_of(event.id) } else { self.clock.now_ms() };
-        self.keep(name, event, key, moment_ms)
+        (self.keep(name, event, key, moment_ms), self.fit())
     }
 
     /// When an event was published that an engine shows, perhaps long after: at its start, or after it was away. Moments
@@ -206,6 +214,7 @@ impl History {
         self.expire();
         let moment_ms = self.clock.before_start(event.id.ms);
         self.keep(name, event, key, moment_ms);
+        while self.fit() {}
     }
 
     fn keep(&mut self, name: &str, event: &Parts, key: Option<&str>, moment_ms: u64) -> Option<Arc<str>> {
@@ -228,10 +237,6 @@ impl History {
         if count > self.keep_events {
             self.forget_oldest_of(&name);
         }
-        while self.bytes > self.keep_bytes {
-            let Some(name) = self.oldest.values().next().cloned() else { break };
-            self.forget_oldest_of(&name);
-        }
         is_followed.then_some(name)
     }
 
@@ -249,15 +254,25 @@ impl History {
         true
     }
 
-    /// Forgets what is too old. Whoever looks at the history calls this first (`Core::history`).
-    pub fn expire(&mut self) {
-        let limit_ms = self.ago_ms(self.keep_age);
-        while let Some((point, name)) = self.oldest.first_key_value() {
-            if point.moment_ms >= limit_ms {
-                break;
-            }
-            self.forget_oldest_of(&name.clone());
+    /// Forgets some of what is too old, and hides the rest of it. Whoever looks at the history calls this first
+    /// (`Core::history`). False once that is all.
+    pub fn expire(&mut self) -> bool {
+        self.limit_ms = self.ago_ms(self.keep_age);
+        self.forget_oldest_while(|history, oldest| oldest.moment_ms < history.limit_ms)
+    }
+
+    /// Forgets some of what does not fit into the budget. False once that is all.
+    pub fn fit(&mut self) -> bool {
+        self.forget_oldest_while(|history, _| history.bytes > history.keep_bytes)
+    }
+
+    fn forget_oldest_while(&mut self, is_due: impl Fn(&History, &Point) -> bool) -> bool {
+        for _ in 0..FORGOTTEN_AT_ONCE {
+            let oldest = self.oldest.first_key_value().filter(|(oldest, _)| is_due(self, oldest));
+            let Some(name) = oldest.map(|(_, name)| name.clone()) else { return false };
+            self.forget_oldest_of(&name);
         }
+        true
     }
 
     /// Counts a new subscriber of these topics, or of none of them. The last quarter of the names is for publishing:
@@ -323,14 +338,33 @@ impl History {
 
     /// The newest id that this topic has forgotten, or any other where it is not in the table.
     pub fn newest_forgotten(&self, name: &str) -> Id {
-        self.topics.get(name).map_or(self.newest_forgotten, |topic| topic.newest_forgotten).id
+        self.topics.get(name).map_or(self.newest_forgotten, |topic| self.forgotten_by(topic)).id
+    }
+
+    /// The newest that a topic has forgotten.
+    pub fn forgotten_by(&self, topic: &Topic) -> Point {
+        let old = self.count_old(topic).checked_sub(1).and_then(|last| topic.events.get(last));
+        let newest = old.map_or(topic.newest_forgotten, |chain| Entry::of(&self.cells, chain).point);
+        newest.max(topic.newest_forgotten)
+    }
+
+    /// Whether anything is too old, and to be forgotten yet.
+    pub fn has_old(&self) -> bool {
+        self.oldest.keys().next().is_some_and(|oldest| oldest.moment_ms < self.limit_ms)
+    }
+
+    /// How many events of a topic are too old, and to be forgotten yet.
+    fn count_old(&self, topic: &Topic) -> usize {
+        let count =
+            || topic.events.partition_point(|chain| Entry::of(&self.cells, chain).point.moment_ms < self.limit_ms);
+        if self.has_old() { count() } else { 0 }
     }
 
     /// The topics that keep events, each with the newest id that it has forgotten; and the newest of any other topic.
     pub fn newest_forgotten_of_each(&self) -> (Vec<(Arc<str>, Id)>, Id) {
         let (used, unused): (Vec<_>, Vec<_>) = self.topics.values().partition(|topic| !topic.events.is_empty());
         let others = unused.iter().map(|topic| topic.newest_forgotten).fold(self.newest_forgotten, Point::max);
-        (used.iter().map(|topic| (topic.name.clone(), topic.newest_forgotten.id)).collect(), others.id)
+        (used.iter().map(|topic| (topic.name.clone(), self.forgotten_by(topic).id)).collect(), others.id)
     }
 
     /// The topic, put into the table if it is not there. The caller must keep an event or count a subscriber at once:
@@ -397,7 +431,7 @@ impl History {
 
     /// The newest that any of these topics has forgotten.
     pub fn newest_forgotten_of(&self, names: &[Arc<str>]) -> Point {
-        self.topics(names).map(|topic| topic.newest_forgotten).max().unwrap_or(self.newest_forgotten)
+        self.topics(names).map(|topic| self.forgotten_by(topic)).max().unwrap_or(self.newest_forgotten)
     }
 
     /// The kept events of a topic after `cursor`, oldest first.
@@ -408,7 +442,7 @@ impl History {
     /// The first of the newest `count` events that a topic keeps.
     pub fn first_of_newest(&self, topic: &Topic, count: u64) -> Option<Id> {
         let count = usize::try_from(count).unwrap_or(usize::MAX);
-        let first = topic.events.get(topic.events.len().saturating_sub(count))?;
+        let first = topic.events.get(topic.events.len().saturating_sub(count).max(self.count_old(topic)))?;
         Some(Entry::of(&self.cells, first).point.id)
     }
 
@@ -424,7 +458,7 @@ impl History {
         is_there: impl Fn(Point) -> bool,
     ) -> impl Iterator<Item = (Entry, &'a Chain)> {
         let first = topic.events.partition_point(|chain| !is_there(Entry::of(&self.cells, chain).point));
-        topic.events.range(first..).map(|chain| (Entry::of(&self.cells, chain), chain))
+        topic.events.range(first.max(self.count_old(topic))..).map(|chain| (Entry::of(&self.cells, chain), chain))
     }
 
     /// Appends a part of a kept event's bytes to `out`.

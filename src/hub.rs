@@ -16,7 +16,7 @@ use crate::connection::STOPPING;
 use crate::encoded::{Begun, Encoded, Parts};
 use crate::engine::{self, Engine, Entry};
 use crate::event::{Event, Id, ids_from};
-use crate::history::{History, TopicOverview};
+use crate::history::{FORGOTTEN_AT_ONCE, History, TopicOverview};
 use crate::journal::Journal;
 use crate::kept::{Kept, open_journal};
 use crate::lane::Lane;
@@ -32,8 +32,6 @@ use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
-/// A topic may keep a million events, and to forget one takes some 100 ns with the history's lock held.
-const FORGOTTEN_AT_ONCE: usize = 1_000;
 /// When stopping, publishers whose events the disk has not taken are told so after this time, which leaves enough for
 /// the answer to go out.
 pub const STOP_WAIT: Duration = Duration::from_millis(400);
@@ -450,7 +448,8 @@ impl Core {
     /// Keeps an event, and then queues it for every lane, in this order: leg 4 of the proof in `subscription.rs`.
     /// Called in the order of the ids, under the order lock; it may wait for room in a queue.
     pub fn hand_out(&self, topic: &str, event: &Parts, key: Option<&str>) {
-        let followed = enter(&self.history).insert(topic, event, key);
+        let (followed, is_over) = enter(&self.history).insert(topic, event, key);
+        while is_over && enter(&self.history).fit() {} // others may have the lock in between
         self.counters.published.fetch_add(1, Relaxed);
         if let Some(topic) = followed {
             let event = event.encode();

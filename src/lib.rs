@@ -208,6 +208,10 @@ mod parsing;
 #[path = "../tests/cells.rs"]
 mod cells_test;
 
+#[cfg(all(test, not(shuttle)))]
+#[path = "../tests/expiry.rs"]
+mod expiry;
+
 #[cfg(all(test, shuttle))]
 #[path = "../tests/model/mod.rs"]
 mod model;
