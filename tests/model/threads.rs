@@ -90,3 +90,26 @@ fn each_job_runs_once_and_one_that_panics_gives_its_share_back() {
         assert_eq!(ran.load(SeqCst), 12, "each once");
     });
 }
+
+#[test]
+fn a_job_that_comes_while_the_pool_closes_runs_or_is_dropped() {
+    check("late jobs", PATIENCE, || {
+        let pool = Pool::start(4, Arc::new(Desk::default())).unwrap();
+        let held = Arc::new(()); // by each job, as a connection is
+        let handing = {
+            let (pool, held) = (pool.clone(), held.clone());
+            spawn("handing", move || {
+                for kind in [Kind::Request, Kind::Behind, Kind::Request] {
+                    let held = held.clone();
+                    pool.hand(kind, Box::new(move |_: &mut Seat| drop(held)));
+                }
+            })
+        };
+        dawdle();
+        pool.close();
+        handing.join().unwrap();
+        be_punctual();
+        assert_eq!(pool.wait_for_threads(Instant::now() + Duration::from_secs(1)), 0, "threads that have not ended");
+        assert_eq!(Arc::strong_count(&held), 1, "a job is held for ever");
+    });
+}
