@@ -18,7 +18,7 @@ use std::time::{Duration, Instant};
 const SLEEP_TIME: Duration = Duration::from_secs(60);
 /// How long it waits before it asks for a thread again where the system has none to give.
 const NO_THREAD_PAUSE: Duration = Duration::from_millis(20);
-/// How long it leaves the history to others where more is too old than is forgotten at once.
+/// How long it leaves the history to others where more is to be forgotten than goes at a time.
 const FORGET_PAUSE: Duration = Duration::from_millis(1);
 
 /// Starts the clerk. It ends once its desk is closed.
@@ -38,7 +38,7 @@ fn work(streams: &Arc<Streams>, space: &AddressSpace) {
         }
         work.due.iter().for_each(|c| streams.end_soon(c, None));
         wake_at = look_at_threads(streams, space);
-        if streams.core.history().has_old() {
+        if streams.core.history().has_more() {
             wake_at = wake_at.min(Instant::now() + FORGET_PAUSE);
         }
     }

@@ -16,7 +16,7 @@ use crate::connection::STOPPING;
 use crate::encoded::{Begun, Encoded, Parts};
 use crate::engine::{self, Engine, Entry};
 use crate::event::{Event, Id, ids_from};
-use crate::history::{FORGOTTEN_AT_ONCE, History, TopicOverview};
+use crate::history::{History, TopicOverview};
 use crate::journal::Journal;
 use crate::kept::{Kept, open_journal};
 use crate::lane::Lane;
@@ -212,7 +212,9 @@ impl Core {
             return Ok(self.publish_outside(vec![Entry::forget(topic)])?.pop());
         }
         let numbered = self.number_forgetting(&mut enter(&self.turns.order), topic)?;
-        numbered.map(|up_to| self.settle(up_to)).transpose()
+        let forgotten = numbered.map(|up_to| self.settle(up_to)).transpose();
+        self.free_forgotten();
+        forgotten
     }
 
     /// All topics that are in use, in the order of their names.
@@ -342,7 +344,7 @@ impl Core {
         drop(history);
         let Some((up_to, None)) = newest else { return Ok(newest) };
         if self.config.journal.is_none() {
-            self.hand_out_forgetting(topic, up_to);
+            self.history().forget(topic, up_to);
             return Ok(newest);
         }
         self.turns.check_disk(order, self.config.threads / 4)?;
@@ -435,14 +437,14 @@ impl Core {
             Change::Publish { events, key } => {
                 events.iter().for_each(|(topic, event)| self.hand_out(topic, &event.parts(), key.as_deref()));
             }
-            Change::Forget { topic, up_to } => self.hand_out_forgetting(topic, *up_to),
+            // What stands in a lane's queue goes out all the same; whoever falls behind before it has that hears a gap.
+            Change::Forget { topic, up_to } => self.history().forget(topic, *up_to),
         }
     }
 
-    /// Forgets what a topic keeps up to `id`. What stands in a lane's queue goes out all the same; whoever falls behind
-    /// before it has that hears a gap.
-    pub fn hand_out_forgetting(&self, topic: &str, id: Id) {
-        while enter(&self.history).forget(topic, id, FORGOTTEN_AT_ONCE) {} // others may have the lock in between
+    /// Frees the memory of what was forgotten. Not under the order lock, since it may take a while.
+    pub fn free_forgotten(&self) {
+        while enter(&self.history).expire() {} // others may have the lock in between
     }
 
     /// Keeps an event, and then queues it for every lane, in this order: leg 4 of the proof in `subscription.rs`.

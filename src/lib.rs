@@ -139,6 +139,7 @@ mod recovery; // reading the journal at the start
 mod block; // what it is made of
 mod cursor; // where a stream starts, what comes next, gaps
 mod history; // kept events, and what was forgotten
+mod store; // the kept events of all topics: memory, keys
 mod entry; // a kept event in its cells
 mod cells; // where the bytes of all of them are
 mod lane; // writing to whoever is live

@@ -19,8 +19,12 @@ fn history(set: impl FnOnce(&mut Config)) -> History {
 
 /// Keeps an event of topic `a`, whose key is its id. Returns whether there is more to be forgotten for it.
 fn keep(history: &mut History, id: Id, data: &str) -> bool {
+    keep_with(history, id, data, &id.to_string())
+}
+
+fn keep_with(history: &mut History, id: Id, data: &str, key: &str) -> bool {
     let frame = Event::new(data).encode_with_id(id);
-    history.insert("a", &Parts::new(id, b"", frame.as_bytes()), Some(&id.to_string())).1
+    history.insert("a", &Parts::new(id, b"", frame.as_bytes()), Some(key)).1
 }
 
 #[test]
@@ -57,6 +61,33 @@ fn what_is_too_old_goes_in_pieces_and_nobody_sees_the_rest_of_it() {
     }
     assert!(!history.expire());
     assert_eq!((history.totals().events, history.newest_forgotten("a")), (1, last));
+}
+
+#[test]
+fn what_is_deleted_is_gone_at_once_and_freed_in_pieces() {
+    let mut history = history(|_| {});
+    let ids: Vec<Id> = ids_from(Id { ms: now_ms(), seq: 0 }).take(PIECES * FORGOTTEN_AT_ONCE + 1).collect();
+    let (new, old) = ids.split_last().unwrap();
+    let (last, key) = (*old.last().unwrap(), old[0].to_string());
+    old.iter().for_each(|id| assert!(!keep(&mut history, *id, "old")));
+    history.forget("a", last);
+    assert_eq!(history.totals().events, old.len(), "nothing is freed yet");
+    assert_eq!((history.newest_of("a"), history.id_of_key("a", &key)), (None, None));
+    assert_eq!((history.newest_forgotten("a"), history.totals().topics), (last, 0), "its name is free");
+    let topics = history.subscribe(&["a".into()]).unwrap();
+    assert!(matches!(history.start(&topics, Start::Earliest), (cursor, None) if cursor == last));
+    assert!(matches!(history.start(&topics, Start::After(Some(old[0]))), (cursor, Some(_)) if cursor == last));
+    assert!(!keep_with(&mut history, *new, "new", &key), "whoever publishes need not free anything");
+    for left in (0..PIECES).rev() {
+        assert!(history.has_more() && history.expire());
+        assert_eq!(history.totals().events, 1 + left * FORGOTTEN_AT_ONCE);
+    }
+    assert!(!history.has_more());
+    assert_eq!((history.totals().events, history.newest_of("a"), history.newest_forgotten("a")), (1, Some(*new), last));
+    assert_eq!(history.id_of_key("a", &key), Some(*new), "whoever has the key now keeps it");
+    history.forget("a", *new);
+    while history.expire() {}
+    assert_eq!((history.totals().events, history.totals().bytes, history.block_bytes()), (0, 0, 0));
 }
 
 #[test]
