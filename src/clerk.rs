@@ -1,8 +1,9 @@
 //! The clerk: one thread that does what lanes and acceptors may not, since they never wait.
 //!
 //! It takes whom lanes let go and hands them to threads or notes their end, ends whose time is over, starts threads where
-//! somebody waits too long for one, and has idle connections make room where no thread may be started. None of this
-//! waits for a peer. What it does to whom is decided by the phases (`subscription.rs`), so it needs no state of its own.
+//! somebody waits too long for one, has idle connections make room where no thread may be started, and forgets what is too
+//! old. None of this waits for a peer or a disk. What it does to whom is decided by the phases (`subscription.rs`), so it
+//! needs no state of its own.
 
 use crate::subscription::Streams;
 use crate::sync::start_thread;
@@ -17,6 +18,8 @@ use std::time::{Duration, Instant};
 const SLEEP_TIME: Duration = Duration::from_secs(60);
 /// How long it waits before it asks for a thread again where the system has none to give.
 const NO_THREAD_PAUSE: Duration = Duration::from_millis(20);
+/// How long it leaves the history to others where more is to be forgotten than goes at a time.
+const FORGET_PAUSE: Duration = Duration::from_millis(1);
 
 /// Starts the clerk. It ends once its desk is closed.
 ///
@@ -35,6 +38,9 @@ fn work(streams: &Arc<Streams>, space: &AddressSpace) {
         }
         work.due.iter().for_each(|c| streams.end_soon(c, None));
         wake_at = look_at_threads(streams, space);
+        if streams.core.history().has_more() {
+            wake_at = wake_at.min(Instant::now() + FORGET_PAUSE);
+        }
     }
 }
 

@@ -99,7 +99,7 @@ impl History {
 
     fn has_untold(&self, names: &[Arc<str>], cursor: Id, told: &[Id], floors: &[Id]) -> bool {
         let mut topics = self.topics(names).zip(told).zip(places(cursor, floors));
-        topics.any(|((topic, told), place)| topic.newest_forgotten.id > place.max(*told))
+        topics.any(|((topic, told), place)| self.forgotten_by(topic).id > place.max(*told))
     }
 
     /// What of each topic comes after the cursor and its floor, oldest first.
@@ -136,7 +136,7 @@ impl History {
 
     /// The newest id that each of these topics has forgotten: kept by a subscriber that has just been told of a gap.
     pub fn told(&self, names: &[Arc<str>]) -> Vec<Id> {
-        self.topics(names).map(|topic| topic.newest_forgotten.id).collect()
+        self.topics(names).map(|topic| self.forgotten_by(topic).id).collect()
     }
 
     fn oldest_after(&self, names: &[Arc<str>], cursor: Id) -> Option<Id> {

@@ -53,9 +53,9 @@ impl Door {
         }
     }
 
-    /// Whether any right of the tokens' file has ended after `before`, up to `now`.
-    pub fn has_right_ended_between(&self, before: u64, now: u64) -> bool {
-        self.rights.as_ref().is_some_and(|rights| enter(rights).has_ended_between(before, now))
+    /// The rights of the tokens' file, as they are now.
+    pub fn rights(&self) -> Option<Arc<Rights>> {
+        self.rights.as_ref().map(|rights| enter(rights).clone())
     }
 
     /// Whether a token must be presented.
@@ -115,8 +115,7 @@ impl Door {
         if !self.needs_token(act) || presented.iter().map(fitting).sum::<usize>() > 0 {
             return true;
         }
-        let rights = self.rights.as_ref().map(|rights| enter(rights).clone());
-        rights.is_some_and(|rights| rights.allow(act, presented, topics))
+        self.rights().is_some_and(|rights| rights.allow(act, presented, topics))
     }
 
     fn tokens_for(&self, act: Act) -> &[Token] {

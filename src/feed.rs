@@ -85,7 +85,9 @@ impl Feed {
             None => core.history().reach(id),
         }
         if is_forget && checked.is_ok() {
-            core.hand_out_forgetting(&entry.topic, id);
+            core.history().forget(&entry.topic, id);
+            drop(order);
+            core.free_forgotten();
         }
         checked
     }

@@ -10,35 +10,31 @@
 //! ([`Steady`]). Moments and ids rise together, in each topic and over all. Nothing here waits: the caller has the
 //! lock.
 
-use crate::cells::{Cells, Chain, MOST_BYTES};
+use crate::cells::{Chain, MOST_BYTES};
 use crate::clock::{Steady, millis};
 use crate::config::Config;
 use crate::encoded::Parts;
 use crate::entry::{Entry, Point};
 use crate::event::Id;
+use crate::store::Store;
 use std::collections::{BTreeMap, HashMap, VecDeque};
-use std::hash::{BuildHasher, RandomState};
 use std::io::{self, ErrorKind};
+use std::mem::replace;
 use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
 
-/// What subscribers ask of it is in `cursor.rs`.
+/// A topic may keep a million events, and to forget one takes some 100 ns to 2 µs with the lock held. So no more go at a
+/// time, and others may have the lock in between.
+pub const FORGOTTEN_AT_ONCE: usize = 1_000;
+
+/// What subscribers ask of it is in `cursor.rs`, and what the journal does in `kept.rs`.
 pub struct History {
     topics: HashMap<Arc<str>, Topic>,
-    /// All kept events (`entry.rs`).
-    cells: Cells,
-    /// The event of each key that is kept, by the hash of its topic's name and the key; forgotten with it. Should two keys
-    /// have one hash, which nobody can bring about, the earlier one is forgotten early.
-    keys: HashMap<u64, Id>,
-    hasher: RandomState,
+    /// All kept events. They cost at most `keep_bytes`.
+    store: Store,
     /// The oldest event of each topic that keeps any. The first of them is the oldest of all: the next to be forgotten.
     oldest: BTreeMap<Point, Arc<str>>,
-    events: usize,
-    /// As [`Entry::cost`] counts; at most `keep_bytes`.
-    bytes: usize,
-    /// How many bytes of the journal all kept events take.
-    block_bytes: u64,
     /// The newest id that subscribers may have seen, over all topics.
     newest: Id,
     /// The newest that was forgotten by topics which have left the table; a topic that enters it begins with this.
@@ -48,6 +44,8 @@ pub struct History {
     is_fed: bool,
     /// The newest moment of all events.
     moment_ms: u64,
+    /// What was published before this moment is too old. It counts as forgotten, also before it is.
+    limit_ms: u64,
     keep_events: usize,
     keep_bytes: usize,
     keep_age: Duration,
@@ -61,17 +59,8 @@ pub struct Topic {
     events: VecDeque<Chain>,
     /// What they cost.
     bytes: usize,
-    /// The newest that it has forgotten.
-    pub newest_forgotten: Point,
+    newest_forgotten: Point,
     subscribers: usize,
-}
-
-/// A walk over the kept events, some at a time, so that nobody waits long for the lock meanwhile. What is forgotten
-/// before the walk reaches it is left out, and so is what is published after it began.
-pub struct Walk {
-    /// The next event of each topic.
-    heads: BTreeMap<Id, Arc<str>>,
-    until: Id,
 }
 
 /// What there is of one topic: see [`Hub::topics`](crate::Hub::topics), which has an example.
@@ -104,18 +93,14 @@ impl History {
         let clock = Steady::start();
         History {
             topics: HashMap::new(),
-            cells: Cells::new(config.keep_bytes.min(MOST_BYTES)),
-            keys: HashMap::new(),
-            hasher: RandomState::new(),
+            store: Store::new(config.keep_bytes.min(MOST_BYTES)),
             oldest: BTreeMap::new(),
-            events: 0,
-            bytes: 0,
-            block_bytes: 0,
             newest: base,
             newest_forgotten: Point { id: base, moment_ms: clock.before_start(base.ms) },
             clock,
             is_fed,
             moment_ms: 0,
+            limit_ms: 0,
             keep_events: config.keep_events,
             keep_bytes: config.keep_bytes.min(MOST_BYTES),
             keep_age: config.keep_age,
@@ -132,12 +117,12 @@ impl History {
     }
 
     pub fn totals(&self) -> Totals {
-        Totals { topics: self.topics.len(), events: self.events, bytes: self.bytes }
+        Totals { topics: self.topics.len(), events: self.store.events, bytes: self.store.bytes }
     }
 
     /// How many bytes of the journal all kept events take.
     pub fn block_bytes(&self) -> u64 {
-        self.block_bytes
+        self.store.block_bytes
     }
 
     /// What is in the table, in no order.
@@ -147,21 +132,22 @@ impl History {
             subscribers: topic.subscribers,
             events: topic.events.len(),
             bytes: topic.bytes,
-            newest: topic.events.back().map(|chain| Entry::of(&self.cells, chain).point.id),
+            newest: topic.events.back().map(|chain| Entry::of(&self.store.cells, chain).point.id),
         };
         self.topics.values().map(overview).collect()
     }
 
     /// The newest event that a topic keeps.
     pub fn newest_of(&self, name: &str) -> Option<Id> {
-        self.topics.get(name)?.events.back().map(|chain| Entry::of(&self.cells, chain).point.id)
+        let newest = Entry::of(&self.store.cells, self.topics.get(name)?.events.back()?).point;
+        Some(newest.id).filter(|_| newest.moment_ms >= self.limit_ms)
     }
 
     /// The id of the kept event that was published to this topic with this key.
     pub fn id_of_key(&self, name: &str, key: &str) -> Option<Id> {
-        let id = *self.keys.get(&self.hasher.hash_one((name, key)))?;
+        let id = self.store.id_of_key(name, key)?;
         let (entry, chain) = self.from(self.topics.get(name)?, |point| point.id >= id).next()?;
-        Some(id).filter(|_| entry.point.id == id && entry.key(&self.cells, chain).as_deref() == Some(key))
+        Some(id).filter(|_| entry.point.id == id && entry.key(&self.store.cells, chain).as_deref() == Some(key))
     }
 
     /// Whether an event may be published to all of these topics, or too many names are in use.
@@ -179,10 +165,11 @@ impl History {
     }
 
     /// Keeps an event that is published now; ids must rise from call to call. Returns its topic's name if anyone
-    /// follows it: only then must the lanes know of the event, since whoever follows the topic later finds it kept.
-    pub fn insert(&mut self, name: &str, event: &Parts, key: Option<&str>) -> Option<Arc<str>> {
+    /// follows it: only then must the lanes know of the event, since whoever follows the topic later finds it kept. And
+    /// whether the budget is exceeded by then, so that the caller must [`History::fit`].
+    pub fn insert(&mut self, name: &str, event: &Parts, key: Option<&str>) -> (Option<Arc<str>>, bool) {
         let moment_ms = if self.is_fed { self.moment_of(event.id) } else { self.clock.now_ms() };
-        self.keep(name, event, key, moment_ms)
+        (self.keep(name, event, key, moment_ms), self.fit())
     }
 
     /// When an event was published that an engine shows, perhaps long after: at its start, or after it was away. Moments
@@ -214,21 +201,16 @@ impl History {
         self.expire();
         let moment_ms = self.clock.before_start(event.id.ms);
         self.keep(name, event, key, moment_ms);
+        while self.fit() {}
     }
 
     fn keep(&mut self, name: &str, event: &Parts, key: Option<&str>, moment_ms: u64) -> Option<Arc<str>> {
-        let (entry, chain) = Entry::keep(&mut self.cells, event, key.unwrap_or_default(), moment_ms);
-        if let Some(key) = key.filter(|key| !key.is_empty()) {
-            self.keys.insert(self.hasher.hash_one((name, key)), event.id);
-        }
+        let (entry, chain) = self.store.keep(name, event, key, moment_ms);
         let topic = self.topic(name);
         let is_first = topic.events.is_empty();
         topic.events.push_back(chain);
         topic.bytes += entry.cost();
         let (name, count, is_followed) = (topic.name.clone(), topic.events.len(), topic.subscribers > 0);
-        self.events += 1;
-        self.bytes += entry.cost();
-        self.block_bytes += entry.layout.block_len() as u64;
         self.newest = self.newest.max(event.id);
         if is_first {
             self.oldest.insert(entry.point, name.clone());
@@ -236,36 +218,47 @@ impl History {
         if count > self.keep_events {
             self.forget_oldest_of(&name);
         }
-        while self.bytes > self.keep_bytes {
-            let Some(name) = self.oldest.values().next().cloned() else { break };
-            self.forget_oldest_of(&name);
-        }
         is_followed.then_some(name)
     }
 
-    /// Forgets what a topic keeps up to `id`, at most `most` events; false once that is all. Whoever resumes from before the
+    /// Forgets what a topic keeps up to `id`, all at once; [`History::expire`] frees it. Whoever resumes from before the
     /// newest of it hears a gap, and nobody else: what was not kept any more was forgotten before.
-    pub fn forget(&mut self, name: &str, id: Id, most: usize) -> bool {
-        let Some(name) = self.topics.get(name).map(|topic| topic.name.clone()) else { return false };
-        for _ in 0..most {
-            let oldest = self.topics.get(&name).and_then(|topic| topic.events.front());
-            if oldest.is_none_or(|chain| Entry::of(&self.cells, chain).point.id > id) {
-                return false;
-            }
+    pub fn forget(&mut self, name: &str, id: Id) {
+        let Some(topic) = self.topics.get_mut(name) else { return };
+        let entry = |chain: &Chain| Entry::of(&self.store.cells, chain);
+        let count = topic.events.partition_point(|chain| entry(chain).point.id <= id);
+        let rest = topic.events.split_off(count); // at the start there may be some
+        let forgotten = replace(&mut topic.events, rest);
+        let (Some(first), Some(last)) = (forgotten.front().map(entry), forgotten.back().map(entry)) else { return };
+        let next = topic.events.front().map(|next| entry(next).point);
+        topic.bytes = topic.events.iter().map(|chain| entry(chain).cost()).sum();
+        topic.newest_forgotten = topic.newest_forgotten.max(last.point);
+        let name = topic.name.clone();
+        self.oldest.remove(&first.point);
+        self.store.give_up(name.clone(), forgotten);
+        self.note_oldest_of(&name, next);
+    }
+
+    /// Forgets some of what is too old, and hides the rest of it; but first it frees some of what was forgotten. Whoever
+    /// looks at the history calls this first (`Core::history`). False once that is all.
+    pub fn expire(&mut self) -> bool {
+        self.limit_ms = self.ago_ms(self.keep_age);
+        self.forget_oldest_while(|history, oldest| oldest.moment_ms < history.limit_ms)
+    }
+
+    /// Forgets some of what does not fit into the budget. False once that is all.
+    pub fn fit(&mut self) -> bool {
+        let is_over = |history: &History| history.store.bytes > history.keep_bytes;
+        is_over(self) && self.forget_oldest_while(|history, _| is_over(history))
+    }
+
+    fn forget_oldest_while(&mut self, is_due: impl Fn(&History, &Point) -> bool) -> bool {
+        for _ in self.store.free_some(FORGOTTEN_AT_ONCE)..FORGOTTEN_AT_ONCE {
+            let oldest = self.oldest.first_key_value().filter(|(oldest, _)| is_due(self, oldest));
+            let Some(name) = oldest.map(|(_, name)| name.clone()) else { return false };
             self.forget_oldest_of(&name);
         }
         true
-    }
-
-    /// Forgets what is too old. Whoever looks at the history calls this first (`Core::history`).
-    pub fn expire(&mut self) {
-        let limit_ms = self.ago_ms(self.keep_age);
-        while let Some((point, name)) = self.oldest.first_key_value() {
-            if point.moment_ms >= limit_ms {
-                break;
-            }
-            self.forget_oldest_of(&name.clone());
-        }
     }
 
     /// Counts a new subscriber of these topics, or of none of them. The last quarter of the names is for publishing:
@@ -303,7 +296,8 @@ impl History {
             Some(name) => {
                 // Looked up first: a topic that keeps nothing leaves the table. It may have forgotten more than that.
                 let known = self.topics.get(name).map_or(point, |topic| topic.newest_forgotten);
-                self.forget(name, id, usize::MAX);
+                self.forget(name, id);
+                self.store.free_some(usize::MAX);
                 self.topic(name).newest_forgotten = known.max(point);
             }
         }
@@ -324,45 +318,45 @@ impl History {
         self.topics.values_mut().for_each(|topic| topic.newest_forgotten = self.newest_forgotten);
     }
 
-    /// Begins a walk over all that is kept now.
-    pub fn walk(&self) -> Walk {
-        let heads = self.oldest.iter().map(|(point, name)| (point.id, name.clone())).collect();
-        Walk { heads, until: self.newest }
-    }
-
-    /// The blocks of a walk's next events, in the order of their ids, about `most` bytes. None at its end.
-    pub fn walk_on(&self, walk: &mut Walk, most: usize) -> Vec<u8> {
-        let mut blocks = Vec::new();
-        while blocks.len() < most
-            && let Some((id, name)) = walk.heads.pop_first()
-        {
-            let rest = self.topics.get(&name).map(|topic| self.from(topic, move |point| point.id >= id));
-            for (entry, chain) in rest.into_iter().flatten() {
-                let is_next = walk.heads.first_key_value().is_none_or(|(other, _)| entry.point.id < *other);
-                if entry.point.id > walk.until {
-                    break; // this topic's walk is over
-                } else if !is_next || blocks.len() >= most {
-                    walk.heads.insert(entry.point.id, name);
-                    break;
-                }
-                for part in entry.layout.block() {
-                    self.copy(chain, part, &mut blocks);
-                }
-            }
-        }
-        blocks
+    /// The oldest event of each topic that keeps any.
+    pub fn oldest_of_each(&self) -> impl Iterator<Item = (Id, Arc<str>)> {
+        self.oldest.iter().map(|(point, name)| (point.id, name.clone()))
     }
 
     /// The newest id that this topic has forgotten, or any other where it is not in the table.
     pub fn newest_forgotten(&self, name: &str) -> Id {
-        self.topics.get(name).map_or(self.newest_forgotten, |topic| topic.newest_forgotten).id
+        self.topics.get(name).map_or(self.newest_forgotten, |topic| self.forgotten_by(topic)).id
+    }
+
+    /// The newest that a topic has forgotten.
+    pub fn forgotten_by(&self, topic: &Topic) -> Point {
+        let old = self.count_old(topic).checked_sub(1).and_then(|last| topic.events.get(last));
+        let newest = old.map_or(topic.newest_forgotten, |chain| Entry::of(&self.store.cells, chain).point);
+        newest.max(topic.newest_forgotten)
+    }
+
+    /// Whether there is more to be forgotten, or freed.
+    pub fn has_more(&self) -> bool {
+        self.store.has_given_up() || self.has_old()
+    }
+
+    fn has_old(&self) -> bool {
+        self.oldest.keys().next().is_some_and(|oldest| oldest.moment_ms < self.limit_ms)
+    }
+
+    /// How many events of a topic are too old, and to be forgotten yet.
+    fn count_old(&self, topic: &Topic) -> usize {
+        let count = || {
+            topic.events.partition_point(|chain| Entry::of(&self.store.cells, chain).point.moment_ms < self.limit_ms)
+        };
+        if self.has_old() { count() } else { 0 }
     }
 
     /// The topics that keep events, each with the newest id that it has forgotten; and the newest of any other topic.
     pub fn newest_forgotten_of_each(&self) -> (Vec<(Arc<str>, Id)>, Id) {
         let (used, unused): (Vec<_>, Vec<_>) = self.topics.values().partition(|topic| !topic.events.is_empty());
         let others = unused.iter().map(|topic| topic.newest_forgotten).fold(self.newest_forgotten, Point::max);
-        (used.iter().map(|topic| (topic.name.clone(), topic.newest_forgotten.id)).collect(), others.id)
+        (used.iter().map(|topic| (topic.name.clone(), self.forgotten_by(topic).id)).collect(), others.id)
     }
 
     /// The topic, put into the table if it is not there. The caller must keep an event or count a subscriber at once:
@@ -381,36 +375,24 @@ impl History {
     fn forget_oldest_of(&mut self, name: &Arc<str>) {
         let Some(topic) = self.topics.get_mut(name) else { return };
         let Some(chain) = topic.events.pop_front() else { return };
-        let entry = Entry::of(&self.cells, &chain);
+        let entry = Entry::of(&self.store.cells, &chain);
         self.oldest.remove(&entry.point);
-        self.events -= 1;
-        self.bytes -= entry.cost();
         topic.bytes -= entry.cost();
-        self.block_bytes -= entry.layout.block_len() as u64;
         topic.newest_forgotten = topic.newest_forgotten.max(entry.point);
         // Room that a busier hour has reserved is given back: the budget does not count it.
         if topic.events.len() * 4 < topic.events.capacity() {
             topic.events.shrink_to(topic.events.len() * 2);
         }
-        let next = topic.events.front().map(|next| Entry::of(&self.cells, next).point);
-        if let Some(key) = entry.key(&self.cells, &chain) {
-            self.forget_key(name, &key, entry.point.id);
-        }
-        self.cells.remove(chain);
-        match next {
-            Some(next) => drop(self.oldest.insert(next, name.clone())),
-            None => self.remove_if_unused(name),
-        }
+        let next = topic.events.front().map(|next| Entry::of(&self.store.cells, next).point);
+        self.store.free(name, chain);
+        self.note_oldest_of(name, next);
     }
 
-    /// Forgets a key with its event, unless a later one has it.
-    fn forget_key(&mut self, name: &str, key: &str, id: Id) {
-        let hash = self.hasher.hash_one((name, key));
-        if self.keys.get(&hash) == Some(&id) {
-            self.keys.remove(&hash);
-        }
-        if self.keys.len() * 4 < self.keys.capacity() {
-            self.keys.shrink_to(self.keys.len() * 2);
+    /// Notes which event of a topic is the oldest now.
+    fn note_oldest_of(&mut self, name: &Arc<str>, oldest: Option<Point>) {
+        match oldest {
+            Some(oldest) => drop(self.oldest.insert(oldest, name.clone())),
+            None => self.remove_if_unused(name),
         }
     }
 
@@ -429,7 +411,7 @@ impl History {
 
     /// The newest that any of these topics has forgotten.
     pub fn newest_forgotten_of(&self, names: &[Arc<str>]) -> Point {
-        self.topics(names).map(|topic| topic.newest_forgotten).max().unwrap_or(self.newest_forgotten)
+        self.topics(names).map(|topic| self.forgotten_by(topic)).max().unwrap_or(self.newest_forgotten)
     }
 
     /// The kept events of a topic after `cursor`, oldest first.
@@ -440,8 +422,8 @@ impl History {
     /// The first of the newest `count` events that a topic keeps.
     pub fn first_of_newest(&self, topic: &Topic, count: u64) -> Option<Id> {
         let count = usize::try_from(count).unwrap_or(usize::MAX);
-        let first = topic.events.get(topic.events.len().saturating_sub(count))?;
-        Some(Entry::of(&self.cells, first).point.id)
+        let first = topic.events.get(topic.events.len().saturating_sub(count).max(self.count_old(topic)))?;
+        Some(Entry::of(&self.store.cells, first).point.id)
     }
 
     /// The first kept event of a topic since that moment.
@@ -455,12 +437,12 @@ impl History {
         topic: &'a Topic,
         is_there: impl Fn(Point) -> bool,
     ) -> impl Iterator<Item = (Entry, &'a Chain)> {
-        let first = topic.events.partition_point(|chain| !is_there(Entry::of(&self.cells, chain).point));
-        topic.events.range(first..).map(|chain| (Entry::of(&self.cells, chain), chain))
+        let first = topic.events.partition_point(|chain| !is_there(Entry::of(&self.store.cells, chain).point));
+        topic.events.range(first.max(self.count_old(topic))..).map(|chain| (Entry::of(&self.store.cells, chain), chain))
     }
 
     /// Appends a part of a kept event's bytes to `out`.
     pub fn copy(&self, chain: &Chain, part: Range<usize>, out: &mut Vec<u8>) {
-        Entry::copy(&self.cells, chain, part, out);
+        Entry::copy(&self.store.cells, chain, part, out);
     }
 }

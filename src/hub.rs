@@ -32,8 +32,6 @@ use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Arc, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
-/// A topic may keep a million events, and to forget one takes some 100 ns with the history's lock held.
-const FORGOTTEN_AT_ONCE: usize = 1_000;
 /// When stopping, publishers whose events the disk has not taken are told so after this time, which leaves enough for
 /// the answer to go out.
 pub const STOP_WAIT: Duration = Duration::from_millis(400);
@@ -214,7 +212,9 @@ impl Core {
             return Ok(self.publish_outside(vec![Entry::forget(topic)])?.pop());
         }
         let numbered = self.number_forgetting(&mut enter(&self.turns.order), topic)?;
-        numbered.map(|up_to| self.settle(up_to)).transpose()
+        let forgotten = numbered.map(|up_to| self.settle(up_to)).transpose();
+        self.free_forgotten();
+        forgotten
     }
 
     /// All topics that are in use, in the order of their names.
@@ -344,7 +344,7 @@ impl Core {
         drop(history);
         let Some((up_to, None)) = newest else { return Ok(newest) };
         if self.config.journal.is_none() {
-            self.hand_out_forgetting(topic, up_to);
+            self.history().forget(topic, up_to);
             return Ok(newest);
         }
         self.turns.check_disk(order, self.config.threads / 4)?;
@@ -437,20 +437,21 @@ impl Core {
             Change::Publish { events, key } => {
                 events.iter().for_each(|(topic, event)| self.hand_out(topic, &event.parts(), key.as_deref()));
             }
-            Change::Forget { topic, up_to } => self.hand_out_forgetting(topic, *up_to),
+            // What stands in a lane's queue goes out all the same; whoever falls behind before it has that hears a gap.
+            Change::Forget { topic, up_to } => self.history().forget(topic, *up_to),
         }
     }
 
-    /// Forgets what a topic keeps up to `id`. What stands in a lane's queue goes out all the same; whoever falls behind
-    /// before it has that hears a gap.
-    pub fn hand_out_forgetting(&self, topic: &str, id: Id) {
-        while enter(&self.history).forget(topic, id, FORGOTTEN_AT_ONCE) {} // others may have the lock in between
+    /// Frees the memory of what was forgotten. Not under the order lock, since it may take a while.
+    pub fn free_forgotten(&self) {
+        while enter(&self.history).expire() {} // others may have the lock in between
     }
 
     /// Keeps an event, and then queues it for every lane, in this order: leg 4 of the proof in `subscription.rs`.
     /// Called in the order of the ids, under the order lock; it may wait for room in a queue.
     pub fn hand_out(&self, topic: &str, event: &Parts, key: Option<&str>) {
-        let followed = enter(&self.history).insert(topic, event, key);
+        let (followed, is_over) = enter(&self.history).insert(topic, event, key);
+        while is_over && enter(&self.history).fit() {} // others may have the lock in between
         self.counters.published.fetch_add(1, Relaxed);
         if let Some(topic) = followed {
             let event = event.encode();

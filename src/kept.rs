@@ -10,13 +10,15 @@ use crate::clock::now_ms;
 use crate::config::{Config, Log};
 use crate::encoded::{Encoded, Parts};
 use crate::event::{Id, ids_from};
-use crate::history::{History, Totals, Walk};
+use crate::history::{History, Totals};
 use crate::journal::Journal;
 use crate::log::Logger;
 use crate::rewrite::Snapshot;
 use crate::sync::enter;
+use std::collections::BTreeMap;
 use std::io;
 use std::path::Path;
+use std::slice::from_ref;
 use std::sync::{Arc, Mutex};
 
 /// How much memory one step of a snapshot takes, which holds the history's lock for about half a millisecond.
@@ -117,12 +119,20 @@ pub struct Kept {
     walk: Walk,
 }
 
+/// A walk over the kept events, some at a time, so that nobody waits long for the lock meanwhile. What is forgotten
+/// before the walk reaches it is left out, and so is what is published after it began.
+struct Walk {
+    /// The next event of each topic.
+    heads: BTreeMap<Id, Arc<str>>,
+    until: Id,
+}
+
 impl Kept {
     /// Begins a snapshot, in one hold of the lock. What is published after this is not in it: the journal copies that.
     pub fn new(shared: &Arc<Mutex<History>>, boot: Option<&str>) -> Kept {
         let history = enter(shared);
         let (topics, others) = history.newest_forgotten_of_each();
-        let (boot, walk) = (boot.map(String::from), history.walk());
+        let (boot, walk) = (boot.map(String::from), Walk::new(&history));
         Kept { history: shared.clone(), boot, others: Some(others), topics, marked: 0, walk }
     }
 }
@@ -137,7 +147,7 @@ impl Snapshot for Kept {
         if !topics.is_empty() {
             return topics.into_iter().flat_map(|(name, id)| mark("topic", Some(name), *id).block().concat()).collect();
         }
-        enter(&self.history).walk_on(&mut self.walk, STEP_BYTES)
+        self.walk.go_on(&enter(&self.history))
     }
 
     fn last(&mut self) -> Vec<u8> {
@@ -149,5 +159,34 @@ impl Snapshot for Kept {
         let changed: Vec<_> = self.topics.iter().filter_map(now).collect();
         drop(history);
         changed.iter().flat_map(|(name, id)| mark("topic", Some(name), *id).block().concat()).collect()
+    }
+}
+
+impl Walk {
+    fn new(history: &History) -> Walk {
+        Walk { heads: history.oldest_of_each().collect(), until: history.newest() }
+    }
+
+    /// The blocks of the next events, in the order of their ids. None at the end.
+    fn go_on(&mut self, history: &History) -> Vec<u8> {
+        let mut blocks = Vec::new();
+        while blocks.len() < STEP_BYTES
+            && let Some((id, name)) = self.heads.pop_first()
+        {
+            let rest = history.topics(from_ref(&name)).next().map(|topic| history.after(topic, id.before()));
+            for (entry, chain) in rest.into_iter().flatten() {
+                let is_next = self.heads.first_key_value().is_none_or(|(other, _)| entry.point.id < *other);
+                if entry.point.id > self.until {
+                    break; // this topic's walk is over
+                } else if !is_next || blocks.len() >= STEP_BYTES {
+                    self.heads.insert(entry.point.id, name);
+                    break;
+                }
+                for part in entry.layout.block() {
+                    history.copy(chain, part, &mut blocks);
+                }
+            }
+        }
+        blocks
     }
 }

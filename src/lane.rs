@@ -51,8 +51,9 @@ const _: () = assert!((SWEEP.as_millis() + DOUBT_TIME.as_millis()) < 2_000, "a c
 pub struct Lane {
     queue: Sender<ToLane>,
     /// Who comes and goes, which the lane takes before it writes. Not in its queue, where they would compete with
-    /// publishers, and a subscriber that ends would wait for room. Locked shortly; the innermost lock.
-    changes: Arc<Mutex<Vec<Change>>>,
+    /// publishers, and a subscriber that ends would wait for room. Locked shortly; the innermost lock. None once the lane has
+    /// ended: whoever came then would be held for as long as the program has a hub.
+    changes: Arc<Mutex<Option<Vec<Change>>>>,
 }
 
 /// What stands in a lane's queue, first in, first out.
@@ -99,7 +100,7 @@ impl Lane {
         counters: Arc<Counters>,
     ) -> io::Result<(Lane, JoinHandle<()>)> {
         let (sender, queue) = bounded(QUEUE_SLOTS);
-        let changes = Arc::new(Mutex::new(Vec::new()));
+        let changes = Arc::new(Mutex::new(Some(Vec::new())));
         let worker = Worker {
             changes: changes.clone(),
             topics: HashMap::new(),
@@ -127,14 +128,20 @@ impl Lane {
 
     /// Tells the lane of a subscriber, before it turns live: leg 2 of the proof in `subscription.rs`.
     pub fn join(&self, c: &Arc<Connection>, names: &Arc<[Arc<str>]>) {
-        enter(&self.changes).push(Change::Join(c.clone(), names.clone()));
+        self.note(Change::Join(c.clone(), names.clone()));
     }
 
     /// Takes a subscriber off the lane, after it was live for the last time. Never waits.
     pub fn leave(&self, serial: u64, names: &Arc<[Arc<str>]>) {
-        enter(&self.changes).push(Change::Leave(serial, names.clone()));
+        self.note(Change::Leave(serial, names.clone()));
         // If its queue is full, it looks at the changes anyway.
         let _ = self.queue.try_send(ToLane::Change);
+    }
+
+    fn note(&self, change: Change) {
+        if let Some(changes) = &mut *enter(&self.changes) {
+            changes.push(change);
+        }
     }
 
     /// Ends all live streams, after what is queued already. Called with the order lock held, once the server stops.
@@ -154,7 +161,7 @@ impl Lane {
 
 /// Everything here is the lane's own: no other thread sees these lists.
 struct Worker {
-    changes: Arc<Mutex<Vec<Change>>>,
+    changes: Arc<Mutex<Option<Vec<Change>>>>,
     /// Each topic's subscribers on this lane, live or not, by their serial numbers.
     topics: HashMap<Arc<str>, BTreeMap<u64, Arc<Connection>>>,
     /// All of them once, for the sweep, and handlers' streams.
@@ -254,7 +261,7 @@ impl Worker {
     }
 
     fn take_changes(&mut self) {
-        let changes = take(&mut *enter(&self.changes));
+        let changes = enter(&self.changes).as_mut().map(take).unwrap_or_default();
         for change in changes {
             match change {
                 Change::Join(c, names) => {
@@ -397,5 +404,12 @@ impl Worker {
             self.counters.woken.fetch_add(1, Relaxed);
             self.desk.let_go(c.clone());
         }
+    }
+}
+
+impl Drop for Worker {
+    fn drop(&mut self) {
+        let unseen = enter(&self.changes).take();
+        drop(unseen); // without the lock: their sockets close
     }
 }

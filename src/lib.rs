@@ -142,6 +142,7 @@ mod recovery; // reading the journal at the start
 mod block; // what it is made of
 mod cursor; // where a stream starts, what comes next, gaps
 mod history; // kept events, and what was forgotten
+mod store; // the kept events of all topics: memory, keys
 mod entry; // a kept event in its cells
 mod cells; // where the bytes of all of them are
 mod lane; // writing to whoever is live
@@ -210,6 +211,10 @@ mod parsing;
 #[cfg(test)]
 #[path = "../tests/cells.rs"]
 mod cells_test;
+
+#[cfg(all(test, not(shuttle)))]
+#[path = "../tests/expiry.rs"]
+mod expiry;
 
 #[cfg(all(test, shuttle))]
 #[path = "../tests/model/mod.rs"]

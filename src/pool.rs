@@ -125,9 +125,14 @@ impl Pool {
         Ok(pool)
     }
 
-    /// Puts a job into its line. Never waits.
-    pub fn hand(&self, kind: Kind, job: Job) {
+    /// Puts a job into its line. Never waits. False where the pool is closed: then the job is dropped, and what it serves
+    /// with it, since the last thread may have ended.
+    pub fn hand(&self, kind: Kind, job: Job) -> bool {
         let mut lines = enter(&self.lines);
+        if lines.is_closed {
+            drop(lines); // before the job, which may ask the pool
+            return false;
+        }
         let waiting = Waiting { since: Instant::now(), job };
         match kind {
             Kind::Behind => lines.behind.push_back(waiting),
@@ -141,6 +146,7 @@ impl Pool {
         if must_ring {
             self.desk.ring();
         }
+        true
     }
 
     /// Whether a connection that may ask again should rather free its thread.
@@ -198,7 +204,7 @@ impl Pool {
         Look { again_at, in_want, started }
     }
 
-    /// From now on threads end once the lines are empty.
+    /// From now on no job is taken, and threads end once the lines are empty.
     pub fn close(&self) {
         enter(&self.lines).is_closed = true;
         self.work.notify_all();

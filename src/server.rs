@@ -60,8 +60,8 @@ pub struct Server {
 ///
 /// Dropping it stops everything: streams get a reconnection time and their end, and after a second at most every thread
 /// has ended. Only these may take longer: handlers that do not return (they find their socket closed), the hook for
-/// subscriptions, the journal's thread and programs' own while the disk is stuck, and the log's while its lines are not
-/// taken.
+/// subscriptions; while the disk is stuck, programs' own threads, the journal's, and the one that reads the tokens' file; and
+/// the log's while its lines are not taken.
 ///
 /// ```
 /// # fn main() -> std::io::Result<()> {
@@ -82,9 +82,10 @@ pub struct Handle {
     /// The threads that accept and admit. None before [`Server::spawn`], and once they are joined.
     pub(crate) acceptors: Mutex<Vec<JoinHandle<()>>>,
     pub(crate) ending: Arc<OnceLock<Ending>>,
-    /// The lanes and the clerk, likewise.
+    /// The lanes, the clerk, and whoever judges rights, likewise.
     pub(crate) helpers: Mutex<Vec<JoinHandle<()>>>,
-    /// The thread that watches the tokens' file ends when this is dropped. It is not waited for: the disk may be stuck.
+    /// The threads that watch the tokens' file and judge rights end when this is dropped. The first is not waited for: the
+    /// disk may be stuck.
     pub(crate) watching: Mutex<Option<Sender<()>>>,
     /// How many connections had not ended when it had stopped.
     pub(crate) stopped: OnceLock<usize>,
@@ -237,7 +238,9 @@ impl Server {
         };
         // Where one of these cannot be started, dropping the handle ends those above.
         let shared = &handle.shared;
-        tokens.map(|file| file.watch(shared.routes.door.clone(), shared.streams.clone(), stopping)).transpose()?;
+        let judge =
+            tokens.map(|file| file.watch(shared.routes.door.clone(), shared.streams.clone(), stopping)).transpose()?;
+        enter(&handle.helpers).extend(judge);
         tending::start(&shared.streams.core)?;
         Ok(Server { handle })
     }

@@ -209,17 +209,20 @@ impl Streams {
         }
     }
 
-    /// Puts a queued subscriber into the line for a thread.
+    /// Puts a queued subscriber into the line for a thread. Where there are none any more, it ends.
     fn hand(self: &Arc<Streams>, c: &Arc<Connection>) {
-        let (streams, c) = (self.clone(), c.clone());
+        let (streams, queued) = (self.clone(), c.clone());
         let serve = move |_: &mut Seat| {
-            let mut state = enter(&c.state);
+            let mut state = enter(&queued.state);
             let Some(subscriber) = state.subscriber.take() else { return };
             state.phase = Phase::Behind;
             drop(state);
-            Served::new(&streams, &c, subscriber).serve(true);
+            Served::new(&streams, &queued, subscriber).serve(true);
         };
-        self.pool.hand(Kind::Behind, Box::new(serve));
+        if !self.pool.hand(Kind::Behind, Box::new(serve)) {
+            let subscriber = enter(&c.state).subscriber.take();
+            subscriber.iter().for_each(|subscriber| self.note_end(c, subscriber, STOPPING));
+        }
     }
 
     /// Notes the end of a subscriber. Only for whoever has taken it out of the state.

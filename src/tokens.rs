@@ -1,10 +1,10 @@
 //! The tokens' file, read again whenever it has changed, and the streams whose right is gone.
 //!
 //! A program gives a page its own token by writing a line, and withdraws it by removing the line. So the file is looked
-//! at ten times a second, by a thread of its own: a disk that is stuck must hold nothing else up (but while it is, open
-//! streams whose right is over go on). A file that cannot be read or understood changes nothing. Each stream knows with
-//! what it was opened (`Pass`); after each change, and when a right is over, all are judged again. A stream is given
-//! its end, and cut if it does not take that.
+//! at ten times a second, by a thread that does nothing else: a disk that is stuck must hold nothing up. A file that
+//! cannot be read or understood changes nothing. Each stream knows with what it was opened (`Pass`); after each change,
+//! and when a right is over, another thread judges all of them again. A stream is given its end, and cut if it does not
+//! take that.
 //!
 //! Between the check of a request and its stream a change may come. So the pass is noted before the check, and rights
 //! are changed before streams are judged: one of the two sees the other.
@@ -12,6 +12,7 @@
 use crate::config::Log;
 use crate::connection::{Connection, Phase, STOPPING, WITHDRAWN};
 use crate::door::Door;
+use crate::log::Logger;
 use crate::rights::{Rights, unix_time};
 use crate::subscription::Streams;
 use crate::sync::{enter, start_thread};
@@ -23,14 +24,15 @@ use std::os::unix::fs::MetadataExt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Weak};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-/// How often the file is looked at.
+/// How often the file is looked at, and whether streams must be judged.
 const LOOK_TIME: Duration = Duration::from_millis(100);
 /// A file that is written in place is empty for a moment, and then half there. So it is read once it stands still between
 /// two looks; or after this time, where it is changed all the time.
 const STILL_TIME: Duration = Duration::from_millis(500);
-const _: () = assert!(STILL_TIME.as_millis() + 2 * LOOK_TIME.as_millis() < 1_000, "a change counts within a second");
+const _: () = assert!(STILL_TIME.as_millis() + 3 * LOOK_TIME.as_millis() < 1_000, "a change counts within a second");
 /// Two changes in this time may leave the same times in the file's entry (some file systems count in two seconds), so
 /// until it is over the content is compared, too.
 const COARSE_SECONDS: i64 = 3;
@@ -77,13 +79,29 @@ impl TokensFile {
         }
     }
 
-    /// Starts the thread, which ends when the other end of `stopping` is dropped.
+    /// Starts both threads, which end when the other end of `stopping` is dropped. Returns the one that judges: the other
+    /// is not to be waited for, since the disk may be stuck.
     ///
     /// # Errors
     /// No thread can be started.
-    pub fn watch(self, door: Arc<Door>, streams: Arc<Streams>, stopping: Receiver<()>) -> io::Result<()> {
-        let watch = Watch { file: self, door, streams, ending: Vec::new(), judged_at: unix_time() };
-        start_thread("tokens".into(), Box::new(move || watch.work(&stopping))).map(drop)
+    pub fn watch(
+        mut self,
+        door: Arc<Door>,
+        streams: Arc<Streams>,
+        stopping: Receiver<()>,
+    ) -> io::Result<JoinHandle<()>> {
+        let (log, known) = (streams.log.clone(), door.clone());
+        start_looking("tokens", log.clone(), stopping.clone(), move || {
+            let changed = self.look(&|line| log.line(Log::Info, format_args!("{line}")));
+            if let Some(rights) = changed {
+                let (path, count) = (self.path.display(), rights.count());
+                log.line(Log::Debug, format_args!("the tokens {path} were read again: there are {count}"));
+                known.change_rights(rights);
+            }
+        })?;
+        let log = streams.log.clone();
+        let mut judge = Judge { door, streams, ending: Vec::new(), rights: None, judged_at: unix_time() };
+        start_looking("rights", log, stopping, move || judge.look())
     }
 
     /// The new rights, if the file has changed and can be understood.
@@ -153,38 +171,41 @@ impl Stamp {
     }
 }
 
-struct Watch {
-    file: TokensFile,
+/// Starts a thread that looks ten times a second, until the other end of `stopping` is dropped.
+fn start_looking(
+    name: &'static str,
+    log: Arc<Logger>,
+    stopping: Receiver<()>,
+    mut look: impl FnMut() + Send + 'static,
+) -> io::Result<JoinHandle<()>> {
+    let work = move || {
+        while let Err(RecvTimeoutError::Timeout) = stopping.recv_timeout(LOOK_TIME) {
+            if catch_unwind(AssertUnwindSafe(&mut look)).is_err() {
+                log.line(Log::Info, format_args!("the thread of the {name} has panicked, and goes on"));
+            }
+        }
+    };
+    start_thread(name.into(), Box::new(work))
+}
+
+struct Judge {
     door: Arc<Door>,
     streams: Arc<Streams>,
     /// Those that were given their end, and when.
     ending: Vec<(Instant, Weak<Connection>)>,
-    /// When all streams were last judged.
+    /// By which all streams were last judged, and when.
+    rights: Option<Arc<Rights>>,
     judged_at: u64,
 }
 
-impl Watch {
-    fn work(mut self, stopping: &Receiver<()>) {
-        while let Err(RecvTimeoutError::Timeout) = stopping.recv_timeout(LOOK_TIME) {
-            if catch_unwind(AssertUnwindSafe(|| self.look())).is_err() {
-                self.streams.log.line(Log::Info, format_args!("the tokens' thread has panicked, and goes on"));
-            }
-        }
-    }
-
+impl Judge {
     fn look(&mut self) {
-        let log = self.streams.log.clone();
-        let changed = self.file.look(&|line| log.line(Log::Info, format_args!("{line}")));
-        let (now, has_changed) = (unix_time(), changed.is_some());
-        if let Some(rights) = changed {
-            let (path, count) = (self.file.path.display(), rights.count());
-            log.line(Log::Debug, format_args!("the tokens {path} were read again: there are {count}"));
-            self.door.change_rights(rights);
-        }
-        if has_changed || self.door.has_right_ended_between(self.judged_at, now) {
+        let (now, Some(rights)) = (unix_time(), self.door.rights()) else { return };
+        let has_changed = self.rights.as_ref().is_none_or(|known| !Arc::ptr_eq(known, &rights));
+        if has_changed || rights.has_ended_between(self.judged_at, now) {
             end_withdrawn(&self.door, &self.streams, &mut self.ending);
         }
-        self.judged_at = now;
+        (self.rights, self.judged_at) = (Some(rights), now);
         self.ending.retain(|(since, c)| match c.upgrade() {
             Some(c) if since.elapsed() >= END_TIME => {
                 let mut state = enter(&c.state);

@@ -3,9 +3,10 @@
 use crate::common::*;
 use brooklet::{Config, Event, Handle, Id, Stream};
 use std::fs;
-use std::io::{ErrorKind, Write};
+use std::io::{BufRead, BufReader, ErrorKind, Lines, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::path::Path;
+use std::process::{Child, ChildStdout, Command, Stdio};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::SeqCst};
 use std::sync::{Arc, Mutex, mpsc};
 use std::thread;
@@ -358,6 +359,48 @@ fn a_pipe_in_place_of_the_file_changes_nothing_and_rights_end_in_time() {
     fs::remove_file(&path).unwrap();
     assert!(shell(&format!("mkfifo {path}")));
     assert_eq!(end_of(&mut stream), (vec![WITHDRAWN.into()], true));
+}
+
+/// Whoever opens this file waits, as on a disk that is stuck: perl has a lease on it (`fcntl(2)`), which it gives back when its
+/// input ends, and which the system takes back after 45 s. None where there are no leases.
+fn stick(path: &str) -> Option<(Child, Lines<BufReader<ChildStdout>>)> {
+    const LEASE: &str = "$SIG{IO} = 'IGNORE'; $| = 1; open(F, '+<', $ARGV[0]) or die; \
+        sub nap { select undef, undef, undef, 0.01 } \
+        until (fcntl(F, 1024, 1)) { $!{EAGAIN} or die qq(no lease: $!); nap } print qq(stuck\n); \
+        nap while fcntl(F, 1025, 0) == 1; print qq(somebody waits\n); <STDIN>";
+    let mut perl = start(Command::new("perl").args(["-e", LEASE, path]).stdin(Stdio::piped()).stdout(Stdio::piped()));
+    let mut lines = BufReader::new(perl.stdout.take().unwrap()).lines();
+    match lines.next() {
+        Some(line) => assert_eq!(line.unwrap(), "stuck"),
+        None => return perl.wait().map(|_| None).unwrap(),
+    }
+    Some((perl, lines))
+}
+
+#[test]
+fn while_the_disk_of_the_file_is_stuck_rights_end_in_time() {
+    let dir = Scratch::new();
+    let (path, next) = (dir.path("tokens"), dir.path("next"));
+    let text = format!("steady both *\npage subscribe a until={}\n", unix_time() + 10);
+    write(&path, &text);
+    let server = serve(with_tokens(&path));
+    let addr = server.addr().unwrap();
+    write(&next, &(text + "late both *\n"));
+    if !has("perl") {
+        return;
+    }
+    let Some((mut perl, mut lines)) = stick(&next) else {
+        left_out("leases on files");
+        return;
+    };
+    fs::rename(&next, &path).unwrap();
+    assert_eq!(lines.next().unwrap().unwrap(), "somebody waits");
+    let (mut stream, _) = Wire::subscribe(addr, "/events/a", &bearer("page"));
+    assert_eq!(end_of(&mut stream), (vec![WITHDRAWN.into()], true));
+    assert_eq!(ask(addr, "GET", "/topics", "late").status, 403, "it is still stuck");
+    drop(perl.stdin.take());
+    wait_for("the file to be read", || (ask(addr, "GET", "/topics", "late").status == 200).then_some(()));
+    assert!(perl.wait().unwrap().success());
 }
 
 /// The entry of the file says the same after a change, as far as a program can bring that about.

@@ -23,6 +23,7 @@ mod close;
 mod handlers;
 mod journal;
 mod live;
+mod old;
 mod threads;
 
 /// Longer than anybody waits in a model, and less than the minute that the clerk sleeps where nobody rings.

@@ -90,3 +90,53 @@ fn each_job_runs_once_and_one_that_panics_gives_its_share_back() {
         assert_eq!(ran.load(SeqCst), 12, "each once");
     });
 }
+
+#[test]
+fn a_job_that_comes_while_the_pool_closes_runs_or_is_dropped() {
+    check("late jobs", PATIENCE, || {
+        let pool = Pool::start(4, Arc::new(Desk::default())).unwrap();
+        let held = Arc::new(()); // by each job, as a connection is
+        let handing = {
+            let (pool, held) = (pool.clone(), held.clone());
+            spawn("handing", move || {
+                for kind in [Kind::Request, Kind::Behind, Kind::Request] {
+                    let held = held.clone();
+                    pool.hand(kind, Box::new(move |_: &mut Seat| drop(held)));
+                }
+            })
+        };
+        dawdle();
+        pool.close();
+        handing.join().unwrap();
+        be_punctual();
+        assert_eq!(pool.wait_for_threads(Instant::now() + Duration::from_secs(1)), 0, "threads that have not ended");
+        assert_eq!(Arc::strong_count(&held), 1, "a job is held for ever");
+    });
+}
+
+#[test]
+fn whoever_comes_while_the_server_stops_is_closed_with_it() {
+    check("late comers", PATIENCE, || {
+        let server = Arc::new(start(Config::default().with(|config| config.threads = 4)));
+        let _hub = server.hub(); // which the program has longer
+        let path = ["/health", "/events/a"][below(2)];
+        let coming = {
+            let server = server.clone();
+            spawn("coming", move || {
+                let (socket, peer) = pair(7, ROOMY);
+                peer.send(format!("GET {path} HTTP/1.1\r\nHost: 127.0.0.1:3000\r\n\r\n").as_bytes());
+                let _ = server.serve(socket);
+                peer
+            })
+        };
+        dawdle();
+        server.stop(); // while anybody may be slow
+        let peer = coming.join().unwrap();
+        peer.close(); // whoever still reads from it sees that
+        drop(Arc::into_inner(server));
+        be_punctual();
+        while !peer.is_closed() {
+            thread::sleep(Duration::from_millis(500));
+        }
+    });
+}

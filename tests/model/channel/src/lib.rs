@@ -21,7 +21,7 @@ struct Channel<T> {
 struct Queue<T> {
     waiting: VecDeque<T>,
     senders: usize,
-    has_receiver: bool,
+    receivers: usize,
 }
 
 #[derive(Debug)]
@@ -74,7 +74,7 @@ pub fn pause() {
 }
 
 pub fn bounded<T>(limit: usize) -> (Sender<T>, Receiver<T>) {
-    let queue = Mutex::new(Queue { waiting: VecDeque::new(), senders: 1, has_receiver: true });
+    let queue = Mutex::new(Queue { waiting: VecDeque::new(), senders: 1, receivers: 1 });
     let limit = if limit < LONG { limit } else { SHORT };
     let channel = Arc::new(Channel { queue, limit, changed: Condvar::new() });
     (Sender(channel.clone()), Receiver(channel))
@@ -99,13 +99,13 @@ impl<T> Channel<T> {
 
     fn send(&self, value: T, until: Option<Instant>) -> Result<(), SendTimeoutError<T>> {
         let mut queue = self.enter();
-        while queue.has_receiver && queue.waiting.len() >= self.limit {
+        while queue.receivers > 0 && queue.waiting.len() >= self.limit {
             match self.wait(queue, until) {
                 Some(again) => queue = again,
                 None => return Err(SendTimeoutError::Timeout(value)),
             }
         }
-        if !queue.has_receiver {
+        if queue.receivers == 0 {
             return Err(SendTimeoutError::Disconnected(value));
         }
         queue.waiting.push_back(value);
@@ -142,7 +142,7 @@ impl<T> Sender<T> {
 
     pub fn try_send(&self, value: T) -> Result<(), TrySendError<T>> {
         let mut queue = self.0.enter();
-        if !queue.has_receiver {
+        if queue.receivers == 0 {
             return Err(TrySendError::Disconnected(value));
         } else if queue.waiting.len() >= self.0.limit {
             return Err(TrySendError::Full(value));
@@ -194,9 +194,16 @@ impl<T> Drop for Sender<T> {
     }
 }
 
+impl<T> Clone for Receiver<T> {
+    fn clone(&self) -> Receiver<T> {
+        self.0.enter().receivers += 1;
+        Receiver(self.0.clone())
+    }
+}
+
 impl<T> Drop for Receiver<T> {
     fn drop(&mut self) {
-        self.0.enter().has_receiver = false;
+        self.0.enter().receivers -= 1;
         self.0.changed.notify_all();
     }
 }
