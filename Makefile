@@ -20,6 +20,7 @@ test: need-cargo
 	cargo fmt --check
 	cargo clippy --all-targets -- --deny warnings
 	cargo clippy --lib --no-default-features -- --deny warnings
+	cargo rustc --lib --profile check -- --cfg fuzzing
 	$(TEST_MANY) cargo test
 	sh tests/model/broken.sh --check
 	$(MAKE) $(TWO) MODEL_SECONDS=3 SIEGE=short model smoke siege doctor-test

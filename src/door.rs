@@ -14,6 +14,7 @@ use crate::response::{Response, decline, refuse};
 use crate::rights::{ALL, Act, Pass, Rights};
 use crate::sync::{Mutex, enter};
 use crate::text::quoted;
+use std::mem::replace;
 use std::net::{SocketAddr, TcpStream};
 use std::sync::Arc;
 
@@ -49,7 +50,8 @@ impl Door {
     /// From now on these are the rights of the tokens' file.
     pub fn change_rights(&self, rights: Rights) {
         if let Some(known) = &self.rights {
-            *enter(known) = Arc::new(rights);
+            let old = replace(&mut *enter(known), Arc::new(rights));
+            drop(old); // without the lock: there may be hundreds of thousands
         }
     }
 

@@ -673,9 +673,13 @@ pub struct Holder(String);
 impl Holder {
     fn of(journal: &str) -> Holder {
         let inode = std::os::unix::fs::MetadataExt::ino(&fs::metadata(journal).unwrap());
-        let locks = fs::read_to_string("/proc/locks").unwrap();
-        let line = locks.lines().find(|line| line.contains("FLOCK") && line.contains(&format!(":{inode} "))).unwrap();
-        Holder(line.split_whitespace().nth(4).unwrap().into())
+        // The kernel lists them in pieces: one may be left out where another goes meanwhile.
+        let holder = || {
+            let locks = fs::read_to_string("/proc/locks").unwrap();
+            let line = locks.lines().find(|line| line.contains("FLOCK") && line.contains(&format!(":{inode} ")))?;
+            Some(line.split_whitespace().nth(4)?.into())
+        };
+        Holder(wait_for("the lock of the journal", holder))
     }
 }
 
@@ -1050,6 +1054,20 @@ fn what_is_published_and_forgotten_while_the_journal_is_written_anew_is_kept_or_
     }
 }
 
+/// How many bytes that were sent over a connection on this machine have not been read, as the system tells it. None for a
+/// moment, where the list of connections changes just then.
+fn unread_by_peer(socket: &TcpStream) -> Option<u64> {
+    let hex = |addr: SocketAddr| match addr {
+        SocketAddr::V4(addr) => format!("{:08X}:{:04X}", u32::from_ne_bytes(addr.ip().octets()), addr.port()),
+        SocketAddr::V6(addr) => panic!("{addr} stands in another list"),
+    };
+    let ends = [hex(socket.peer_addr().unwrap()), hex(socket.local_addr().unwrap())];
+    let connections = fs::read_to_string("/proc/net/tcp").unwrap();
+    let mut of_peer = connections.lines().map(|line| line.split_whitespace().skip(1).collect::<Vec<_>>());
+    let queues = of_peer.find(|fields| fields[..2] == ends)?[3].to_string();
+    Some(u64::from_str_radix(queues.split(':').nth(1)?, 16).unwrap())
+}
+
 #[test]
 fn publishers_that_wait_for_a_stuck_disk_are_told_when_the_server_stops() {
     if !has("strace") {
@@ -1065,12 +1083,13 @@ fn publishers_that_wait_for_a_stuck_disk_are_told_when_the_server_stops() {
     let count = || blocks(&fs::read(&path).unwrap()).iter().filter(|block| is_event(block)).count();
     for wire in &mut wires {
         wire.send(post_request("/events/a", "stuck").as_bytes());
+        wait_for("the server to take it", || (unread_by_peer(&wire.socket)? == 0).then_some(()));
         wait_for("the first to be written", || (count() == 2).then_some(()));
     }
     shell(&format!("kill -TERM {}", traced._holder.0));
     let answers: Vec<Answer> = wires.iter_mut().map(Wire::answer).collect();
     assert!(answers[0].body.contains("stopping, and the disk has not taken"), "{:?}", answers[0]);
-    // The last ones may have come only after the signal: then nothing of theirs waits for the disk.
+    // The last ones may not wait for the disk yet when the signal comes: then nothing of theirs does.
     assert!(answers.iter().all(|answer| answer.status == 503 && answer.body.contains("stopping")), "{answers:?}");
 }
 
