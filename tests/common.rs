@@ -224,6 +224,7 @@ impl Seen {
             let (field, value) = line.split_once(':').unwrap_or((line, ""));
             let value = value.strip_prefix(' ').unwrap_or(value).to_string();
             match field {
+                "" if value.is_empty() => {} // a heartbeat: on a slow machine any silence may be long enough for one
                 "" => seen.comments.push(value),
                 "event" => seen.event = Some(value),
                 "id" => seen.id = Some(value),
@@ -417,7 +418,7 @@ impl Wire {
         Some(self.buffer.drain(..length).collect())
     }
 
-    /// The next block of a stream, whatever it holds; heartbeats before it are among its comments.
+    /// The next block of a stream, whatever it holds, without the heartbeats before it.
     pub fn block(&mut self) -> Option<Seen> {
         self.take_until(b"\n\n").map(|block| Seen::parse(&block))
     }
