@@ -136,8 +136,8 @@ pub fn read_block(reader: &mut impl BufRead, block: &mut Vec<u8>, limit: usize) 
     }
 }
 
-/// Whether these bytes are what a dying process leaves of a block: its beginning, up to any byte, and nothing else. What
-/// else stands at the end of a journal was written over; NUL, which a lost page reads as, is taken for that, too.
+/// Whether these bytes are what a dying process leaves of a block: its beginning, up to any byte, and nothing else.
+/// What else stands at the end of a journal was written over; NUL, which a lost page reads as, is taken for that, too.
 pub fn is_torn_block(bytes: &[u8]) -> bool {
     const FIELDS: [&str; 8] = ["boot: ", "topic: ", "key: ", "sum: ", "event: ", "data: ", "retry: ", "id: "];
     let text = match str::from_utf8(bytes) {

@@ -1,9 +1,9 @@
 //! The clerk: one thread that does what lanes and acceptors may not, since they never wait.
 //!
-//! It takes whom lanes let go and hands them to threads or notes their end, ends whose time is over, starts threads where
-//! somebody waits too long for one, has idle connections make room where no thread may be started, and forgets what is too
-//! old. None of this waits for a peer or a disk. What it does to whom is decided by the phases (`subscription.rs`), so it
-//! needs no state of its own.
+//! It takes whom lanes let go and hands them to threads or notes their end, ends whose time is over, starts threads
+//! where somebody waits too long for one, has idle connections make room where no thread may be started, and forgets
+//! what is too old. None of this waits for a peer or a disk. What it does to whom is decided by the phases
+//! (`subscription.rs`), so it needs no state of its own.
 
 use crate::subscription::Streams;
 use crate::sync::start_thread;

@@ -24,8 +24,8 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
 
-/// A topic may keep a million events, and to forget one takes some 100 ns to 2 µs with the lock held. So no more go at a
-/// time, and others may have the lock in between.
+/// A topic may keep a million events, and to forget one takes some 100 ns to 2 µs with the lock held. So no more go at
+/// a time, and others may have the lock in between.
 pub const FORGOTTEN_AT_ONCE: usize = 1_000;
 
 /// What subscribers ask of it is in `cursor.rs`, and what the journal does in `kept.rs`.
@@ -172,8 +172,8 @@ impl History {
         (self.keep(name, event, key, moment_ms), self.fit())
     }
 
-    /// When an event was published that an engine shows, perhaps long after: at its start, or after it was away. Moments
-    /// rise as ids do, and none is in the future.
+    /// When an event was published that an engine shows, perhaps long after: at its start, or after it was away.
+    /// Moments rise as ids do, and none is in the future.
     fn moment_of(&mut self, id: Id) -> u64 {
         self.moment_ms = id.ms.min(self.clock.now_ms()).max(self.moment_ms);
         self.moment_ms
@@ -221,8 +221,8 @@ impl History {
         is_followed.then_some(name)
     }
 
-    /// Forgets what a topic keeps up to `id`, all at once; [`History::expire`] frees it. Whoever resumes from before the
-    /// newest of it hears a gap, and nobody else: what was not kept any more was forgotten before.
+    /// Forgets what a topic keeps up to `id`, all at once; [`History::expire`] frees it. Whoever resumes from before
+    /// the newest of it hears a gap, and nobody else: what was not kept any more was forgotten before.
     pub fn forget(&mut self, name: &str, id: Id) {
         let Some(topic) = self.topics.get_mut(name) else { return };
         let entry = |chain: &Chain| Entry::of(&self.store.cells, chain);
@@ -239,8 +239,8 @@ impl History {
         self.note_oldest_of(&name, next);
     }
 
-    /// Forgets some of what is too old, and hides the rest of it; but first it frees some of what was forgotten. Whoever
-    /// looks at the history calls this first (`Core::history`). False once that is all.
+    /// Forgets some of what is too old, and hides the rest of it; but first it frees some of what was forgotten.
+    /// Whoever looks at the history calls this first (`Core::history`). False once that is all.
     pub fn expire(&mut self) -> bool {
         self.limit_ms = self.ago_ms(self.keep_age);
         self.forget_oldest_while(|history, oldest| oldest.moment_ms < history.limit_ms)
@@ -287,8 +287,8 @@ impl History {
         }
     }
 
-    /// Notes what an earlier process has forgotten: of one topic, or of all that are not in the table. What was restored
-    /// of that topic, up to this id, was deleted.
+    /// Notes what an earlier process has forgotten: of one topic, or of all that are not in the table. What was
+    /// restored of that topic, up to this id, was deleted.
     pub fn restore_newest_forgotten(&mut self, name: Option<&str>, id: Id) {
         let point = Point { id, moment_ms: self.clock.before_start(id.ms) };
         match name {

@@ -13,8 +13,8 @@
 //!   file back that had the name before: a synced one shows no loss, and after one of another boot the same ids would
 //!   be given again. So the directory is synced with the new name in it before anything is published, and then a mark
 //!   is appended; where a start in the same boot does not find it, it writes the file anew.
-//! - *The lock is on the file itself*, and once a second its name is checked (`watch.rs`): a file that was moved, cut or
-//!   deleted is written anew; where another server's file has the name, nothing is published any more.
+//! - *The lock is on the file itself*, and once a second its name is checked (`watch.rs`): a file that was moved, cut
+//!   or deleted is written anew; where another server's file has the name, nothing is published any more.
 //!
 //! The journal takes and gives encoded blocks, and knows no history. It waits for the disk: call it without a lock.
 

@@ -43,7 +43,8 @@ const _: () =
 
 /// So many are swept between two batches at most, or a crowd's sweep would hold events up.
 const SWEPT_AT_ONCE: usize = 1_000;
-/// How long a peer that seems to have gone has to answer with a reset. One that has only ended its sending side does not.
+/// How long a peer that seems to have gone has to answer with a reset. One that has only ended its sending side does
+/// not.
 const DOUBT_TIME: Duration = Duration::from_millis(100);
 const _: () = assert!((SWEEP.as_millis() + DOUBT_TIME.as_millis()) < 2_000, "a closed tab is noticed within 2 s");
 
@@ -51,8 +52,8 @@ const _: () = assert!((SWEEP.as_millis() + DOUBT_TIME.as_millis()) < 2_000, "a c
 pub struct Lane {
     queue: Sender<ToLane>,
     /// Who comes and goes, which the lane takes before it writes. Not in its queue, where they would compete with
-    /// publishers, and a subscriber that ends would wait for room. Locked shortly; the innermost lock. None once the lane has
-    /// ended: whoever came then would be held for as long as the program has a hub.
+    /// publishers, and a subscriber that ends would wait for room. Locked shortly; the innermost lock. None once the
+    /// lane has ended: whoever came then would be held for as long as the program has a hub.
     changes: Arc<Mutex<Option<Vec<Change>>>>,
 }
 
@@ -321,8 +322,8 @@ impl Worker {
         self.run.clear();
     }
 
-    /// Looks at the next live subscribers: has one closed, and is a heartbeat due before the next sweep? No thread wakes
-    /// for either, unless the subscriber is not live any more.
+    /// Looks at the next live subscribers: has one closed, and is a heartbeat due before the next sweep? No thread
+    /// wakes for either, unless the subscriber is not live any more.
     fn sweep(&mut self, now: Instant) {
         let next = self.swept_to.map_or(0, |serial| serial + 1);
         self.swept_to = None;
@@ -387,8 +388,8 @@ impl Worker {
         }
     }
 
-    /// A write did not fit, and the rest waits for a thread; or the stream has had all it asked for, and a thread ends it.
-    /// A handler's stream has a thread, which finds what is left.
+    /// A write did not fit, and the rest waits for a thread; or the stream has had all it asked for, and a thread ends
+    /// it. A handler's stream has a thread, which finds what is left.
     fn let_go_if_behind(&self, c: &Arc<Connection>, state: &mut State) {
         let wants_thread = state.unfinished.is_some() || state.wanted == 0;
         if state.phase == Phase::Live && wants_thread && state.subscriber.is_some() {

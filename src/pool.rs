@@ -1,9 +1,9 @@
 //! Threads for those who must be waited for, and who goes first.
 //!
 //! A job is one connection's turn: its requests, or what a subscriber is behind. Threads that have become free take the
-//! next job, and another is started only where the first in a line has waited a while without one: so a crowd that comes
-//! back at once is served by a few threads, and a crowd that holds its threads gets more, up to the limit. Each kind of
-//! job has a share of the threads that the others cannot take, so that none locks another out.
+//! next job, and another is started only where the first in a line has waited a while without one: so a crowd that
+//! comes back at once is served by a few threads, and a crowd that holds its threads gets more, up to the limit. Each
+//! kind of job has a share of the threads that the others cannot take, so that none locks another out.
 //!
 //! Waiting for threads is bounded by what waits: a connection stands in one line at most once, and there are places for
 //! so many connections only (`places.rs`).
@@ -125,8 +125,8 @@ impl Pool {
         Ok(pool)
     }
 
-    /// Puts a job into its line. Never waits. False where the pool is closed: then the job is dropped, and what it serves
-    /// with it, since the last thread may have ended.
+    /// Puts a job into its line. Never waits. False where the pool is closed: then the job is dropped, and what it
+    /// serves with it, since the last thread may have ended.
     pub fn hand(&self, kind: Kind, job: Job) -> bool {
         let mut lines = enter(&self.lines);
         if lines.is_closed {
@@ -300,8 +300,8 @@ impl Lines {
         None
     }
 
-    /// Whether another job of this kind may run. So at least a quarter of the threads is there for requests, and another
-    /// for subscribers that are behind, whatever the others do.
+    /// Whether another job of this kind may run. So at least a quarter of the threads is there for requests, and
+    /// another for subscribers that are behind, whatever the others do.
     fn has_share(&self, kind: Kind, limit: usize) -> bool {
         let [requests, behind, handlers] = self.running;
         match kind {

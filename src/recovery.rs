@@ -18,8 +18,8 @@ const NAMED_DAMAGE: usize = 10;
 /// A block of up to this size is read, whatever the limits are now: an earlier process may have taken larger events.
 const LEAST_BLOCK_LIMIT: usize = 16 * 1024 * 1024;
 
-/// The largest block that is no damage: marks and bookkeeping, and an event's data, each byte of which may have become a
-/// line of its own.
+/// The largest block that is no damage: marks and bookkeeping, and an event's data, each byte of which may have become
+/// a line of its own.
 pub fn block_limit(config: &Config) -> usize {
     let of_one_event = config.data_bytes().saturating_mul(8).saturating_add(4096);
     config.keep_bytes.max(of_one_event).max(LEAST_BLOCK_LIMIT)

@@ -60,8 +60,8 @@ pub struct Server {
 ///
 /// Dropping it stops everything: streams get a reconnection time and their end, and after a second at most every thread
 /// has ended. Only these may take longer: handlers that do not return (they find their socket closed), the hook for
-/// subscriptions; while the disk is stuck, programs' own threads, the journal's, and the one that reads the tokens' file; and
-/// the log's while its lines are not taken.
+/// subscriptions; while the disk is stuck, programs' own threads, the journal's, and the one that reads the tokens'
+/// file; and the log's while its lines are not taken.
 ///
 /// ```
 /// # fn main() -> std::io::Result<()> {
@@ -84,8 +84,8 @@ pub struct Handle {
     pub(crate) ending: Arc<OnceLock<Ending>>,
     /// The lanes, the clerk, and whoever judges rights, likewise.
     pub(crate) helpers: Mutex<Vec<JoinHandle<()>>>,
-    /// The threads that watch the tokens' file and judge rights end when this is dropped. The first is not waited for: the
-    /// disk may be stuck.
+    /// The threads that watch the tokens' file and judge rights end when this is dropped. The first is not waited for:
+    /// the disk may be stuck.
     pub(crate) watching: Mutex<Option<Sender<()>>>,
     /// How many connections had not ended when it had stopped.
     pub(crate) stopped: OnceLock<usize>,

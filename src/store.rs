@@ -1,7 +1,7 @@
 //! The kept events themselves, whatever their topics: where their bytes are, what they cost, and which keys they have.
 //!
-//! To free one takes some 100 ns to 2 µs, and a topic that is deleted may have kept a million. So a topic gives them up all
-//! at once, after which nobody finds them, and they are freed in pieces; until then they count.
+//! To free one takes some 100 ns to 2 µs, and a topic that is deleted may have kept a million. So a topic gives them up
+//! all at once, after which nobody finds them, and they are freed in pieces; until then they count.
 
 use crate::cells::{Cells, Chain};
 use crate::encoded::Parts;
@@ -14,8 +14,8 @@ use std::sync::Arc;
 pub struct Store {
     /// All kept events (`entry.rs`).
     pub cells: Cells,
-    /// The event of each key that is kept, by the hash of its topic's name and the key; forgotten with it. Should two keys
-    /// have one hash, which nobody can bring about, the earlier one is forgotten early.
+    /// The event of each key that is kept, by the hash of its topic's name and the key; forgotten with it. Should two
+    /// keys have one hash, which nobody can bring about, the earlier one is forgotten early.
     keys: HashMap<u64, Id>,
     hasher: RandomState,
     /// What topics have given up, and is to be freed yet.

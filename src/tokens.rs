@@ -29,8 +29,8 @@ use std::time::{Duration, Instant};
 
 /// How often the file is looked at, and whether streams must be judged.
 const LOOK_TIME: Duration = Duration::from_millis(100);
-/// A file that is written in place is empty for a moment, and then half there. So it is read once it stands still between
-/// two looks; or after this time, where it is changed all the time.
+/// A file that is written in place is empty for a moment, and then half there. So it is read once it stands still
+/// between two looks; or after this time, where it is changed all the time.
 const STILL_TIME: Duration = Duration::from_millis(500);
 const _: () = assert!(STILL_TIME.as_millis() + 3 * LOOK_TIME.as_millis() < 1_000, "a change counts within a second");
 /// Two changes in this time may leave the same times in the file's entry (some file systems count in two seconds), so
@@ -79,8 +79,8 @@ impl TokensFile {
         }
     }
 
-    /// Starts both threads, which end when the other end of `stopping` is dropped. Returns the one that judges: the other
-    /// is not to be waited for, since the disk may be stuck.
+    /// Starts both threads, which end when the other end of `stopping` is dropped. Returns the one that judges: the
+    /// other is not to be waited for, since the disk may be stuck.
     ///
     /// # Errors
     /// No thread can be started.

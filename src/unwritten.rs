@@ -1,9 +1,9 @@
 //! What waits for the journal, and whose turn it is to write.
 //!
-//! Events, and the forgetting of topics, wait here in one order, that of the ids. Whoever may write takes the journal out
-//! of its place, writes what waits without holding any lock, and puts it back; then all who wait look again. However a
-//! turn ends, by a panic too, it must end like that: if the journal did not come back, every publisher would wait for
-//! ever. An event that is lost on the way tells those who wait for it.
+//! Events, and the forgetting of topics, wait here in one order, that of the ids. Whoever may write takes the journal
+//! out of its place, writes what waits without holding any lock, and puts it back; then all who wait look again.
+//! However a turn ends, by a panic too, it must end like that: if the journal did not come back, every publisher would
+//! wait for ever. An event that is lost on the way tells those who wait for it.
 
 use crate::encoded::Encoded;
 use crate::event::Id;
