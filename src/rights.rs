@@ -42,7 +42,7 @@ pub struct Rights {
 struct Right {
     token: Token,
     acts: &'static [Act],
-    topics: Vec<Topics>,
+    topics: Box<[Topics]>,
     /// In seconds of Unix time.
     until: Option<u64>,
 }
@@ -72,7 +72,8 @@ impl Rights {
             let right = Right::parse(&words).map_err(at)?;
             rights.ends.extend(right.until);
             let hash = rights.hasher.hash_one(words[0]);
-            rights.by_hash.entry(hash).or_default().push(right);
+            // Mostly it is the only one; by itself a list begins with room for four.
+            rights.by_hash.entry(hash).or_insert_with(|| Vec::with_capacity(1)).push(right);
         }
         rights.ends.sort_unstable();
         Ok(rights)
@@ -125,7 +126,7 @@ impl Right {
             "both" => &[Act::Publish, Act::Subscribe],
             _ => return Err("its second word is none of publish, subscribe and both".into()),
         };
-        let topics: Option<Vec<Topics>> = topics.split(',').map(Topics::parse).collect();
+        let topics: Option<Box<[Topics]>> = topics.split(',').map(Topics::parse).collect();
         let what = "its third word is no list of topics: write names with commas between them, or beginnings with a *";
         Ok(Right {
             token: token.parse().map_err(|error| format!("{error}"))?,
